@@ -1,0 +1,3 @@
+"""Training methods, one file each."""
+
+OWNER = "dllm-rl"

@@ -1,0 +1,1 @@
+"""Diffusion mathematics: mask samplers, likelihood, advantages, surrogates, decoding. Needs torch alone."""

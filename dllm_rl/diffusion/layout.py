@@ -1,0 +1,59 @@
+"""Which block a position belongs to, and who attends to whom in block-causal diffusion models."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dllm_rl.types import BlockOrigin
+
+
+def block_index(prompt_length: Tensor, length: int, block_size: int, origin: BlockOrigin = "response") -> Tensor:
+    """Block number of every position, rising from left to right.
+
+    "response": block 0 starts at the first completion token; prompt blocks are counted from its right edge and are
+    negative. "sequence": block 0 starts at position 0, so that a block may hold the end of the prompt and the
+    start of the completion.
+
+    Args:
+        prompt_length: (N,) int64.
+        length: L.
+        block_size: tokens per block, at least 1.
+        origin: where blocks start; rollout and training must agree.
+    Returns:
+        (N, L) int64.
+    Source: Arriola et al. 2025, arXiv:2503.09573 (block diffusion); both origins exist in released code.
+    """
+    position = torch.arange(length, device=prompt_length.device).expand(len(prompt_length), length)
+    start = prompt_length[:, None] if origin == "response" else torch.zeros_like(prompt_length)[:, None]
+    return torch.div(position - start, block_size, rounding_mode="floor")
+
+
+def block_causal(blocks: Tensor, valid: Tensor) -> Tensor:
+    """Attention of one clean copy: position i sees valid j with blocks[j] <= blocks[i].
+
+    Args:
+        blocks: (N, L) int64.
+        valid: (N, L) bool.
+    Returns:
+        (N, L, L) bool, query by key.
+    """
+    return (blocks[:, None, :] <= blocks[:, :, None]) & valid[:, None, :]
+
+
+def clean_and_noised(blocks: Tensor, valid: Tensor) -> Tensor:
+    """Attention of the [clean | noised] layout.
+
+    A clean position of block b sees clean blocks <= b; a noised one sees clean blocks < b and noised block b.
+
+    Args:
+        blocks: (N, L) int64.
+        valid: (N, L) bool.
+    Returns:
+        (N, 2L, 2L) bool, query by key, clean copy first.
+    """
+    earlier = (blocks[:, None, :] < blocks[:, :, None]) & valid[:, None, :]
+    same = (blocks[:, None, :] == blocks[:, :, None]) & valid[:, None, :]
+    clean = torch.cat([earlier | same, torch.zeros_like(same)], dim=-1)
+    noised = torch.cat([earlier, same], dim=-1)
+    return torch.cat([clean, noised], dim=1)

@@ -1,0 +1,1 @@
+"""Optimisation, micro-batches, checkpoints."""

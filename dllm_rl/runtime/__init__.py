@@ -1,0 +1,1 @@
+"""Where the parts run: reward workers, placement."""

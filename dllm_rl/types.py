@@ -1,0 +1,332 @@
+"""The values that travel between the parts of dllm-rl.
+
+Axis letters, fixed across the repository: N rows, L padded length, K draws, V vocabulary, D hidden width, W window.
+Rows are padded on the right: a row is its prompt, its completion canvas, then padding.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+GIVEN = -1  # unmask_step of a position that was given (prompt, injected token, padding), not generated
+
+Finish = Literal["eos", "length"]
+BlockOrigin = Literal["response", "sequence"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Example:
+    """One row of a task before tokenisation.
+
+    Attributes:
+        uid: stable identity of the row; randomness is keyed by it.
+        prompt: plain text, or chat messages ``[{"role": ..., "content": ...}]``.
+        answer: the reference answer that the task's verifier compares with.
+        task: name of the task.
+        completion: reference completion for supervised training (text), or None.
+        chosen: preferred completion (preference data), or None.
+        rejected: dispreferred completion (preference data), or None.
+        columns: further columns handed to reward functions as keyword arguments.
+    """
+
+    uid: str
+    prompt: str | list[dict[str, str]]
+    answer: str
+    task: str
+    completion: str | None = None
+    chosen: str | None = None
+    rejected: str | None = None
+    columns: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """A tokenised prompt.
+
+    Attributes:
+        uid: stable identity; sampling randomness is keyed by it, never by batch position.
+        token_ids: the prompt's tokens, at least one.
+        text: the prompt as rendered by the chat template.
+        answer: reference answer.
+        task: name of the task.
+        columns: further columns for reward functions.
+        injected: completion offset -> token that is given, not generated (never hidden, never re-masked).
+    """
+
+    uid: str
+    token_ids: tuple[int, ...]
+    text: str
+    answer: str
+    task: str
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    injected: Mapping[int, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightsVersion:
+    """Which weights: the optimiser step and a digest computed by whoever holds them."""
+
+    step: int
+    digest: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How completions are decoded.
+
+    Attributes:
+        max_new_tokens: length of the completion canvas, tokens.
+        block_size: decoding block, tokens; None = the whole canvas is one block (block-causal families: their own).
+        tokens_per_step: positions committed per forward by count-based strategies.
+        temperature: 0 = greedy; otherwise token logits are divided by it before sampling.
+        top_k: keep only the k most likely tokens, or None.
+        top_p: keep the smallest set of tokens whose probability reaches p, or None.
+    """
+
+    max_new_tokens: int
+    block_size: int | None = None
+    tokens_per_step: int = 1
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+
+    def __post_init__(self) -> None:
+        """Check ranges; every message says what is allowed."""
+        for name in ("max_new_tokens", "tokens_per_step"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"sampling.{name} = {getattr(self, name)}: must be at least 1")
+        if self.temperature < 0:
+            raise ValueError(f"sampling.temperature = {self.temperature}: must be >= 0 (0 means greedy)")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"sampling.top_k = {self.top_k}: must be at least 1, or null to keep every token")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"sampling.top_p = {self.top_p}: must be in (0, 1], or null to keep every token")
+        if self.block_size is not None:
+            if self.block_size < 1:
+                raise ValueError(f"sampling.block_size = {self.block_size}: must be at least 1, or null for one block")
+            if self.max_new_tokens % self.block_size:
+                raise ValueError(
+                    f"sampling.max_new_tokens = {self.max_new_tokens} is not a multiple of sampling.block_size = "
+                    f"{self.block_size}; choose {self.max_new_tokens // self.block_size * self.block_size or self.block_size}"
+                    f" or {-(-self.max_new_tokens // self.block_size) * self.block_size}"
+                )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trajectory:
+    """One decoded completion and how it was decoded.
+
+    Attributes:
+        prompt_uid: uid of the prompt.
+        sample: index within the prompt's group.
+        tokens: (L,) int64; prompt, then the whole completion canvas. Canvas positions that were never decoded
+            (blocks after the one that held the first EOS) hold the EOS token.
+        prompt_length: number of prompt tokens.
+        completion_length: tokens up to and including the first EOS, or the whole canvas.
+        events: (E, 3) int64 rows (forward index, position, token), in commit order.
+        unmask_step: (L,) int64; the forward (0-based) that committed the position, GIVEN if it was given,
+            num_forwards if it was never decoded.
+        behaviour_logp: (L,) float32 nats; log p(token | state before its commit) under the untempered model
+            distribution without the mask token; 0 where not generated.
+        num_forwards: denoising forwards that the row took part in.
+        finish: "eos" if an EOS ended the row, else "length".
+        exact: whether behaviour_logp are those of the learner's own network (no approximate cache).
+        weights: the weights that generated it.
+    """
+
+    prompt_uid: str
+    sample: int
+    tokens: Tensor
+    prompt_length: int
+    completion_length: int
+    events: Tensor
+    unmask_step: Tensor
+    behaviour_logp: Tensor
+    num_forwards: int
+    finish: Finish
+    exact: bool
+    weights: WeightsVersion
+
+    @property
+    def tokens_per_forward(self) -> float:
+        """Completion tokens per denoising forward (TPF)."""
+        return self.completion_length / max(self.num_forwards, 1)  # a fully injected canvas needs no forward
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutBatch:
+    """N rows, padded on the right to length L.
+
+    Attributes:
+        tokens: (N, L) int64.
+        valid: (N, L) bool; False on padding.
+        completion: (N, L) bool; the scored tokens: generated, up to and including the first EOS.
+        tail: (N, L) bool; canvas positions after the first EOS: hidden from random-mask estimators, never scored.
+        unmask_step: (N, L) int64; see Trajectory; GIVEN on padding.
+        behaviour_logp: (N, L) float32 nats.
+        prompt_length: (N,) int64.
+        group: (N,) int64; rows of one prompt share a number.
+        num_forwards: (N,) int64.
+        weights_step: (N,) int64; optimiser step of the weights that generated the row.
+        exact: every row's behaviour_logp are the learner's own.
+    """
+
+    tokens: Tensor
+    valid: Tensor
+    completion: Tensor
+    tail: Tensor
+    unmask_step: Tensor
+    behaviour_logp: Tensor
+    prompt_length: Tensor
+    group: Tensor
+    num_forwards: Tensor
+    weights_step: Tensor
+    exact: bool
+
+    def __len__(self) -> int:
+        return self.tokens.shape[0]
+
+    def check(self) -> RolloutBatch:
+        """Return self after checking shapes and the relations between the fields.
+
+        Raises:
+            ValueError: naming the field that is off.
+        """
+        n, length = self.tokens.shape
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if not isinstance(value, Tensor):
+                continue
+            want = (n, length) if value.dim() == 2 else (n,)
+            if tuple(value.shape) != want:
+                raise ValueError(f"RolloutBatch.{f.name} has shape {tuple(value.shape)}, expected {want}")
+        if bool((self.completion & ~self.valid).any()):
+            raise ValueError("RolloutBatch.completion marks padding")
+        if bool((self.completion & self.tail).any()):
+            raise ValueError("RolloutBatch.tail overlaps completion")
+        if not bool(self.completion.any(-1).all()):
+            row = int((~self.completion.any(-1)).nonzero()[0])
+            raise ValueError(f"RolloutBatch row {row} has no completion token")
+        return self
+
+    def select(self, rows: Tensor) -> RolloutBatch:
+        """The batch restricted to rows (int64 indices or a bool mask over N)."""
+        return dataclasses.replace(
+            self,
+            **{
+                f.name: getattr(self, f.name)[rows]
+                for f in dataclasses.fields(self)
+                if isinstance(getattr(self, f.name), Tensor)
+            },
+        )
+
+
+RewardStatus = Literal["ok", "invalid", "timeout", "error"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rewards:
+    """Rewards of N rows.
+
+    Attributes:
+        components: name -> (N,) float32; NaN where the verifier failed or did not apply.
+        total: (N,) float32 weighted sum; 0 where excluded (never read there).
+        included: (N,) bool; False where any verifier failed (timeout, error): out of the group, never scored 0.
+        status: per row, the worst status over components.
+    """
+
+    components: Mapping[str, Tensor]
+    total: Tensor
+    included: Tensor
+    status: tuple[RewardStatus, ...]
+
+    def select(self, rows: Tensor) -> Rewards:
+        """The rewards restricted to rows (int64 indices or a bool mask over N)."""
+        index = rows.nonzero().flatten() if rows.dtype == torch.bool else rows
+        return Rewards(
+            components={name: value[rows] for name, value in self.components.items()},
+            total=self.total[rows],
+            included=self.included[rows],
+            status=tuple(self.status[i] for i in index.tolist()),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MaskSample:
+    """Which noised copies are scored and how the answers are weighted: the estimator's randomness, materialised.
+
+        l_i(theta) = sum_k weight[k, i] * log p_theta(token_i | tokens with mask[k] hidden)
+
+    Attributes:
+        mask: (K, N, L) bool; True where the token is hidden in draw k.
+        weight: (K, N, L) float32; non-zero only where hidden; sums to 1 over K in expectation on the completion.
+    """
+
+    mask: Tensor
+    weight: Tensor
+
+    def hiding(self, also: Tensor) -> MaskSample:
+        """The same draws with further positions (N, L) hidden in every one of them (never scored)."""
+        return MaskSample(mask=self.mask | also, weight=self.weight)
+
+    def select(self, rows: Tensor) -> MaskSample:
+        """The draws restricted to rows (int64 indices or a bool mask over N)."""
+        return MaskSample(mask=self.mask[:, rows], weight=self.weight[:, rows])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LikelihoodEstimate:
+    """An estimate of completion log-likelihoods.
+
+    Attributes:
+        token_logp: (N, L) float32 nats; sum_k weight[k] * log p; 0 where nothing is scored.
+        draw_logp: (K, N) float32 nats; K * sum_i weight[k, i] log p_i: each draw read as an estimate of its own.
+            Detached; for diagnostics (variance over draws).
+    """
+
+    token_logp: Tensor
+    draw_logp: Tensor
+
+    @property
+    def sequence_logp(self) -> Tensor:
+        """(N,) nats: the sum over tokens."""
+        return self.token_logp.sum(-1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Experience:
+    """Everything a loss may look at, apart from the current policy's likelihood.
+
+    Attributes:
+        batch: the rows.
+        rewards: their rewards.
+        advantage: (N,) or (N, L) float32.
+        masks: the draws shared by old, reference and current policy.
+        old: likelihood under the policy at the start of the update.
+        reference: likelihood under the frozen reference, or None if the algorithm needs none.
+        num_tokens: scored tokens over the whole global batch (all ranks); losses divide by it, never by a local count.
+        num_rows: rows over the whole global batch.
+    """
+
+    batch: RolloutBatch
+    rewards: Rewards
+    advantage: Tensor
+    masks: MaskSample
+    old: LikelihoodEstimate
+    reference: LikelihoodEstimate | None
+    num_tokens: int
+    num_rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """A scalar to minimise and detached scalars to log."""
+
+    value: Tensor
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)

@@ -1,0 +1,25 @@
+"""Verifiers, one file each. Importing this package must stay cheap (no torch): reward workers start with it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+OWNER = "dllm-rl"
+
+
+class Verdict(float):
+    """A reward value with a status: a float, so that TRL accepts it too.
+
+    Attributes:
+        status: "ok" (judged) or "invalid" (the completion is malformed; the value still counts).
+    """
+
+    status: Literal["ok", "invalid"]
+
+    def __new__(cls, value: float, status: Literal["ok", "invalid"] = "ok") -> Verdict:
+        verdict = super().__new__(cls, value)
+        verdict.status = status
+        return verdict
+
+    def __reduce__(self) -> tuple[type[Verdict], tuple[float, str]]:
+        return Verdict, (float(self), self.status)

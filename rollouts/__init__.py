@@ -1,0 +1,3 @@
+"""Rollout engines and unmasking strategies."""
+
+OWNER = "dllm-rl"

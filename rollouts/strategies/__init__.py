@@ -1,0 +1,1 @@
+"""Unmasking strategies, one file each."""
