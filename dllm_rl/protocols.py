@@ -1,7 +1,8 @@
-"""The contracts between the parts. Docstrings are binding; ``dllm-rl check-plugin`` runs them against an implementation.
+"""The contracts between the parts. Docstrings are binding; ``dllm-rl check-plugin`` tests a plugin against them.
 
 Every plugin class has a nested frozen dataclass ``Config`` (its options, all with defaults unless there is no sensible
-one) and takes one instance of it: ``Plugin(config)``. A Config raises ValueError in ``__post_init__`` for values out of range.
+one) and takes one instance of it: ``Plugin(config)``. A Config raises ValueError in ``__post_init__`` for values out
+of range.
 """
 
 from __future__ import annotations
@@ -239,7 +240,7 @@ class Task:
         raise NotImplementedError
 
     def canary(self, example: Example) -> tuple[str, str]:
-        """(gold, wrong): a completion that must score full marks and one that must not, through the deployed rewards."""
+        """(gold, wrong): a completion that must score full marks, and one that must not, in the deployed rewards."""
         raise NotImplementedError
 
 

@@ -111,10 +111,10 @@ class Sampling:
             if self.block_size < 1:
                 raise ValueError(f"sampling.block_size = {self.block_size}: must be at least 1, or null for one block")
             if self.max_new_tokens % self.block_size:
+                up = -(-self.max_new_tokens // self.block_size) * self.block_size
                 raise ValueError(
                     f"sampling.max_new_tokens = {self.max_new_tokens} is not a multiple of sampling.block_size = "
-                    f"{self.block_size}; choose {self.max_new_tokens // self.block_size * self.block_size or self.block_size}"
-                    f" or {-(-self.max_new_tokens // self.block_size) * self.block_size}"
+                    f"{self.block_size}; {up} is"
                 )
 
 
@@ -174,6 +174,7 @@ class RolloutBatch:
         group: (N,) int64; rows of one prompt share a number.
         num_forwards: (N,) int64.
         weights_step: (N,) int64; optimiser step of the weights that generated the row.
+        blocks: (N, L) int64 block numbers (diffusion.layout.block_index) for block-causal models, else None.
         exact: every row's behaviour_logp are the learner's own.
     """
 
@@ -187,6 +188,7 @@ class RolloutBatch:
     group: Tensor
     num_forwards: Tensor
     weights_step: Tensor
+    blocks: Tensor | None
     exact: bool
 
     def __len__(self) -> int:

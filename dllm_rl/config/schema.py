@@ -1,0 +1,254 @@
+"""The configuration of a run. One YAML file, validated before anything else happens.
+
+Sections that name a plugin (task, strategy, algorithm, rewards) hold ``name`` and, beside it, the plugin's own
+options; those are checked against the plugin's Config when it is built.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Section(BaseModel):
+    """Base of every section: unknown keys are errors, values are immutable, docstrings under fields are their help."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+
+
+class Plugin(BaseModel):
+    """A plugin by entry-point name or "package.module:Name"; further keys are its options."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, use_attribute_docstrings=True)
+
+    name: str
+    """Entry-point name, or "package.module:Name"."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The keys beside ``name``."""
+        return dict(self.model_extra or {})
+
+
+class RewardPlugin(Plugin):
+    """A reward function with its weight and deadline."""
+
+    weight: float = 1.0
+    """Factor in the total reward."""
+    timeout_s: float = Field(default=5.0, gt=0)
+    """Seconds per completion, counted from the moment that a worker starts on it."""
+
+
+class RunSection(Section):
+    """What to call the run and how long it is."""
+
+    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9._-]+$")
+    """Name of the run and of its folder below ``output``."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of every random draw."""
+    steps: int = Field(ge=1)
+    """Optimiser steps."""
+    output: str = "runs"
+    """Parent folder of run folders."""
+    threads: int | None = Field(default=None, ge=1)
+    """CPU threads for torch; null leaves torch's default."""
+    log_samples: int = Field(default=4, ge=0)
+    """Completions per step that are written to samples.jsonl."""
+
+
+class InitSection(Section):
+    """A model made from scratch instead of loaded."""
+
+    hidden_size: int = Field(default=96, ge=8)
+    """Width."""
+    num_layers: int = Field(default=3, ge=1)
+    """Transformer layers."""
+    num_heads: int = Field(default=4, ge=1)
+    """Attention heads; must divide hidden_size."""
+    num_kv_heads: int | None = Field(default=None, ge=1)
+    """Key and value heads; null = num_heads."""
+    intermediate_size: int | None = Field(default=None, ge=8)
+    """Width of the MLP; null = 8/3 of hidden_size, rounded up to a multiple of 8."""
+    max_length: int = Field(default=256, ge=2)
+    """Longest sequence, tokens."""
+    tokenizer: Literal["characters", "byte_bpe"] = "characters"
+    """"characters": one token per character of the task; "byte_bpe": trained on the task's training texts."""
+    vocab_size: int = Field(default=512, ge=260)
+    """Vocabulary of a byte_bpe tokenizer, special tokens included."""
+
+    @model_validator(mode="after")
+    def _heads(self) -> InitSection:
+        if self.hidden_size % self.num_heads:
+            raise ValueError(f"hidden_size = {self.hidden_size} is not a multiple of num_heads = {self.num_heads}")
+        return self
+
+
+class LoraSection(Section):
+    """Low-rank adapters instead of full fine-tuning."""
+
+    rank: int = Field(ge=1)
+    """Rank of each adapter."""
+    alpha: float = Field(default=64.0, gt=0)
+    """Scale; the update is alpha / rank * B A."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout on the adapter's input."""
+    targets: list[str] | None = Field(default=None, min_length=1)
+    """Module names in the family's own words; each must match at least one module. null = the family's default."""
+
+
+class ModelSection(Section):
+    """Which network."""
+
+    path: str | None = None
+    """Local folder or hub name. Exactly one of ``path`` and ``init``."""
+    init: InitSection | None = None
+    """Make a small model from scratch."""
+    family: str | None = None
+    """Model family (llada, dream, sdar, tiny); null = detected from the checkpoint. Needed with ``init``."""
+    revision: str | None = None
+    """Hub revision."""
+    trust_remote_code: bool = False
+    """Allow a tokenizer's own Python code; model code from the hub is never run."""
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    """Data type of the parameters."""
+    device: str = "auto"
+    """"auto" (cuda if present, else cpu), or a torch device."""
+    block_size: int | None = Field(default=None, ge=1)
+    """Block size of a block-causal family, if the checkpoint does not say."""
+    block_origin: Literal["response", "sequence"] | None = None
+    """Where blocks start in a block-causal family: at the response or at the sequence."""
+    gradient_checkpointing: bool = False
+    """Recompute layers in the backward pass to save memory."""
+    lora: LoraSection | None = None
+    """Train adapters only."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ModelSection:
+        if (self.path is None) == (self.init is None):
+            raise ValueError("give exactly one of model.path (load a checkpoint) and model.init (start from scratch)")
+        return self
+
+
+class DataSection(Section):
+    """Which prompts, and how many."""
+
+    task: Plugin
+    """The task."""
+    prompts_per_step: int = Field(default=16, ge=1)
+    """Prompts (or supervised rows) per optimiser step."""
+    samples_per_prompt: int = Field(default=8, ge=1)
+    """Completions per prompt: the group."""
+    max_prompt_tokens: int | None = Field(default=None, ge=1)
+    """Longer prompts are an error; null = what the model has room for."""
+    system_prompt: str | None = None
+    """Put before every chat prompt."""
+
+
+class SamplingSection(Section):
+    """How completions are decoded while training."""
+
+    max_new_tokens: int = Field(default=256, ge=1)
+    """Length of the completion canvas, tokens."""
+    block_size: int | None = Field(default=None, ge=1)
+    """Decoding block; null = the whole canvas (block-causal families: their own block size)."""
+    tokens_per_step: int = Field(default=1, ge=1)
+    """Positions committed per forward by count-based strategies."""
+    temperature: float = Field(default=1.0, ge=0)
+    """0 = greedy."""
+    top_k: int | None = Field(default=None, ge=1)
+    """Keep the k most likely tokens."""
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    """Keep the smallest set of tokens with this probability."""
+    strategy: Plugin = Plugin(name="low_confidence")
+    """Which positions to commit."""
+
+
+class EngineSection(Section):
+    """What generates rollouts."""
+
+    name: str = "native"
+    """Entry-point name, or "package.module:Name"."""
+    max_batch_tokens: int = Field(default=1 << 16, ge=1)
+    """Tokens per forward at most."""
+
+
+class LearnerSection(Section):
+    """How weights are updated."""
+
+    lr: float = Field(default=1e-6, gt=0)
+    """Peak learning rate."""
+    schedule: Literal["constant", "cosine"] = "cosine"
+    """After the warm-up."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Steps of linear warm-up."""
+    min_lr_ratio: float = Field(default=0.0, ge=0, le=1)
+    """Where the cosine ends, as a share of lr."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Adam's decay rates."""
+    eps: float = Field(default=1e-8, gt=0)
+    """Adam's epsilon."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled weight decay; not applied to vectors (norms, biases)."""
+    max_grad_norm: float | None = Field(default=1.0, gt=0)
+    """Clip the global gradient norm; null = no clipping."""
+    updates_per_step: int = Field(default=1, ge=1)
+    """Optimiser updates on each batch of rollouts (mu); step counts batches."""
+    tokens_per_microbatch: int = Field(default=1 << 14, ge=1)
+    """Padded tokens per forward; the loss does not depend on it."""
+
+
+class RewardsSection(Section):
+    """How reward workers run."""
+
+    workers: int = Field(default=2, ge=1)
+    """Worker processes."""
+    max_failure_fraction: float = Field(default=0.5, ge=0, le=1)
+    """Stop the run if a larger share of a batch could not be judged."""
+    canary: int = Field(default=8, ge=0)
+    """Examples whose gold answer must score full, and a wrong one not, before training starts; 0 = no check."""
+
+
+class EvaluateSection(Section):
+    """Held-out evaluation."""
+
+    every_steps: int | None = Field(default=None, ge=1)
+    """Evaluate every so many steps; null = only at the start and the end."""
+    limit: int | None = Field(default=256, ge=1)
+    """Held-out examples, the first ones of a fixed shuffle; null = all."""
+    temperature: float = Field(default=0.0, ge=0)
+    """0 = greedy."""
+    tokens_per_step: list[int] | None = Field(default=None, min_length=1)
+    """Speeds to evaluate at; null = the training one."""
+    at_start: bool = True
+    """Evaluate before the first step."""
+    at_end: bool = True
+    """Evaluate after the last step."""
+
+
+class CheckpointSection(Section):
+    """When state is saved."""
+
+    every_steps: int | None = Field(default=None, ge=1)
+    """Save every so many steps; null = only at the end."""
+    keep: int = Field(default=2, ge=1)
+    """Newest checkpoints kept."""
+
+
+class Config(Section):
+    """A whole run."""
+
+    run: RunSection
+    model: ModelSection
+    data: DataSection
+    sampling: SamplingSection = SamplingSection()
+    engine: EngineSection = EngineSection()
+    algorithm: Plugin
+    rewards: list[RewardPlugin] | None = None
+    """Reward functions; null = the task's own."""
+    reward_pool: RewardsSection = RewardsSection()
+    learner: LearnerSection = LearnerSection()
+    evaluate: EvaluateSection = EvaluateSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    provenance: dict[str, Any] | None = None
+    """Versions and source revision, written by the run into its resolved configuration; ignored on input."""

@@ -1,0 +1,74 @@
+"""Advantages from rewards, within groups of rows that share a prompt.
+
+All functions take float32 rewards (N,), group numbers (N,) int64 and which rows are included (N,) bool. Excluded rows
+(a verifier failed) get advantage 0 and enter no statistic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+
+def group_mean(reward: Tensor, group: Tensor, included: Tensor) -> Tensor:
+    """(N,) reward minus the mean of its group (Dr. GRPO: no division by the deviation)."""
+    return _centred(reward, group, included)
+
+
+def leave_one_out(reward: Tensor, group: Tensor, included: Tensor) -> Tensor:
+    """(N,) reward minus the mean of the *other* rows of its group: G/(G-1) (R - mean); 0 in groups of one."""
+    size = _group_sum(included.to(reward.dtype), group)
+    scale = torch.where(size > 1, size / (size - 1).clamp(min=1), torch.zeros_like(size))
+    return _centred(reward, group, included) * scale
+
+
+def z_score(reward: Tensor, group: Tensor, included: Tensor) -> Tensor:
+    """(N,) group-centred reward over the population deviation of the group; 0 where all rewards are equal."""
+    centred = _centred(reward, group, included)
+    size = _group_sum(included.to(reward.dtype), group).clamp(min=1)
+    deviation = (_group_sum(centred**2, group) / size).sqrt()
+    # Equal rewards may centre to a rounding error instead of 0: dividing by it would invent a signal.
+    scale = _group_sum((reward.abs() * included), group) / size
+    flat = deviation <= 1e-6 * scale.clamp(min=1e-6)
+    return torch.where(
+        flat, torch.zeros_like(centred), centred / torch.where(flat, torch.ones_like(deviation), deviation)
+    )
+
+
+def per_component(
+    components: Mapping[str, Tensor], weights: Mapping[str, float], group: Tensor, included: Tensor
+) -> Tensor:
+    """(N,) weighted sum of each component's own z-score, so that no component drowns another.
+
+    Args:
+        components: name -> (N,) rewards; NaN (not applicable) counts as the absence of that component.
+        weights: name -> weight, for the components to use.
+        group: (N,) int64.
+        included: (N,) bool.
+    Source: decoupled reward normalisation, LightningRL, arXiv:2603.13319.
+    """
+    total = torch.zeros_like(group, dtype=torch.float32)
+    for name, weight in weights.items():
+        value = components[name]
+        applies = included & ~value.isnan()
+        total = total + weight * z_score(value.nan_to_num(0.0), group, applies)
+    return total
+
+
+def zero_variance_groups(reward: Tensor, group: Tensor, included: Tensor) -> Tensor:
+    """(N,) bool: True for rows whose group gives no signal (all its included rewards are equal, or fewer than two)."""
+    return _group_sum((z_score(reward, group, included) != 0).to(torch.float32), group) == 0
+
+
+def _group_sum(value: Tensor, group: Tensor) -> Tensor:
+    """(N,) sum over each row's group, given back to its rows."""
+    sums = torch.zeros(int(group.max()) + 1, dtype=value.dtype, device=value.device)
+    return sums.index_add_(0, group, value)[group]
+
+
+def _centred(reward: Tensor, group: Tensor, included: Tensor) -> Tensor:
+    weight = included.to(reward.dtype)
+    mean = _group_sum(reward * weight, group) / _group_sum(weight, group).clamp(min=1)  # an empty group has no member
+    return (reward - mean) * weight

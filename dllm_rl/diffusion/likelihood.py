@@ -1,0 +1,159 @@
+"""The one likelihood estimator: l_i = sum_k weight[k, i] log p(x_i | x with mask[k] hidden).
+
+Memory: only positions with a non-zero weight are unembedded, in chunks, with a float32 log-sum-exp that is recomputed
+in the backward pass, so that no (N, L, V) tensor ever exists. Draws are scored in micro-batches of bounded token count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from dllm_rl.protocols import Denoiser
+from dllm_rl.types import LikelihoodEstimate, MaskSample, RolloutBatch
+
+CHUNK_ELEMENTS = 1 << 25  # logits held at once: 2^25 floats are 128 MiB in float32
+
+
+def token_logp(
+    unembed: Callable[[Tensor], Tensor],
+    hidden: Tensor,
+    targets: Tensor,
+    *,
+    vocab_size: int,
+    mask_id: int,
+    chunk_elements: int = CHUNK_ELEMENTS,
+) -> Tensor:
+    """Log-probability of one token per row, without ever holding more than chunk_elements logits.
+
+    The mask token is not a clean token: it has probability zero, here as in sampling.
+
+    Args:
+        unembed: hidden states (m, D) -> logits (m, V).
+        hidden: (M, D) final hidden states.
+        targets: (M,) int64.
+        vocab_size: V.
+        mask_id: id of the mask token.
+        chunk_elements: bound on m * V; more rows are processed in chunks that are recomputed in the backward pass.
+    Returns:
+        (M,) nats: float32, or float64 if the network computes in float64.
+    """
+
+    def of_chunk(rows: Tensor, ids: Tensor) -> Tensor:
+        logits = unembed(rows)
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        logits = logits.index_fill(-1, torch.tensor([mask_id], device=logits.device), float("-inf"))
+        return logits.gather(-1, ids[:, None]).squeeze(-1) - logits.logsumexp(-1)
+
+    size = max(1, chunk_elements // vocab_size)
+    if len(targets) <= size:
+        return of_chunk(hidden, targets)  # the logits of one chunk fit: keep them rather than compute them twice
+    pieces = [
+        checkpoint(of_chunk, rows, ids, use_reentrant=False)
+        for rows, ids in zip(torch.split(hidden, size), torch.split(targets, size), strict=True)
+    ]
+    return torch.cat(pieces)
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """One micro-batch: which (draw, row) pairs to forward, cut to their longest row.
+
+    Attributes:
+        draw: (m,) int64.
+        row: (m,) int64.
+        length: padded length of this micro-batch.
+    """
+
+    draw: Tensor
+    row: Tensor
+    length: int
+
+
+def plan(batch: RolloutBatch, masks: MaskSample, tokens_per_microbatch: int) -> list[Work]:
+    """Split the scored (draw, row) pairs into micro-batches of at most tokens_per_microbatch padded tokens.
+
+    Pairs are sorted by row length so that little padding is computed; draws in which a row scores nothing are dropped.
+    A single row longer than the budget forms a micro-batch of its own.
+    """
+    scored = (masks.weight != 0).any(-1)  # (K, N)
+    draw, row = scored.nonzero(as_tuple=True)
+    lengths = batch.valid.sum(-1)[row]
+    order = lengths.argsort(stable=True)
+    work: list[Work] = []
+    sizes = lengths[order].tolist()
+    start = 0
+    for end in range(1, len(sizes) + 1):
+        full = end == len(sizes) or sizes[end] * (end + 1 - start) > tokens_per_microbatch
+        if full:
+            chosen = order[start:end]
+            work.append(Work(draw[chosen], row[chosen], sizes[end - 1]))
+            start = end
+    return work
+
+
+def score(denoiser: Denoiser, batch: RolloutBatch, masks: MaskSample, work: Work) -> tuple[Tensor, Tensor, Tensor]:
+    """Weighted log-probabilities of one micro-batch, with graph if gradients are enabled.
+
+    Returns:
+        (values, pair, position): values (M,) = weight * log p in nats; pair (M,) indexes work.draw / work.row;
+        position (M,) is the position in the row.
+    """
+    device = denoiser.device
+    cut = slice(0, work.length)
+    tokens = batch.tokens[work.row, cut].to(device)
+    mask = masks.mask[work.draw, work.row, cut].to(device)
+    weight = masks.weight[work.draw, work.row, cut].to(device)
+    valid = batch.valid[work.row, cut].to(device)
+    blocks = None if batch.blocks is None else batch.blocks[work.row, cut].to(device)
+    pair, position = (weight != 0).nonzero(as_tuple=True)
+    hidden = denoiser.hidden(tokens, mask, valid, blocks)
+    logp = token_logp(
+        denoiser.unembed,
+        hidden[pair, position],
+        tokens[pair, position],
+        vocab_size=denoiser.vocab_size,
+        mask_id=denoiser.mask_id,
+    )
+    return weight[pair, position] * logp, pair, position
+
+
+def estimate(
+    denoiser: Denoiser, batch: RolloutBatch, masks: MaskSample, *, tokens_per_microbatch: int = 1 << 14
+) -> LikelihoodEstimate:
+    """The estimate without gradient, for old, reference and diagnostics.
+
+    Args:
+        denoiser: the network.
+        batch: rows.
+        masks: draws, for the same rows.
+        tokens_per_microbatch: bound on padded tokens per forward.
+    Returns:
+        LikelihoodEstimate on the device of the batch.
+    """
+    num_draws, num_rows, _ = masks.mask.shape
+    token: Tensor | None = None
+    draw: Tensor | None = None
+    with torch.no_grad():
+        for values, work, pair, position in _forwards(denoiser, batch, masks, tokens_per_microbatch):
+            if token is None or draw is None:
+                token = torch.zeros(batch.tokens.shape, dtype=values.dtype, device=values.device)
+                draw = torch.zeros(num_draws, num_rows, dtype=values.dtype, device=values.device)
+            row = work.row.to(values.device)[pair]
+            token.index_put_((row, position), values, accumulate=True)
+            draw.index_put_((work.draw.to(values.device)[pair], row), values, accumulate=True)
+    assert token is not None and draw is not None, "samplers refuse rows without completion"
+    device = batch.tokens.device
+    return LikelihoodEstimate(token_logp=token.to(device), draw_logp=num_draws * draw.to(device))
+
+
+def _forwards(
+    denoiser: Denoiser, batch: RolloutBatch, masks: MaskSample, budget: int
+) -> Iterator[tuple[Tensor, Work, Tensor, Tensor]]:
+    for work in plan(batch, masks, budget):
+        values, pair, position = score(denoiser, batch, masks, work)
+        yield values, work, pair, position

@@ -1,0 +1,228 @@
+"""Mask samplers: which noised copies of a completion are scored, and with what weights.
+
+Every likelihood in this code base is  l_i = sum_k weight[k, i] log p(x_i | x with mask[k] hidden).  Two laws hold for
+every sampler and are tested by exact enumeration:
+
+    no peeking           weight[k, i] != 0  implies  mask[k, i]
+    partition of unity   E sum_k weight[k, i] = 1 on the completion, 0 elsewhere
+
+Samplers know only the completion; positions that must be hidden as well (a canvas' tail) are added with
+``MaskSample.hiding``.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dllm_rl.types import MaskSample
+
+
+def fully_masked(
+    completion: Tensor,
+    *,
+    prompt: Tensor | None = None,
+    prompt_mask_rate: float = 0.0,
+    draws: int = 1,
+    generator: torch.Generator | None = None,
+) -> MaskSample:
+    """Hide the whole completion, and each prompt token with a small probability: the mean-field one-step likelihood.
+
+    Args:
+        completion: (N, L) bool; every row needs at least one True.
+        prompt: (N, L) bool; tokens that may be hidden as augmentation (they are never scored).
+        prompt_mask_rate: probability in [0, 1) for each of them.
+        draws: independent prompt maskings K; each completion token is scored in all, weight 1/K.
+        generator: CPU generator; needed if prompt_mask_rate > 0.
+    Returns:
+        MaskSample with K = draws.
+    Source: Zhao et al. 2025 (d1, diffu-GRPO), arXiv:2504.12216.
+    """
+    _check(completion, draws)
+    if not 0 <= prompt_mask_rate < 1:
+        raise ValueError(f"prompt_mask_rate = {prompt_mask_rate}: must be in [0, 1)")
+    mask = completion.expand(draws, *completion.shape)
+    if prompt is not None and prompt_mask_rate > 0:
+        mask = mask | (prompt & (_rand(mask, generator) < prompt_mask_rate))
+    return MaskSample(mask=mask.clone(), weight=completion.expand_as(mask).float() / draws)
+
+
+def bernoulli(
+    completion: Tensor, *, draws: int = 1, t_min: float = 1e-3, t_max: float = 1.0, generator: torch.Generator
+) -> MaskSample:
+    """Hide each token with probability t ~ U[t_min, t_max]; weight 1/t where hidden: the classic ELBO integrand.
+
+    Args:
+        completion: (N, L) bool.
+        draws: K; rates are stratified over the draws of a row (one per K-quantile), weight 1/(K t).
+        t_min: smallest masking rate, > 0 since the weight is 1/t.
+        t_max: largest masking rate, <= 1.
+        generator: CPU generator.
+    Returns:
+        MaskSample with K = draws; a draw may hide nothing.
+    Source: Nie et al. 2025 (LLaDA), arXiv:2502.09992, Eq. 3. No difference from the released code but stratification.
+    """
+    _check(completion, draws)
+    _check_rates(t_min, t_max)
+    t = t_min + (t_max - t_min) * _stratified(completion, draws, generator)  # (K, N, 1)
+    mask = completion & (_rand(completion.expand(draws, *completion.shape), generator) < t)
+    return MaskSample(mask=mask, weight=(mask / t / draws).float())
+
+
+def uniform_count(completion: Tensor, *, draws: int = 1, generator: torch.Generator) -> MaskSample:
+    """Hide n ~ U{1..C} uniformly chosen of the C completion tokens; weight C/n: the any-order ELBO, lower variance.
+
+    Counts are stratified over the draws of a row: n_k = 1 + floor(C (k + u)/K mod C) with one u, so that each n_k alone
+    is uniform and together they cover 1..C evenly.
+
+    Args:
+        completion: (N, L) bool.
+        draws: K; weight C/(K n).
+        generator: CPU generator.
+    Returns:
+        MaskSample with K = draws; every draw hides at least one token of every row.
+    Source: Ou et al. 2025, arXiv:2406.03736 (any-order ELBO); stratification over the samples of one sequence:
+        the LLaDA 1.5 estimator (arXiv:2505.19223) with n_t = K, n_m = 1.
+    """
+    _check(completion, draws)
+    length = completion.sum(-1, keepdim=True)  # (N, 1)
+    count = 1 + (_stratified(completion, draws, generator) * length).floor().long()  # (K, N, 1)
+    count = count.clamp(max=length)  # u rounds up to 1.0 with probability 2^-53
+    mask = completion & (_random_rank(completion, draws, generator) < count)
+    return MaskSample(mask=mask, weight=(mask * (length / count) / draws).float())
+
+
+def complementary_pair(
+    completion: Tensor, *, t_min: float = 0.2, t_max: float = 0.8, pairs: int = 1, generator: torch.Generator
+) -> MaskSample:
+    """Hide M ~ Bernoulli(t) in one copy and its complement in the other: every token is scored exactly once a pair.
+
+        l_i = 1/2 ( 1[i in M]/t + 1[i not in M]/(1 - t) ) log p(x_i | x with its own half hidden),  t ~ U[t_min, t_max]
+
+    Args:
+        completion: (N, L) bool.
+        t_min: smallest masking rate, > 0.
+        t_max: largest masking rate, < 1.
+        pairs: number of independent pairs; each weighs 1/pairs.
+        generator: CPU generator.
+    Returns:
+        MaskSample with K = 2 * pairs; draws 2j and 2j + 1 are complements.
+    Source: Gong et al. 2025 (DiffuCoder, coupled-GRPO), arXiv:2506.20639. The released code adds a fully masked view,
+        whose weights then average 3/2, not 1.
+    """
+    _check(completion, pairs)
+    _check_rates(t_min, t_max)
+    if t_max >= 1:
+        raise ValueError(f"t_max = {t_max}: must be < 1, the complement is weighted by 1/(1 - t)")
+    t = t_min + (t_max - t_min) * _stratified(completion, pairs, generator)  # (P, N, 1)
+    first = completion & (_rand(completion.expand(pairs, *completion.shape), generator) < t)
+    second = completion & ~first
+    mask = torch.stack([first, second], dim=1).flatten(0, 1)
+    weight = torch.stack([first / t, second / (1 - t)], dim=1).flatten(0, 1) / (2 * pairs)
+    return MaskSample(mask=mask, weight=weight.float())
+
+
+def quadrature(completion: Tensor, *, nodes: int, draws: int = 1, generator: torch.Generator) -> MaskSample:
+    """Hide round(t_q C) completion tokens at each Gauss-Legendre node t_q: t is integrated, only the mask is random.
+
+        int_0^1 (1/t) E[ sum_{i in M_t} log p(x_i | x_M) ] dt  ~=  sum_q w_q (C/n_q) sum_{i in M_q} log p(x_i | x_{M_q})
+
+    Args:
+        completion: (N, L) bool.
+        nodes: number of Gauss-Legendre nodes on [0, 1], 1..5.
+        draws: masks per node; each weighs 1/draws.
+        generator: CPU generator.
+    Returns:
+        MaskSample with K = nodes * draws, node-major.
+    Raises:
+        ValueError: nodes outside 1..5, or a row without completion tokens.
+    Source: Rojas et al. 2025 (GDPO), arXiv:2510.08554. Differs from the released code: the weight uses the realised
+        count n_q, not t_q, which is biased by floor(t_q C)/(t_q C).
+    """
+    _check(completion, draws)
+    if not 1 <= nodes <= 5:
+        raise ValueError(f"nodes = {nodes}: must be 1..5")
+    x, w = np.polynomial.legendre.leggauss(nodes)
+    t = torch.from_numpy((x + 1) / 2).repeat_interleave(draws).view(-1, 1, 1)  # (K, 1, 1)
+    node_weight = torch.from_numpy(w / 2).repeat_interleave(draws).view(-1, 1, 1) / draws
+    length = completion.sum(-1, keepdim=True)
+    count = (t.to(completion.device) * length).round().long().clamp(min=1)  # (K, N, 1)
+    mask = completion & (_random_rank(completion, len(t), generator) < count)
+    weight = mask * (length / count) * node_weight.to(completion.device)
+    return MaskSample(mask=mask, weight=weight.float())
+
+
+def along_trajectory(unmask_step: Tensor, completion: Tensor, *, blocks: Tensor | None = None) -> MaskSample:
+    """Replay a rollout: token i is scored in the state right before the forward that committed it.
+
+    Full attention: draw k hides what was still hidden at the k-th distinct step. Block-causal models: blocks do not see
+    each other's noise, so draw k replays the k-th distinct step of *every* block at once (K <= block size).
+
+    Args:
+        unmask_step: (N, L) int64; negative where given, larger than every step where never decoded.
+        completion: (N, L) bool, the scored positions.
+        blocks: (N, L) int64 block numbers for block-causal models, None for full attention.
+    Returns:
+        MaskSample with K = the largest number of distinct steps (in any block) over the batch; the weight is one at
+        the committing step, so every completion token is scored exactly once and sum_k weight = 1 without noise.
+    Source: Wang et al. 2025 (TraceRL), arXiv:2509.06949, without merged steps.
+    """
+    _check(completion, 1)
+    if bool((completion & (unmask_step < 0)).any()):
+        raise ValueError(
+            "along_trajectory: a completion token has no unmask step; the batch does not come from rollouts"
+        )
+    # Only scored steps make a draw. Hidden but unscored positions (the tail after EOS) join the last one before them.
+    scope = torch.zeros_like(unmask_step) if blocks is None else blocks
+    rank = _dense_rank(unmask_step, completion, scope)
+    num_draws = int(rank[completion].max()) + 1
+    step = torch.arange(num_draws, device=completion.device)[:, None, None]
+    generated = unmask_step >= 0
+    mask = generated & (rank >= step)
+    return MaskSample(mask=mask, weight=(completion & (rank == step)).float())
+
+
+def _dense_rank(step: Tensor, scored: Tensor, scope: Tensor) -> Tensor:
+    """(N, L) number, minus one, of distinct scored steps in the position's row and scope that are not after its own."""
+    num_rows, length = step.shape
+    cap = int(step[scored].max()) + 1  # every later step counts as this one
+    scope = scope - scope.min()
+    row = torch.arange(num_rows, device=step.device)[:, None]
+    base = (row * (scope.max() + 1) + scope) * (cap + 1)  # (row, scope, step) as one sortable number
+    distinct = torch.unique((base + step)[scored])
+    not_after = torch.searchsorted(distinct, (base + step.clamp(0, cap)).flatten(), right=True)
+    return (not_after - torch.searchsorted(distinct, base.flatten()) - 1).view(num_rows, length)
+
+
+def _check(completion: Tensor, draws: int) -> None:
+    if completion.dim() != 2 or completion.dtype != torch.bool:
+        raise ValueError(f"completion must be (N, L) bool, got {tuple(completion.shape)} {completion.dtype}")
+    if draws < 1:
+        raise ValueError(f"draws = {draws}: must be at least 1")
+    empty = ~completion.any(-1)
+    if bool(empty.any()):
+        raise ValueError(f"row {int(empty.nonzero()[0])} has no completion token to score")
+
+
+def _check_rates(t_min: float, t_max: float) -> None:
+    if not 0 < t_min <= t_max <= 1:
+        raise ValueError(f"t_min = {t_min}, t_max = {t_max}: need 0 < t_min <= t_max <= 1")
+
+
+def _rand(like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Float64 uniforms drawn on the CPU (the same on every device) and moved to where the batch lives."""
+    return torch.rand(like.shape, generator=generator, dtype=torch.float64).to(like.device)
+
+
+def _stratified(completion: Tensor, draws: int, generator: torch.Generator) -> Tensor:
+    """(K, N, 1) float64; each uniform on [0, 1), one in every K-quantile of a row, in random rotation."""
+    u = torch.rand(1, len(completion), 1, generator=generator, dtype=torch.float64)
+    k = torch.arange(draws, dtype=torch.float64).view(-1, 1, 1)
+    return ((u + k / draws) % 1.0).to(completion.device)
+
+
+def _random_rank(completion: Tensor, draws: int, generator: torch.Generator) -> Tensor:
+    """(K, N, L) rank of each completion token in an independent random order per draw; others rank last."""
+    u = _rand(completion.expand(draws, *completion.shape), generator).masked_fill(~completion, 2.0)
+    return u.argsort(-1).argsort(-1)

@@ -1,0 +1,127 @@
+"""Policy-gradient surrogates, divergences and named reductions, all element-wise in float32.
+
+A *log ratio* here is the difference of two likelihood estimates under the same draws; for an ELBO it is not the log
+of an importance ratio, which is why diagnostics report its spread.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from dllm_rl.types import Experience, LikelihoodEstimate, Loss
+
+Divergence = Literal["k1", "k2", "k3"]
+Reduction = Literal["token_mean", "sequence_mean", "sequence_sum"]
+
+
+def clipped(log_ratio: Tensor, advantage: Tensor, epsilon_low: float, epsilon_high: float | None = None) -> Tensor:
+    """min(r A, clip(r, 1 - epsilon_low, 1 + epsilon_high) A), to be maximised; r = exp(log_ratio).
+
+    Args:
+        log_ratio: (...) nats.
+        advantage: broadcasts with log_ratio.
+        epsilon_low: clip half-width below 1.
+        epsilon_high: above 1; None = epsilon_low.
+    Source: Schulman et al. 2017, arXiv:1707.06347, Eq. 7.
+    """
+    ratio = log_ratio.exp()
+    high = epsilon_low if epsilon_high is None else epsilon_high
+    return torch.minimum(ratio * advantage, ratio.clamp(1 - epsilon_low, 1 + high) * advantage)
+
+
+def clip_active(log_ratio: Tensor, advantage: Tensor, epsilon_low: float, epsilon_high: float | None = None) -> Tensor:
+    """Bool: where the clip removes the gradient (ratio beyond the bound on the side the advantage pushes to)."""
+    high = epsilon_low if epsilon_high is None else epsilon_high
+    ratio = log_ratio.exp()
+    return ((advantage > 0) & (ratio > 1 + high)) | ((advantage < 0) & (ratio < 1 - epsilon_low))
+
+
+def divergence(new: Tensor, reference: Tensor, kind: Divergence) -> Tensor:
+    """An estimate of KL(new || reference) at samples of new; d = new - reference, nats.
+
+    k1 = d (unbiased, noisy),  k2 = d^2/2 (biased, right gradient),  k3 = exp(-d) - 1 + d (unbiased, non-negative).
+    On sums over a sequence use k2: k3 explodes there and k1's gradient has mean zero (ESPO, arXiv:2512.03759).
+
+    Source: Schulman 2020, "Approximating KL divergence".
+    """
+    d = new - reference
+    if kind == "k1":
+        return d
+    if kind == "k2":
+        return d.square() / 2
+    if kind == "k3":
+        return torch.expm1(-d) + d
+    raise ValueError(f"divergence = {kind!r}: must be one of {', '.join(get_args(Divergence))}")
+
+
+def reduce(value: Tensor, where: Tensor, kind: Reduction, *, num_tokens: int, num_rows: int) -> Tensor:
+    """Sum of value over scored tokens divided by a *global* count, so that shards and micro-batches add up.
+
+    token_mean     sum / num_tokens          long completions weigh more
+    sequence_mean  sum of row means / num_rows
+    sequence_sum   sum / num_rows            every token weighs the same in every row (Dr. GRPO without a length bias)
+
+    Args:
+        value: (N, L).
+        where: (N, L) bool.
+        kind: one of the above.
+        num_tokens: scored tokens over the whole global batch.
+        num_rows: rows over the whole global batch.
+    """
+    masked = torch.where(
+        where, value, torch.zeros_like(value)
+    )  # not value * where: inf or NaN off the mask must not leak
+    if kind == "token_mean":
+        return masked.sum() / num_tokens
+    if kind == "sequence_mean":
+        return (masked.sum(-1) / where.sum(-1).clamp(min=1)).sum() / num_rows
+    if kind == "sequence_sum":
+        return masked.sum() / num_rows
+    raise ValueError(f"reduction = {kind!r}: must be one of {', '.join(get_args(Reduction))}")
+
+
+def clipped_loss(
+    new: LikelihoodEstimate,
+    experience: Experience,
+    *,
+    epsilon: float,
+    beta: float,
+    reduction: Reduction,
+    anchor: LikelihoodEstimate | None = None,
+) -> Loss:
+    """The token-level GRPO loss, with the diagnostics that tell whether its log-ratios can be trusted.
+
+        loss = - reduce( min(r A, clip(r, 1 - epsilon, 1 + epsilon) A) - beta k3(l_new, l_anchor) )
+        r = exp(l_new - l_old)
+
+    Args:
+        new: current policy.
+        experience: old policy, advantages, counts.
+        epsilon: clip half-width.
+        beta: weight of the divergence, per token; 0 = no anchor is read.
+        reduction: how tokens become a scalar.
+        anchor: what the divergence is taken to; None = experience.reference.
+    """
+    where = experience.batch.completion
+    advantage = experience.advantage if experience.advantage.dim() == 2 else experience.advantage[:, None]
+    log_ratio = new.token_logp - experience.old.token_logp
+    gain = clipped(log_ratio, advantage, epsilon)
+
+    def mean(value: Tensor, kind: Reduction = "token_mean") -> Tensor:
+        return reduce(value, where, kind, num_tokens=experience.num_tokens, num_rows=experience.num_rows)
+
+    metrics = {
+        "clip_fraction": mean(clip_active(log_ratio, advantage, epsilon).float()),
+        "log_ratio_mean": mean(log_ratio.detach()),
+        "log_ratio_square": mean(log_ratio.detach().square()),
+    }
+    if beta > 0:
+        target = experience.reference if anchor is None else anchor
+        assert target is not None, "beta > 0 means needs_reference"
+        kl = divergence(new.token_logp, target.token_logp, "k3")
+        metrics["kl"] = mean(kl.detach())
+        gain = gain - beta * kl
+    return Loss(-mean(gain, reduction), metrics)
