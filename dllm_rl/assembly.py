@@ -1,0 +1,249 @@
+"""Builds the parts of a run from its configuration, refusing combinations that cannot work before anything starts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dllm_rl import registry, seeding
+from dllm_rl.config.plugins import build
+from dllm_rl.config.schema import Config, RewardPlugin
+from dllm_rl.data.prompts import encode, encode_completion
+from dllm_rl.data.source import PromptSource
+from dllm_rl.learner.torch_learner import TorchLearner
+from dllm_rl.models.create import create_denoiser
+from dllm_rl.models.denoiser import TransformersDenoiser
+from dllm_rl.models.loading import load_denoiser, save_denoiser
+from dllm_rl.models.lora import add_lora
+from dllm_rl.models.tokenizers import byte_bpe_tokenizer, character_tokenizer
+from dllm_rl.protocols import Algorithm, RolloutEngine, Task
+from dllm_rl.runtime.reward_pool import RewardPool, RewardSpec
+from dllm_rl.types import Example, Prompt, Sampling
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """Everything that the training loop holds.
+
+    Attributes:
+        task: the task.
+        tokenizer: of the model.
+        engine: shares the learner's denoiser in one process.
+        algorithm: the method.
+        learner: owns the weights.
+        pool: reward workers, or None for supervised training on a task without rewards.
+        source: prompts of each step.
+        demonstrations: uid -> reference completion tokens, for algorithms that train on them.
+        held_out: prompts for evaluation.
+        sampling: decoding while training.
+        eval_samplings: decoding of each held-out evaluation.
+    """
+
+    task: Task
+    tokenizer: Any
+    engine: RolloutEngine
+    algorithm: Algorithm
+    learner: TorchLearner
+    pool: RewardPool | None
+    source: PromptSource[Prompt]
+    demonstrations: Mapping[str, Sequence[int]]
+    held_out: Sequence[Prompt]
+    sampling: Sampling
+    eval_samplings: Sequence[Sampling]
+
+
+def assemble(config: Config, folder: Path) -> Parts:
+    """Build every part.
+
+    Args:
+        config: the validated configuration.
+        folder: the run folder; a model made from scratch is kept in its ``initial`` folder.
+    Raises:
+        ValueError: an option, file or combination that cannot work, in one line.
+    """
+    if config.run.threads is not None:
+        torch.set_num_threads(config.run.threads)
+    algorithm: Algorithm = build("algorithms", config.algorithm.name, config.algorithm.options)
+    strategy = build("strategies", config.sampling.strategy.name, config.sampling.strategy.options)
+    task: Task = build("tasks", config.data.task.name, config.data.task.options)
+    _check_source(config, algorithm, task)
+    if algorithm.replays_trajectory and strategy.revises:
+        raise ValueError(
+            f"algorithm '{config.algorithm.name}' replays trajectories, but strategy '{config.sampling.strategy.name}' "
+            f"revises committed tokens; choose another of the two"
+        )
+    sampling = _sampling(config)
+    train_examples = task.examples("train")
+    denoiser, tokenizer = _model(config, folder, task, train_examples)
+    room = denoiser.max_length - sampling.max_new_tokens
+    if room < 1:
+        raise ValueError(
+            f"sampling.max_new_tokens = {sampling.max_new_tokens} leaves no room for a prompt: the model takes "
+            f"{denoiser.max_length} tokens"
+        )
+    limit = min(room, config.data.max_prompt_tokens or room)
+
+    def tokenised(examples: Sequence[Example]) -> list[Prompt]:
+        system = config.data.system_prompt
+        return [encode(e, tokenizer, max_prompt_tokens=limit, system_prompt=system) for e in examples]
+
+    seed = config.run.seed
+    prompts = tokenised(train_examples)
+    held_out = _held_out(config, task)
+    demonstrations: dict[str, Sequence[int]] = {}
+    if algorithm.source == "demonstrations":
+        demonstrations = {e.uid: _demonstration(e, tokenizer) for e in train_examples}
+    engine_class = registry.load("engines", config.engine.name)
+    learner = TorchLearner(
+        denoiser,
+        tokenizer,
+        config.learner,
+        total_steps=config.run.steps,
+        seed=seed,
+        keep_reference=algorithm.needs_reference,
+        dump_folder=folder / "dumps",
+    )
+    engine = engine_class(
+        denoiser, strategy, weights=learner.version(), max_batch_tokens=config.engine.max_batch_tokens
+    )
+    return Parts(
+        task=task,
+        tokenizer=tokenizer,
+        engine=engine,
+        algorithm=algorithm,
+        learner=learner,
+        pool=_pool(config, task),
+        source=PromptSource(prompts, config.data.prompts_per_step, seed),
+        demonstrations=demonstrations,
+        held_out=tokenised(held_out),
+        sampling=sampling,
+        eval_samplings=_eval_samplings(config, sampling),
+    )
+
+
+def reward_plugins(config: Config, task: Task) -> list[RewardPlugin]:
+    """The rewards of the configuration, or the task's own."""
+    if config.rewards is not None:
+        return config.rewards
+    return [RewardPlugin(name=name) for name in task.rewards]
+
+
+def _check_source(config: Config, algorithm: Algorithm, task: Task) -> None:
+    if algorithm.source == "pairs":
+        raise ValueError(
+            f"algorithm '{config.algorithm.name}' trains on preference pairs, which train does not feed yet"
+        )
+    if algorithm.source != "rollouts":
+        return
+    if not reward_plugins(config, task):
+        raise ValueError(f"task '{config.data.task.name}' has no rewards of its own; list some under 'rewards:'")
+    if config.sampling.temperature == 0 and config.data.samples_per_prompt > 1:
+        raise ValueError(
+            "sampling.temperature = 0 makes all samples of a prompt the same and every advantage 0; "
+            "set sampling.temperature to 1.0, or data.samples_per_prompt to 1"
+        )
+
+
+def _sampling(config: Config) -> Sampling:
+    s = config.sampling
+    return Sampling(
+        max_new_tokens=s.max_new_tokens,
+        block_size=s.block_size,
+        tokens_per_step=s.tokens_per_step,
+        temperature=s.temperature,
+        top_k=s.top_k,
+        top_p=s.top_p,
+    )
+
+
+def _eval_samplings(config: Config, sampling: Sampling) -> list[Sampling]:
+    speeds = config.evaluate.tokens_per_step or [sampling.tokens_per_step]
+    return [
+        Sampling(
+            max_new_tokens=sampling.max_new_tokens,
+            block_size=sampling.block_size,
+            tokens_per_step=speed,
+            temperature=config.evaluate.temperature,
+        )
+        for speed in speeds
+    ]
+
+
+def _model(config: Config, folder: Path, task: Task, examples: Sequence[Example]) -> tuple[TransformersDenoiser, Any]:
+    m = config.model
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}[m.dtype]
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if m.device == "auto" else m.device
+    initial = folder / "initial"
+    if m.init is not None and not initial.exists():
+        if m.family is None:
+            raise ValueError("model.init needs model.family: llada, dream, sdar or tiny")
+        tokenizer = _tokenizer(m.init.tokenizer, m.init.vocab_size, task, examples)
+        made = create_denoiser(
+            m.family,
+            tokenizer,
+            hidden_size=m.init.hidden_size,
+            num_layers=m.init.num_layers,
+            num_heads=m.init.num_heads,
+            num_kv_heads=m.init.num_kv_heads,
+            intermediate_size=m.init.intermediate_size,
+            max_length=m.init.max_length,
+            block_size=m.block_size,
+            block_origin=m.block_origin or "response",
+            seed=seeding.derive(config.run.seed, "model"),
+        )
+        save_denoiser(made, tokenizer, initial)
+    denoiser, tokenizer = load_denoiser(
+        str(initial) if m.path is None else m.path,
+        family=m.family,
+        dtype=dtype,
+        device=device,
+        revision=m.revision,
+        block_size=m.block_size,
+        block_origin=m.block_origin,
+        trust_remote_code=m.trust_remote_code,
+    )
+    if m.lora is not None:
+        lora = m.lora
+        seed = seeding.derive(config.run.seed, "lora")
+        add_lora(denoiser, rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout, targets=lora.targets, seed=seed)
+    if m.gradient_checkpointing:
+        denoiser.module.gradient_checkpointing_enable()
+    return denoiser, tokenizer
+
+
+def _tokenizer(kind: str, vocab_size: int, task: Task, examples: Sequence[Example]) -> Any:
+    texts = [_text(e.prompt) + (e.completion or "") for e in examples]
+    if kind == "characters":
+        return character_tokenizer("".join(sorted({c for text in texts for c in text} | set(task.characters))))
+    return byte_bpe_tokenizer(texts, vocab_size)
+
+
+def _text(prompt: str | list[dict[str, str]]) -> str:
+    return prompt if isinstance(prompt, str) else "\n".join(message["content"] for message in prompt)
+
+
+def _demonstration(example: Example, tokenizer: Any) -> Sequence[int]:
+    if example.completion is None:
+        raise ValueError(
+            f"example '{example.uid}' has no completion to train on; supervised training needs one per row"
+        )
+    return encode_completion(example.completion, tokenizer)
+
+
+def _held_out(config: Config, task: Task) -> Sequence[Example]:
+    examples = task.examples("test")
+    order = list(range(len(examples)))
+    seeding.python_random(0, "held-out").shuffle(order)  # not the run's seed: runs are compared on the same examples
+    return [examples[i] for i in order[: config.evaluate.limit]]
+
+
+def _pool(config: Config, task: Task) -> RewardPool | None:
+    plugins = reward_plugins(config, task)
+    if not plugins:
+        return None
+    specs = [RewardSpec(name=p.name, weight=p.weight, timeout_s=p.timeout_s, options=p.options) for p in plugins]
+    return RewardPool(specs, num_workers=config.reward_pool.workers)

@@ -1,0 +1,124 @@
+"""Held-out accuracy and speed of a model, with a confidence interval."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from dllm_rl.data.collate import completion_texts
+from dllm_rl.evaluation.intervals import wilson
+from dllm_rl.protocols import RolloutEngine
+from dllm_rl.runtime.judge import judge
+from dllm_rl.runtime.reward_pool import RewardPool
+from dllm_rl.types import Prompt, Sampling
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """Figures of one decoding setting.
+
+    Attributes:
+        tokens_per_step: positions committed per forward that were asked for.
+        success: share of judged examples that are solved.
+        low: lower end of the 95% interval of success.
+        high: upper end.
+        judged: examples with a verdict.
+        failed: examples whose verifier failed; not part of any figure.
+        components: mean of each reward component.
+        tokens_per_forward: completion tokens per denoising forward, over all examples.
+        seconds: wall time.
+        solved: per example, 1 or 0, or None where the verifier failed; for paired comparisons.
+    """
+
+    tokens_per_step: int
+    success: float
+    low: float
+    high: float
+    judged: int
+    failed: int
+    components: dict[str, float]
+    tokens_per_forward: float
+    seconds: float
+    solved: tuple[int | None, ...]
+
+    def metrics(self) -> dict[str, float]:
+        """For metrics.jsonl."""
+        prefix = f"eval/{self.tokens_per_step}_per_step"
+        return {
+            f"{prefix}/success": self.success,
+            f"{prefix}/success_low": self.low,
+            f"{prefix}/success_high": self.high,
+            f"{prefix}/judged": self.judged,
+            f"{prefix}/tokens_per_forward": self.tokens_per_forward,
+            **{f"{prefix}/{name}": value for name, value in self.components.items()},
+        }
+
+    def summary(self) -> dict[str, Any]:
+        """Everything but the per-example record."""
+        return {k: v for k, v in asdict(self).items() if k != "solved"}
+
+
+def evaluate(
+    engine: RolloutEngine,
+    pool: RewardPool,
+    prompts: Sequence[Prompt],
+    tokenizer: Any,
+    sampling: Sampling,
+    *,
+    success: str,
+    seed: int,
+    chunk: int = 128,
+    advance: Callable[[int, str], None] = lambda done, note: None,
+) -> Evaluation:
+    """Decode one completion per prompt and judge it.
+
+    Args:
+        engine: with the weights to evaluate.
+        pool: reward workers.
+        prompts: held-out prompts.
+        tokenizer: to decode completions.
+        sampling: temperature 0 for greedy.
+        success: the component that means "solved" when it reaches 1.
+        seed: for sampled decoding.
+        chunk: prompts per call of the engine.
+        advance: told how many prompts have finished.
+    Raises:
+        ValueError: no prompts, or not one of them could be judged.
+    """
+    if not prompts:
+        raise ValueError("evaluation needs at least one held-out example; the task's test split is empty")
+    started = time.perf_counter()
+    solved: list[int | None] = []
+    values: dict[str, list[float]] = {}
+    tokens = forwards = 0
+    for begin in range(0, len(prompts), chunk):
+        part = prompts[begin : begin + chunk]
+        trajectories = engine.generate(part, sampling, seed=seed)
+        texts = completion_texts(trajectories, tokenizer)
+        rewards = judge(pool, part, texts, [t.completion_length for t in trajectories])
+        tokens += sum(t.completion_length for t in trajectories)
+        forwards += sum(t.num_forwards for t in trajectories)
+        for row, included in enumerate(rewards.included.tolist()):
+            solved.append(int(rewards.components[success][row] >= 1) if included else None)
+            for name, value in rewards.components.items():
+                if included and not value[row].isnan():
+                    values.setdefault(name, []).append(value[row].item())
+        advance(len(part), "")
+    judged = [s for s in solved if s is not None]
+    if not judged:
+        raise ValueError(f"no completion could be judged; last failure: {pool.failures[-1] if pool.failures else '?'}")
+    low, high = wilson(sum(judged), len(judged))
+    return Evaluation(
+        tokens_per_step=sampling.tokens_per_step,
+        success=sum(judged) / len(judged),
+        low=low,
+        high=high,
+        judged=len(judged),
+        failed=len(solved) - len(judged),
+        components={name: sum(v) / len(v) for name, v in values.items()},
+        tokens_per_forward=tokens / max(forwards, 1),  # every canvas fully injected: no forward at all
+        seconds=time.perf_counter() - started,
+        solved=tuple(solved),
+    )

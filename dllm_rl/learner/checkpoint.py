@@ -1,0 +1,122 @@
+"""Checkpoints: complete or absent, never half-written, and refused by name when a byte has changed.
+
+<run>/checkpoints/step-000040/
+    model/          weights in the family's own layout (or the adapter), and the tokenizer
+    optimizer.pt    optimiser state and step
+    state.json      counters
+    manifest.json   SHA-256 of every other file
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+_NAME = re.compile(r"step-(\d{6,})$")
+
+
+def write(root: Path, step: int, state: Mapping[str, Any], fill: Callable[[Path], None], *, keep: int) -> Path:
+    """Write a checkpoint atomically: temporary folder, fsync, manifest, rename.
+
+    Args:
+        root: the run's ``checkpoints`` folder.
+        step: finished optimiser steps.
+        state: JSON counters.
+        fill: writes model and learner files into the folder it is given.
+        keep: older checkpoints beyond this many are removed, after the new one is in place.
+    Returns:
+        the folder.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    final = root / f"step-{step:06d}"
+    temporary = root / f".writing-{final.name}"
+    if temporary.exists():
+        shutil.rmtree(temporary)  # left by a run that was killed while writing
+    temporary.mkdir()
+    fill(temporary)
+    (temporary / "state.json").write_text(json.dumps({"step": step, **state}, indent=1), encoding="utf-8")
+    files = sorted(p for p in temporary.rglob("*") if p.is_file())
+    manifest = {str(p.relative_to(temporary)): _digest(p) for p in files}
+    (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    for path in [*files, temporary / "manifest.json", *(p for p in temporary.rglob("*") if p.is_dir()), temporary]:
+        _fsync(path)
+    if final.exists():  # the same step again after a resume: the new one replaces it in one rename
+        stale = root / f".stale-{final.name}"
+        final.rename(stale)
+        temporary.rename(final)
+        shutil.rmtree(stale)
+    else:
+        temporary.rename(final)
+    _fsync(root)
+    for old in names(root)[:-keep]:
+        shutil.rmtree(root / old)
+    return final
+
+
+def names(root: Path) -> list[str]:
+    """Complete checkpoints, oldest first."""
+    found = [(int(m.group(1)), p.name) for p in root.glob("step-*") if (m := _NAME.match(p.name))]
+    return [name for _, name in sorted(found)]
+
+
+def find(root: Path, name: str | None) -> Path:
+    """A verified checkpoint: the named one, or the newest.
+
+    Raises:
+        ValueError: there is none, or it is damaged (the file is named, and the checkpoint before it).
+    """
+    known = names(root)
+    if not known:
+        raise ValueError(f"no checkpoint in '{root}'; start without --resume")
+    if name is not None and name not in known:
+        raise ValueError(f"no checkpoint '{name}' in '{root}'; there are {', '.join(known)}")
+    chosen = name or known[-1]
+    problem = damage(root / chosen)
+    if problem is not None:
+        earlier = known[: known.index(chosen)]
+        hint = f"to go on from the one before, use --from {earlier[-1]}" if earlier else "there is no earlier one"
+        raise ValueError(f"checkpoint '{root / chosen}' is damaged: {problem}; {hint}")
+    return root / chosen
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint: the first file that is missing or differs from the manifest, or None."""
+    manifest_path = folder / "manifest.json"
+    if not manifest_path.is_file():
+        return "manifest.json is missing"
+    try:
+        manifest: dict[str, str] = json.loads(manifest_path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError:
+        return "manifest.json is not JSON"
+    for name, digest in manifest.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if _digest(path) != digest:
+            return f"{name} has changed since it was written"
+    return None
+
+
+def state(folder: Path) -> dict[str, Any]:
+    """The counters of a checkpoint."""
+    loaded: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    return loaded
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,226 @@
+"""The learner on plain torch: one process, CPU or one GPU.
+
+Memory does not grow with the number of draws. A loss is a function of l = sum_k weight_k log p_k, so its gradient is
+taken in two phases (exact, one micro-batch's graph alive at a time):
+
+    1. l without a graph;  c = dLoss/dl, element-wise (N, L)
+    2. for each micro-batch of (draw, row) pairs: backward of  sum c * weight * log p
+
+When everything fits one micro-batch, phase 1 keeps its graph and phase 2 disappears.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import hashlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dllm_rl import seeding
+from dllm_rl.config.schema import LearnerSection
+from dllm_rl.diffusion import likelihood
+from dllm_rl.learner.schedule import learning_rate
+from dllm_rl.models.denoiser import TransformersDenoiser
+from dllm_rl.models.loading import load_weights, save_denoiser
+from dllm_rl.models.lora import load_adapter, reference_weights, save_adapter
+from dllm_rl.protocols import Algorithm
+from dllm_rl.types import Experience, LikelihoodEstimate, Loss, MaskSample, Rewards, RolloutBatch, WeightsVersion
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or the gradient is NaN or infinite; the batch has been written to disk."""
+
+
+class TorchLearner:
+    """Owns the trained weights and the optimiser.
+
+    Attributes:
+        step: finished optimiser steps (batches).
+    """
+
+    def __init__(
+        self,
+        denoiser: TransformersDenoiser,
+        tokenizer: Any,
+        config: LearnerSection,
+        *,
+        total_steps: int,
+        seed: int,
+        keep_reference: bool,
+        dump_folder: Path,
+    ) -> None:
+        """Take over a denoiser.
+
+        Args:
+            denoiser: trained in place; engines in this process share it.
+            tokenizer: saved beside the weights.
+            config: optimiser settings.
+            total_steps: length of the run, for the schedule.
+            seed: run seed, for dropout.
+            keep_reference: hold a frozen copy (with LoRA: the base below the adapter, which costs nothing).
+            dump_folder: where the batch of a non-finite loss goes.
+        """
+        self.denoiser = denoiser
+        self.step = 0
+        self._tokenizer = tokenizer
+        self._config, self._total_steps, self._seed, self._dump_folder = config, total_steps, seed, dump_folder
+        self._trained = [(n, p) for n, p in denoiser.module.named_parameters() if p.requires_grad]
+        decayed = [p for _, p in self._trained if p.dim() >= 2]
+        others = [p for _, p in self._trained if p.dim() < 2]
+        groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+        self._optimizer = torch.optim.AdamW([g for g in groups if g["params"]], config.lr, config.betas, config.eps)
+        self._reference: TransformersDenoiser | None = None
+        if keep_reference and not denoiser.has_adapter:
+            self._reference = copy.deepcopy(denoiser)
+            self._reference.module.requires_grad_(False)
+
+    def score(self, batch: RolloutBatch, masks: MaskSample, *, reference: bool = False) -> LikelihoodEstimate:
+        """Likelihoods without gradient under the current weights, or the frozen reference."""
+        denoiser = self._reference if reference and self._reference is not None else self.denoiser
+        with _evaluating(denoiser), reference_weights(denoiser) if reference else contextlib.nullcontext():
+            return likelihood.estimate(denoiser, batch, masks, tokens_per_microbatch=self._config.tokens_per_microbatch)
+
+    def update(
+        self,
+        batch: RolloutBatch,
+        rewards: Rewards,
+        advantage: Tensor,
+        masks: MaskSample,
+        algorithm: Algorithm,
+        *,
+        reference: LikelihoodEstimate | None,
+    ) -> dict[str, float]:
+        """updates_per_step optimiser updates on one batch; the old policy is the one that enters.
+
+        Raises:
+            NonFiniteError: non-finite loss or gradient; weights are those before the update, the batch is on disk.
+        """
+        seeding.seed_everything(seeding.derive(self._seed, "update", self.step))  # dropout of adapters
+        lr = learning_rate(self.step, self._total_steps, self._config)
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        metrics: dict[str, float] = {}
+        old: LikelihoodEstimate | None = None
+        for _ in range(self._config.updates_per_step):
+            self._optimizer.zero_grad(set_to_none=True)
+            new, alive = self._current(batch, masks)
+            if old is None:
+                old = LikelihoodEstimate(token_logp=new.token_logp.detach().clone(), draw_logp=new.draw_logp)
+            experience = Experience(
+                batch=batch,
+                rewards=rewards,
+                advantage=advantage,
+                masks=masks,
+                old=old,
+                reference=reference,
+                num_tokens=int(batch.completion.sum()),
+                num_rows=len(batch),
+            )
+            loss = algorithm.loss(new, experience)
+            self._require_finite("loss", loss.value, experience)
+            if alive:
+                loss.value.backward()
+            else:
+                self._second_phase(batch, masks, loss, new)
+            parameters = [p for _, p in self._trained]
+            norm = torch.nn.utils.clip_grad_norm_(parameters, self._config.max_grad_norm or float("inf"))
+            self._require_finite("gradient norm", norm, experience)
+            self._optimizer.step()
+            metrics = {"loss": loss.value.item(), "grad_norm": norm.item(), "lr": lr}
+            metrics |= {name: value.item() for name, value in loss.metrics.items()}
+        self.step += 1
+        return metrics
+
+    def _current(self, batch: RolloutBatch, masks: MaskSample) -> tuple[LikelihoodEstimate, bool]:
+        """The current policy's estimate, and whether its graph reaches the weights (one micro-batch) or is a leaf."""
+        work = likelihood.plan(batch, masks, self._config.tokens_per_microbatch)
+        if len(work) > 1:
+            estimate = self.score(batch, masks)
+            return dataclasses.replace(estimate, token_logp=estimate.token_logp.requires_grad_()), False
+        self.denoiser.module.train()
+        values, pair, position = likelihood.score(self.denoiser, batch, masks, work[0])
+        row = work[0].row.to(values.device)[pair]
+        token = torch.zeros(batch.tokens.shape, dtype=values.dtype, device=values.device)
+        token = token.index_put((row, position), values, accumulate=True).to(batch.tokens.device)
+        num_draws = len(masks.mask)
+        draw = torch.zeros(num_draws, len(batch), dtype=values.dtype, device=values.device)
+        draw.index_put_((work[0].draw.to(values.device)[pair], row), values.detach(), accumulate=True)
+        return LikelihoodEstimate(token_logp=token, draw_logp=num_draws * draw.to(batch.tokens.device)), True
+
+    def _second_phase(self, batch: RolloutBatch, masks: MaskSample, loss: Loss, new: LikelihoodEstimate) -> None:
+        (coefficient,) = torch.autograd.grad(loss.value, new.token_logp)
+        # Tokens that the loss does not depend on (zero advantage, say) are not forwarded again: their gradient is zero.
+        needed = MaskSample(mask=masks.mask, weight=masks.weight * (coefficient != 0).cpu())
+        self.denoiser.module.train()
+        for work in likelihood.plan(batch, needed, self._config.tokens_per_microbatch):
+            values, pair, position = likelihood.score(self.denoiser, batch, needed, work)
+            row = work.row.to(values.device)[pair]
+            (values * coefficient.to(values.device)[row, position]).sum().backward()
+
+    def _require_finite(self, what: str, value: Tensor, experience: Experience) -> None:
+        if bool(torch.isfinite(value)):
+            return
+        path = self._dump_folder / f"non-finite-step-{self.step:06d}.pt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        batch = {f.name: getattr(experience.batch, f.name) for f in dataclasses.fields(RolloutBatch)}
+        torch.save(
+            {
+                "batch": batch,
+                "advantage": experience.advantage,
+                "mask": experience.masks.mask,
+                "weight": experience.masks.weight,
+                "old": experience.old.token_logp,
+                "reference": None if experience.reference is None else experience.reference.token_logp,
+            },
+            path,
+        )
+        raise NonFiniteError(
+            f"{what} is {value.item()} at step {self.step}; stopped before the update, the batch is in {path}. "
+            f"Lower learner.lr or learner.max_grad_norm, or resume from the last checkpoint"
+        )
+
+    def version(self) -> WeightsVersion:
+        """The step and a BLAKE2 digest of the trained weights."""
+        digest = hashlib.blake2b(digest_size=16)
+        for name, value in self._trained:
+            digest.update(name.encode())
+            digest.update(value.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy())
+        return WeightsVersion(step=self.step, digest=digest.hexdigest())
+
+    def named_weights(self) -> Iterable[tuple[str, Tensor]]:
+        """Trained weights by module name."""
+        return iter(self._trained)
+
+    def save(self, folder: Path) -> None:
+        """Weights (or the adapter) below folder/model, optimiser state and step in folder/optimizer.pt."""
+        if self.denoiser.has_adapter:
+            save_adapter(self.denoiser, folder / "model")
+        else:
+            save_denoiser(self.denoiser, self._tokenizer, folder / "model")
+        torch.save({"step": self.step, "optimizer": self._optimizer.state_dict()}, folder / "optimizer.pt")
+
+    def load(self, folder: Path) -> None:
+        """Restore what save wrote, bit for bit."""
+        if self.denoiser.has_adapter:
+            load_adapter(self.denoiser, folder / "model")
+        else:
+            load_weights(self.denoiser, folder / "model")
+        state = torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu")
+        self._optimizer.load_state_dict(state["optimizer"])
+        self.step = state["step"]
+
+
+@contextlib.contextmanager
+def _evaluating(denoiser: TransformersDenoiser) -> Iterator[None]:
+    was_training = denoiser.module.training
+    denoiser.module.eval()
+    try:
+        yield
+    finally:
+        denoiser.module.train(was_training)

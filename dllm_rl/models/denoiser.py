@@ -1,0 +1,184 @@
+"""The Denoiser on transformers' own modules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dllm_rl.diffusion.layout import block_causal, clean_and_noised
+from dllm_rl.models.cache import BlockCache
+from dllm_rl.models.family import Family
+from dllm_rl.protocols import Cache
+from dllm_rl.types import BlockOrigin
+
+
+class TransformersDenoiser:
+    """A protocols.Denoiser over LlamaForCausalLM, Qwen2ForCausalLM or Qwen3ForCausalLM.
+
+    Attention patterns reach the module as boolean 4D masks (True = may attend), which transformers hands to
+    scaled_dot_product_attention unaltered. Logits of whole sequences are never built.
+
+    Attributes:
+        family: the adapter of the model's family.
+        config: config.json in the family's own keys; written back by save_denoiser.
+        companions: further files of the checkpoint folder (the hub's own code), name -> content, written back too.
+        adapter: the peft model when a LoRA adapter is attached, else None. `module` is the network in both cases.
+        source: where the weights came from, for messages and adapter files.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        family: Family,
+        config: Mapping[str, Any],
+        *,
+        mask_id: int,
+        eos_id: int,
+        pad_id: int,
+        block_size: int | None = None,
+        block_origin: BlockOrigin = "response",
+        companions: Mapping[str, bytes] | None = None,
+        source: str = "",
+    ) -> None:
+        """Wrap a module.
+
+        Args:
+            module: the causal language model of transformers, weights loaded.
+            family: its family.
+            config: its config.json.
+            mask_id: mask token.
+            eos_id: end-of-sequence token.
+            pad_id: padding token.
+            block_size: tokens per block; required by block-causal families, refused by the others.
+            block_origin: where blocks start.
+            companions: see the class.
+            source: see the class.
+        """
+        if block_size is not None and not family.block_causal:
+            raise ValueError(
+                f"block_size = {block_size}: family '{family.name}' has full attention; leave it out "
+                "(the decoding block is sampling.block_size)"
+            )
+        if family.block_causal and (block_size is None or block_size < 1):
+            raise ValueError(
+                f"block_size = {block_size}: family '{family.name}' is block-causal and needs tokens per block (>= 1), "
+                "and neither config.json nor the caller gave it; set model.block_size to what the model was trained with"
+            )
+        if block_origin not in ("response", "sequence"):
+            raise ValueError(f"block_origin = {block_origin!r}: must be 'response' or 'sequence'")
+        self.module = module
+        self.family = family
+        self.config = dict(config)
+        self.companions = dict(companions or {})
+        self.adapter: Any = None
+        self.source = source
+        self.mask_id = mask_id
+        self.eos_id = eos_id
+        self.pad_id = pad_id
+        self.vocab_size: int = self.module.config.vocab_size  # type: ignore[union-attr, assignment]
+        self.max_length: int = self.config[family.max_length_key]
+        self.block_size = block_size
+        self.block_origin: BlockOrigin = block_origin
+        self.shift = family.shift
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the parameters."""
+        return self._backbone.embed_tokens.weight.device
+
+    @property
+    def _backbone(self) -> Any:
+        return self.module.model
+
+    def hidden(self, tokens: Tensor, mask: Tensor, valid: Tensor, blocks: Tensor | None = None) -> Tensor:
+        """Final hidden states whose unembedding predicts each position; see protocols.Denoiser."""
+        length = tokens.shape[1]
+        self._check_length(length)
+        noised = torch.where(mask, self.mask_id, tokens)
+        if self.block_size is None:
+            if blocks is not None:
+                raise ValueError(f"family '{self.family.name}' has full attention: blocks must be None")
+            if self.shift and bool(mask[:, 0].any()):
+                raise ValueError(
+                    f"position 0 is hidden, and family '{self.family.name}' predicts position i from i - 1: "
+                    "the first token of a row can never be hidden; start prompts with at least one given token"
+                )
+            hidden = self._run(noised, self._positions(length), valid[:, None, None, :])
+            return torch.cat([hidden[:, :1], hidden[:, :-1]], dim=1) if self.shift else hidden
+        if blocks is None:
+            raise ValueError(f"family '{self.family.name}' is block-causal: blocks (N, L) are required")
+        hidden = self._run(
+            torch.cat([tokens, noised], dim=1),
+            self._positions(length).repeat(1, 2),
+            clean_and_noised(blocks, valid)[:, None],
+        )
+        return hidden[:, length:]
+
+    def unembed(self, rows: Tensor) -> Tensor:
+        """Logits (M, V) of hidden states (M, D)."""
+        return self.module.lm_head(rows)
+
+    @torch.no_grad()
+    def prefill(self, tokens: Tensor, valid: Tensor, blocks: Tensor) -> Cache:
+        """Keys and values of clean right-padded prompts (N, P), P >= 0, under block-causal attention."""
+        self._require_blocks("prefill")
+        length = tokens.shape[1]
+        self._check_length(length)
+        cache = BlockCache(len(self._backbone.layers), valid[:, :0])
+        if length:
+            with _evaluating(self.module):
+                self._run(tokens, self._positions(length), block_causal(blocks, valid)[:, None], cache)
+            cache.commit(valid)
+        return cache
+
+    @torch.no_grad()
+    def extend(self, cache: Cache, tokens: Tensor, positions: Tensor, valid: Tensor, *, commit: bool) -> Tensor:
+        """Hidden states (N, W, D) of one window per row; see protocols.Denoiser."""
+        self._require_blocks("extend")
+        assert isinstance(cache, BlockCache)
+        sees = torch.cat([cache.valid, valid], dim=1)[:, None, None, :]
+        with _evaluating(self.module):
+            hidden = self._run(tokens, positions, sees, cache)
+        if commit:
+            cache.commit(valid)
+        return hidden
+
+    def _run(self, tokens: Tensor, positions: Tensor, attention: Tensor, cache: BlockCache | None = None) -> Tensor:
+        return self._backbone(
+            input_ids=tokens,
+            position_ids=positions,
+            attention_mask=attention,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        ).last_hidden_state
+
+    def _positions(self, length: int) -> Tensor:
+        return torch.arange(length, device=self.device)[None]
+
+    def _check_length(self, length: int) -> None:
+        if length > self.max_length:
+            raise ValueError(
+                f"a sequence of {length} tokens, the model takes at most {self.max_length}; "
+                "shorten the prompts or sampling.max_new_tokens"
+            )
+
+    def _require_blocks(self, what: str) -> None:
+        if self.block_size is None:
+            raise ValueError(f"{what}: family '{self.family.name}' has full attention, an exact cache does not exist")
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    # In training mode gradient checkpointing silently drops the cache and adapters apply dropout.
+    training = module.training
+    if training:
+        module.eval()
+    try:
+        yield
+    finally:
+        if training:
+            module.train()

@@ -1,0 +1,71 @@
+"""Dream and DiffuCoder: Qwen2 names and equations, full attention, output position i predicts token i + 1.
+
+Source: Ye et al. 2025, arXiv:2508.15487; Gong et al. 2025, arXiv:2506.20639; published modeling_dream.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import Qwen2ForCausalLM
+
+from dllm_rl.models.family import Family, Shape, pick, require, rope
+
+LINEAR_LAYERS = {
+    "q_proj": "self_attn.q_proj",
+    "k_proj": "self_attn.k_proj",
+    "v_proj": "self_attn.v_proj",
+    "o_proj": "self_attn.o_proj",
+    "gate_proj": "mlp.gate_proj",
+    "up_proj": "mlp.up_proj",
+    "down_proj": "mlp.down_proj",
+}
+
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+)
+
+
+def to_transformers(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Qwen2 configuration of a Dream config.json."""
+    require(config, "dream", {"use_sliding_window": (False, False), "use_mrope": (False, False)})
+    return {
+        **pick(config, "dream", SIZES),
+        "tie_word_embeddings": config.get("tie_word_embeddings", False),
+        "rope_parameters": rope(config),
+        "rms_norm_eps": config.get("rms_norm_eps", 1e-6),
+        "hidden_act": config.get("hidden_act", "silu"),
+        "attention_dropout": config.get("attention_dropout", 0.0),
+    }
+
+
+def new_config(shape: Shape) -> dict[str, Any]:
+    """config.json of a new Dream-shaped model."""
+    return {
+        "architectures": ["DreamModel"],
+        "model_type": "Dream",
+        "use_sliding_window": False,
+        "sliding_window": None,
+        "max_window_layers": shape.num_layers,
+        **shape.hugging_face_keys(),
+    }
+
+
+DREAM = Family(
+    name="dream",
+    model_type="Dream",
+    module_class=Qwen2ForCausalLM,
+    to_transformers=to_transformers,
+    new_config=new_config,
+    lora_targets=LINEAR_LAYERS,
+    mask_token="<|mask|>",
+    shift=True,
+    tokenizer_substitutes={"DreamTokenizer": "Qwen2Tokenizer"},
+)

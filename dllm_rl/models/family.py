@@ -1,0 +1,196 @@
+"""What differs between model families: names, configuration keys, shift and attention pattern. Nothing else does."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+_LAYER = "{i}"  # stands for a layer number in a pair of names
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """Sizes and special tokens of a new model, in one vocabulary for all families.
+
+    Attributes:
+        vocab_size: number of logits.
+        hidden_size: width D.
+        intermediate_size: width of the feed-forward layer.
+        num_layers: number of layers.
+        num_heads: query heads.
+        num_kv_heads: key and value heads; divides num_heads.
+        max_length: longest sequence, tokens.
+        tie_embeddings: whether input and output embeddings are one matrix.
+        rope_theta: base of the rotary frequencies.
+        norm_eps: epsilon of the root-mean-square norms.
+        mask_id: mask token.
+        eos_id: end-of-sequence token.
+        pad_id: padding token.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    max_length: int
+    tie_embeddings: bool
+    rope_theta: float
+    norm_eps: float
+    mask_id: int
+    eos_id: int
+    pad_id: int
+
+    def hugging_face_keys(self) -> dict[str, Any]:
+        """The config.json keys that Llama, Qwen2 and Qwen3 share."""
+        return {
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "num_hidden_layers": self.num_layers,
+            "num_attention_heads": self.num_heads,
+            "num_key_value_heads": self.num_kv_heads,
+            "max_position_embeddings": self.max_length,
+            "tie_word_embeddings": self.tie_embeddings,
+            "rope_theta": self.rope_theta,
+            "rope_scaling": None,
+            "rms_norm_eps": self.norm_eps,
+            "hidden_act": "silu",
+            "attention_dropout": 0.0,
+            "initializer_range": 0.02,
+            "use_cache": False,
+            "mask_token_id": self.mask_id,
+            "eos_token_id": self.eos_id,
+            "pad_token_id": self.pad_id,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """An adapter: how checkpoints of a family map onto one of transformers' own modules.
+
+    Attributes:
+        name: how users call the family.
+        model_type: ``model_type`` in the family's config.json.
+        module_class: the transformers module with the same equations.
+        to_transformers: config.json -> keyword arguments of the module's configuration; raises ValueError for
+            options that the module does not compute.
+        new_config: Shape -> config.json in the family's own keys.
+        tie_key: config.json key that says whether the embeddings are tied.
+        max_length_key: config.json key of the longest sequence.
+        lora_targets: linear layers by the family's own name -> name of the layer in the module.
+        names: (original, transformers) module names that differ; "{i}" stands for a layer number.
+        mask_token: text of the mask token, for checkpoints whose config.json does not name its id.
+        shift: the network predicts position i at i - 1.
+        block_causal: attention is block-causal, with a block size.
+        tokenizer_substitutes: remote tokenizer class -> transformers class that reads the same files.
+    """
+
+    name: str
+    model_type: str
+    module_class: type[PreTrainedModel]
+    to_transformers: Callable[[Mapping[str, Any]], dict[str, Any]]
+    new_config: Callable[[Shape], dict[str, Any]]
+    lora_targets: Mapping[str, str]
+    tie_key: str = "tie_word_embeddings"
+    max_length_key: str = "max_position_embeddings"
+    names: tuple[tuple[str, str], ...] = ()
+    mask_token: str = "<|MASK|>"
+    shift: bool = False
+    block_causal: bool = False
+    tokenizer_substitutes: Mapping[str, str] = field(default_factory=dict)
+
+    def to_module_name(self, name: str) -> str:
+        """Name in the transformers module of a weight or module named as in the family's checkpoints."""
+        return _translate(name, self.names)
+
+    def to_original_name(self, name: str) -> str:
+        """Name in the family's checkpoints of a weight or module named as in the transformers module."""
+        return _translate(name, ((theirs, ours) for ours, theirs in self.names))
+
+    def skeleton(self, config: Mapping[str, Any], dtype: torch.dtype) -> PreTrainedModel:
+        """The module on the meta device: no memory, no random numbers drawn.
+
+        Args:
+            config: the family's config.json.
+            dtype: parameter type. In float64 the norms compute in float64 too (transformers' own round to float32),
+                so that float64 is exact enough to verify gradients and invariances.
+        """
+        settings: PretrainedConfig = self.module_class.config_class(
+            **self.to_transformers(config), attn_implementation="sdpa", use_cache=False
+        )
+        with torch.device("meta"):
+            module = self.module_class(settings).to(dtype)
+            if dtype == torch.float64:
+                _norms_in_native_precision(module)
+        return module.eval()
+
+
+def finish(module: PreTrainedModel, device: torch.device | str) -> None:
+    """Fill in what checkpoints do not hold: tied embeddings and rotary frequencies (float32 in every dtype)."""
+    module.tie_weights()
+    backbone = module.model
+    backbone.rotary_emb = type(backbone.rotary_emb)(config=module.config).to(device)
+
+
+def _norms_in_native_precision(module: nn.Module) -> None:
+    for parent in list(module.modules()):
+        for name, child in parent.named_children():
+            if type(child).__name__.endswith("RMSNorm"):
+                exact = nn.RMSNorm(child.weight.shape, eps=child.variance_epsilon, dtype=torch.float64)
+                setattr(parent, name, exact)
+
+
+def _translate(name: str, pairs: Iterable[tuple[str, str]]) -> str:
+    for source, target in pairs:
+        pattern = re.escape(source).replace(re.escape(_LAYER), r"(?P<i>\d+)")
+        match = re.match(rf"{pattern}(?=\.|$)", name)
+        if match:
+            layer = match.groupdict().get("i") or ""
+            return target.replace(_LAYER, layer) + name[match.end() :]
+    return name
+
+
+def require(config: Mapping[str, Any], family: str, expected: Mapping[str, tuple[Any, Any]]) -> None:
+    """Check options that the transformers module has no equivalent for.
+
+    Args:
+        config: config.json.
+        family: name for the message.
+        expected: key -> (value the family's own code assumes when the key is absent, the only value we compute).
+    Raises:
+        ValueError: naming the first key with another value.
+    """
+    for key, (default, wanted) in expected.items():
+        value = config.get(key, default)
+        if value != wanted and not (wanted is False and value is None):
+            raise ValueError(f"config.json: {key} = {value!r} is not supported for family '{family}', only {wanted!r}")
+
+
+def pick(config: Mapping[str, Any], family: str, keys: Iterable[str]) -> dict[str, Any]:
+    """The given keys of config.json.
+
+    Raises:
+        ValueError: naming the keys that are absent.
+    """
+    keys = tuple(keys)
+    absent = [key for key in keys if key not in config]
+    if absent:
+        raise ValueError(f"config.json of family '{family}' lacks {', '.join(absent)}; is the checkpoint complete?")
+    return {key: config[key] for key in keys}
+
+
+def rope(config: Mapping[str, Any], default_theta: float = 10000.0) -> dict[str, Any]:
+    """transformers' ``rope_parameters`` from either the current or the older rope_theta / rope_scaling keys."""
+    if config.get("rope_parameters"):
+        return dict(config["rope_parameters"])
+    scaling = dict(config.get("rope_scaling") or {})
+    kind = scaling.pop("type", None) or scaling.pop("rope_type", None) or "default"
+    return {"rope_type": kind, "rope_theta": float(config.get("rope_theta", default_theta)), **scaling}

@@ -1,0 +1,55 @@
+"""SDAR and TraDo: Qwen3 names and equations, block-causal attention.
+
+Source: Cheng et al. 2025, arXiv:2510.06303; Wang et al. 2025, arXiv:2509.06949; published modeling_sdar.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import Qwen3ForCausalLM
+
+from dllm_rl.models.dream import LINEAR_LAYERS, SIZES
+from dllm_rl.models.family import Family, Shape, pick, require, rope
+
+
+def to_transformers(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Qwen3 configuration of an SDAR config.json."""
+    require(config, "sdar", {"use_sliding_window": (False, False)})
+    return {
+        **pick(config, "sdar", SIZES),
+        "head_dim": config.get("head_dim", 128),
+        "attention_bias": config.get("attention_bias", False),
+        "tie_word_embeddings": config.get("tie_word_embeddings", False),
+        "rope_parameters": rope(config),
+        "rms_norm_eps": config.get("rms_norm_eps", 1e-6),
+        "hidden_act": config.get("hidden_act", "silu"),
+        "attention_dropout": config.get("attention_dropout", 0.0),
+    }
+
+
+def new_config(shape: Shape) -> dict[str, Any]:
+    """config.json of a new SDAR-shaped model."""
+    return {
+        "architectures": ["SDARForCausalLM"],
+        "model_type": "sdar",
+        "head_dim": shape.hidden_size // shape.num_heads,
+        "attention_bias": False,
+        "use_sliding_window": False,
+        "sliding_window": None,
+        "max_window_layers": shape.num_layers,
+        **shape.hugging_face_keys(),
+    }
+
+
+SDAR = Family(
+    name="sdar",
+    model_type="sdar",
+    module_class=Qwen3ForCausalLM,
+    to_transformers=to_transformers,
+    new_config=new_config,
+    lora_targets=LINEAR_LAYERS,
+    mask_token="<|MASK|>",
+    block_causal=True,
+)

@@ -1,0 +1,35 @@
+"""Our own small models, trained from scratch: plain Llama names and keys, full attention."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import LlamaForCausalLM
+
+from dllm_rl.models.dream import LINEAR_LAYERS, SIZES
+from dllm_rl.models.family import Family, Shape, pick, rope
+
+
+def to_transformers(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Llama configuration of our config.json."""
+    return {
+        **pick(config, "tiny", (*SIZES, "rms_norm_eps", "tie_word_embeddings")),
+        "rope_parameters": rope(config),
+    }
+
+
+def new_config(shape: Shape) -> dict[str, Any]:
+    """config.json of a new model."""
+    return {"model_type": "dllm_rl_tiny", **shape.hugging_face_keys()}
+
+
+TINY = Family(
+    name="tiny",
+    model_type="dllm_rl_tiny",
+    module_class=LlamaForCausalLM,
+    to_transformers=to_transformers,
+    new_config=new_config,
+    lora_targets=LINEAR_LAYERS,
+    mask_token="<mask>",
+)

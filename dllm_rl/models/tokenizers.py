@@ -1,0 +1,77 @@
+"""Small tokenizers that are trained or written here; saved and loaded like any other with AutoTokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+PAD, MASK, EOS = "<pad>", "<mask>", "<eos>"
+SPECIAL = (PAD, MASK, EOS)
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+
+
+def character_tokenizer(characters: str) -> PreTrainedTokenizerFast:
+    """One token per character; ids 0, 1, 2 are pad, mask, eos.
+
+    Encoding then decoding gives the text back exactly, newlines and spaces included. There is no unknown token: a
+    character outside the vocabulary disappears from the encoding, so `len(ids) != len(text)` detects it.
+
+    Args:
+        characters: the vocabulary; duplicates are an error.
+    Raises:
+        ValueError: no characters, or duplicates.
+    """
+    if not characters:
+        raise ValueError("character_tokenizer: the vocabulary is empty")
+    repeated = sorted({c for c in characters if characters.count(c) > 1})
+    if repeated:
+        raise ValueError(f"character_tokenizer: repeated characters {''.join(repeated)!r}")
+    vocabulary = {token: index for index, token in enumerate((*SPECIAL, *characters))}
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocabulary, []))  # no merges: characters; unknown ones drop out
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return _finished(tokenizer)
+
+
+def byte_bpe_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Byte-level byte-pair encoding trained on texts; every string can be encoded.
+
+    Args:
+        texts: the training corpus.
+        vocab_size: tokens including the 256 bytes and 3 special tokens, at least 259.
+    Raises:
+        ValueError: vocab_size below 259.
+    """
+    smallest = 256 + len(SPECIAL)
+    if vocab_size < smallest:
+        raise ValueError(f"byte_bpe_tokenizer: vocab_size = {vocab_size}, must be at least {smallest}")
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    finished = _finished(tokenizer)
+    finished.chat_template = CHAT_TEMPLATE
+    return finished
+
+
+def _finished(tokenizer: tokenizers.Tokenizer) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        mask_token=MASK,
+        eos_token=EOS,
+        clean_up_tokenization_spaces=False,
+    )

@@ -1,0 +1,57 @@
+"""Metrics of one batch of rollouts."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dllm_rl.diffusion.advantage import zero_variance_groups
+from dllm_rl.types import Rewards, RolloutBatch
+
+
+def rollout_metrics(batch: RolloutBatch, rewards: Rewards, success: str) -> dict[str, float]:
+    """Means over rows of what was generated and how it was judged.
+
+    Args:
+        batch: all rows, judged or not.
+        rewards: their rewards.
+        success: the component that means "solved" when it reaches 1, or "".
+    """
+    ok = rewards.included
+    length = batch.completion.sum(-1).float()
+    metrics = {
+        "failed_rows": _mean((~ok).float()),
+        "zero_variance_groups": _share_of_groups(zero_variance_groups(rewards.total, batch.group, ok), batch.group),
+        "unique_completions": _unique_share(batch),
+        "completion_tokens": _mean(length),
+        "tokens_per_forward": _mean(length / batch.num_forwards.clamp(min=1)),
+        "behaviour_logp": _mean(batch.behaviour_logp[batch.completion]),
+    }
+    if bool(ok.any()):
+        metrics["reward"] = _mean(rewards.total[ok])
+        metrics["reward_deviation"] = _mean(_group_deviation(rewards.total[ok], batch.group[ok]))
+    for name, value in rewards.components.items():
+        applies = ok & ~value.isnan()
+        if bool(applies.any()):
+            metrics[f"reward/{name}"] = _mean(value[applies])
+            if name == success:
+                metrics["success"] = _mean((value[applies] >= 1).float())
+    return metrics
+
+
+def _mean(value: Tensor) -> float:
+    return value.double().mean().item()
+
+
+def _group_deviation(reward: Tensor, group: Tensor) -> Tensor:
+    return torch.stack([reward[group == g].std(correction=0) for g in group.unique()])
+
+
+def _share_of_groups(flag: Tensor, group: Tensor) -> float:
+    return _mean(torch.stack([flag[group == g].all() for g in group.unique()]).float())
+
+
+def _unique_share(batch: RolloutBatch) -> float:
+    scored = torch.where(batch.completion, batch.tokens, -1)
+    keyed = torch.cat([batch.group[:, None], scored], dim=1)
+    return len(keyed.unique(dim=0)) / len(keyed)

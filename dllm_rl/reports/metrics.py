@@ -1,0 +1,58 @@
+"""Every metric that a run writes: its name and unit in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """A metric's unit and meaning."""
+
+    unit: str
+    meaning: str
+
+
+METRICS: Mapping[str, Metric] = {
+    "reward": Metric("", "mean total reward over judged rows"),
+    "reward_deviation": Metric("", "mean standard deviation of the total reward within a group"),
+    "reward/*": Metric("", "mean of one reward component over rows it applies to"),
+    "success": Metric("share", "rows whose success component reaches 1"),
+    "failed_rows": Metric("share", "rows that a verifier failed to judge; excluded, not scored 0"),
+    "zero_variance_groups": Metric("share", "groups whose rewards are all equal: no gradient from them"),
+    "unique_completions": Metric("share", "distinct completions within groups"),
+    "completion_tokens": Metric("tokens", "mean completion length, up to and including EOS"),
+    "tokens_per_forward": Metric("tokens", "completion tokens per denoising forward"),
+    "behaviour_logp": Metric("nats", "mean log-probability of a committed token when it was committed"),
+    "loss": Metric("", "the algorithm's loss"),
+    "grad_norm": Metric("", "global gradient norm before clipping"),
+    "lr": Metric("", "learning rate"),
+    "clip_fraction": Metric("share", "tokens whose gradient the clip removed"),
+    "log_ratio_mean": Metric("nats", "mean of log new - log old over tokens"),
+    "log_ratio_square": Metric("nats^2", "mean square of log new - log old over tokens"),
+    "kl": Metric("nats", "mean divergence per token from the anchor"),
+    "rollout_s": Metric("s", "time of generation"),
+    "reward_s": Metric("s", "time of verification"),
+    "score_s": Metric("s", "time of reference scoring"),
+    "update_s": Metric("s", "time of forward, backward and optimiser"),
+    "step_s": Metric("s", "time of the whole step"),
+    "eval/*/success": Metric("share", "held-out examples solved, at a decoding speed"),
+    "eval/*/tokens_per_forward": Metric("tokens", "held-out completion tokens per denoising forward"),
+    "eval/*": Metric("", "other held-out figures, at a decoding speed"),
+}
+
+
+def describe(name: str) -> Metric:
+    """The declaration of a metric, by its own name or a pattern of METRICS.
+
+    Raises:
+        KeyError: an undeclared metric.
+    """
+    if name in METRICS:
+        return METRICS[name]
+    parts = name.split("/")
+    for pattern in ("/".join([parts[0], "*", parts[-1]]), f"{parts[0]}/*"):
+        if len(parts) > 1 and pattern in METRICS:
+            return METRICS[pattern]
+    raise KeyError(f"metric '{name}' is not declared in dllm_rl/reports/metrics.py")

@@ -1,0 +1,78 @@
+"""The picture of a run: reward and held-out success over steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+_INK = "#1f2430"
+
+
+def plot_run(rows: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> None:
+    """Draw reward (or loss, for supervised runs) and held-out success with its interval.
+
+    Args:
+        rows: metrics.jsonl.
+        path: .png or .svg.
+        title: shown above.
+    """
+    # Imported here: matplotlib takes a second, and only the end of a run needs it.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    train_metric = "reward" if any("reward" in row for row in rows) else "loss"
+    points = [(row["step"], row[train_metric]) for row in rows if train_metric in row]
+    left.plot(*zip(*points, strict=True), color="#9aa5b8", linewidth=0.8) if points else None
+    smooth = _smoothed(points)
+    left.plot(*zip(*smooth, strict=True), color="#2b6cb0", linewidth=1.8) if smooth else None
+    left.set(xlabel="step", title=f"training {train_metric}")
+    for number, speed in enumerate(_speeds(rows)):
+        prefix = f"eval/{speed}"
+        held = [row for row in rows if f"{prefix}/success" in row]
+        steps = [row["step"] for row in held]
+        mean = [row[f"{prefix}/success"] for row in held]
+        below = [m - row[f"{prefix}/success_low"] for m, row in zip(mean, held, strict=True)]
+        above = [row[f"{prefix}/success_high"] - m for m, row in zip(mean, held, strict=True)]
+        right.errorbar(
+            steps,
+            mean,
+            yerr=[below, above],
+            marker="o",
+            markersize=4,
+            capsize=3,
+            label=_label(speed),
+            color=f"C{number}",
+        )
+    right.set(xlabel="step", title="held-out success, 95% interval", ylim=(-0.02, 1.02))
+    if right.has_data():
+        right.legend(frameon=False)
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(colors=_INK)
+        axes.grid(alpha=0.25, linewidth=0.6)
+    figure.suptitle(title, color=_INK)
+    figure.savefig(path, dpi=150)
+
+
+def _smoothed(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+    """Running mean over a tenth of the run."""
+    width = max(1, len(points) // 10)
+    values = [value for _, value in points]
+    return [
+        (points[i][0], sum(values[max(0, i - width + 1) : i + 1]) / (i + 1 - max(0, i - width + 1)))
+        for i in range(len(points))
+    ]
+
+
+def _speeds(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    names = {name.split("/")[1] for row in rows for name in row if name.startswith("eval/")}
+    return sorted(names, key=lambda name: int(name.split("_")[0]))
+
+
+def _label(speed: str) -> str:
+    count = speed.split("_")[0]
+    return f"{count} token{'s' if count != '1' else ''} per forward"

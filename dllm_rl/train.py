@@ -1,0 +1,163 @@
+"""The training loop: one straight line from prompts to updated weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from dllm_rl import seeding
+from dllm_rl.assembly import Parts, assemble
+from dllm_rl.config.load import dump
+from dllm_rl.config.schema import Config
+from dllm_rl.evaluation.evaluate import Evaluation, evaluate
+from dllm_rl.experience import Collected, demonstrate, roll_out
+from dllm_rl.learner import checkpoint
+from dllm_rl.reports.clock import Clock
+from dllm_rl.reports.plot import plot_run
+from dllm_rl.reports.progress import Progress, Quiet
+from dllm_rl.reports.provenance import provenance
+from dllm_rl.reports.run_folder import RunFolder
+from dllm_rl.runtime.canary import run_canary
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Summary:
+    """What a finished run has to say.
+
+    Attributes:
+        folder: the run folder.
+        steps: finished optimiser steps.
+        before: held-out evaluations before the first step (empty after a resume).
+        after: held-out evaluations after the last step (empty if there was nothing left to do).
+        seconds: wall time per phase.
+    """
+
+    folder: Path
+    steps: int
+    before: Sequence[Evaluation]
+    after: Sequence[Evaluation]
+    seconds: Mapping[str, float]
+
+
+def train(
+    config: Config, *, resume: bool = False, from_checkpoint: str | None = None, progress: Progress | None = None
+) -> Summary:
+    """Run a configuration to its last step.
+
+    Args:
+        config: the validated configuration.
+        resume: go on from the newest checkpoint of the run folder.
+        from_checkpoint: go on from this checkpoint instead, e.g. "step-000040".
+        progress: where to show progress; None = nowhere.
+    Raises:
+        ValueError: a configuration, file or checkpoint that cannot be used, in one line.
+        NonFiniteError: the loss or a gradient is not finite.
+    """
+    show, seed, total_steps = progress or Quiet(), config.run.seed, config.run.steps
+    folder = Path(config.run.output) / config.run.name
+    found = _starting_point(folder, resume, from_checkpoint, show)
+    run, clock = RunFolder(folder), Clock()
+    with ExitStack() as stack:
+        with clock("setup_s"):
+            parts = assemble(config, folder)
+            algorithm, learner, pool = parts.algorithm, parts.learner, parts.pool
+            if pool is not None:
+                stack.enter_context(pool)
+                run_canary(pool, parts.task, parts.task.examples("train")[: config.reward_pool.canary])
+            if found is not None:
+                learner.load(found)
+                parts.engine.weights = learner.version()
+            run.rewind(-1 if found is None else learner.step)
+            run.write_config(dump(config.model_copy(update={"provenance": provenance()})))
+        before: Sequence[Evaluation] = ()
+        after: Sequence[Evaluation] = ()
+        if config.evaluate.at_start and found is None:
+            before = _hold_out(parts, run, clock, seed, show)
+        advance = stack.enter_context(show.track("training", total_steps))
+        advance(learner.step, "")
+
+        for step in range(learner.step, total_steps):
+            timer = Clock()
+            with timer("step_s"):
+                prompts = parts.source.batch(step)
+                if algorithm.source == "demonstrations":
+                    collected = demonstrate(parts, prompts)
+                else:
+                    collected = roll_out(parts, config, prompts, step, timer)
+                batch, rewards = collected.batch, collected.rewards
+                advantage = algorithm.advantages(rewards, batch)
+                keep = algorithm.keep(rewards, batch).nonzero().flatten()
+                if len(keep) == 0:
+                    raise RuntimeError(
+                        f"step {step}: the algorithm kept none of {len(batch)} rows, nothing to learn from"
+                    )
+                batch, rewards, advantage = batch.select(keep), rewards.select(keep), advantage[keep]
+                masks = algorithm.masks(batch, seeding.generator_for(seed, "masks", step))
+                reference = None
+                if algorithm.needs_reference:
+                    with timer("score_s"):
+                        reference = learner.score(batch, masks, reference=True)
+                with timer("update_s"):
+                    learned = learner.update(batch, rewards, advantage, masks, algorithm, reference=reference)
+                parts.engine.weights = learner.version()
+
+            run.log(learner.step, collected.metrics | learned | timer.seconds)
+            run.log_samples(learner.step, collected.samples[: config.run.log_samples])
+            clock.add(timer)
+            advance(1, _note(collected, learned))
+            last = learner.step == total_steps
+            if _due(learner.step, config.evaluate.every_steps) or (last and config.evaluate.at_end):
+                after = _hold_out(parts, run, clock, seed, show)
+            if _due(learner.step, config.checkpoint.every_steps) or last:
+                with clock("checkpoint_s"):
+                    counters = {"seconds": clock.seconds}
+                    checkpoint.write(run.checkpoints, learner.step, counters, learner.save, keep=config.checkpoint.keep)
+    plot_run(run.metrics(), run.path / "plot.png", title=config.run.name)
+    return Summary(folder=folder, steps=learner.step, before=before, after=after, seconds=clock.seconds)
+
+
+def _starting_point(folder: Path, resume: bool, from_checkpoint: str | None, show: Progress) -> Path | None:
+    root = folder / "checkpoints"
+    if from_checkpoint is not None:
+        return checkpoint.find(root, from_checkpoint)
+    if not resume:
+        if (folder / "metrics.jsonl").exists():
+            raise ValueError(f"'{folder}' holds a run already; continue it with --resume, or set another run.name")
+        return None
+    if not checkpoint.names(root):
+        show.say(f"no checkpoint in '{root}' yet: starting from step 0")
+        return None
+    return checkpoint.find(root, None)
+
+
+def _hold_out(parts: Parts, run: RunFolder, clock: Clock, seed: int, show: Progress) -> Sequence[Evaluation]:
+    if parts.pool is None:
+        show.say("no reward functions: held-out evaluation is left out")
+        return ()
+    results = []
+    with clock("evaluate_s"), show.track("evaluating", len(parts.held_out) * len(parts.eval_samplings)) as advance:
+        for sampling in parts.eval_samplings:
+            result = evaluate(
+                parts.engine,
+                parts.pool,
+                parts.held_out,
+                parts.tokenizer,
+                sampling,
+                success=parts.task.success,
+                seed=seeding.derive(seed, "evaluate"),
+                advance=advance,
+            )
+            results.append(result)
+    run.log(parts.learner.step, {name: value for result in results for name, value in result.metrics().items()})
+    return results
+
+
+def _due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0
+
+
+def _note(collected: Collected, learned: Mapping[str, float]) -> str:
+    reward = collected.metrics.get("reward")
+    return f"loss {learned['loss']:.4f}" if reward is None else f"reward {reward:.3f}"
