@@ -135,8 +135,9 @@ class Family:
 
 def finish(module: PreTrainedModel, device: torch.device | str) -> None:
     """Fill in what checkpoints do not hold: tied embeddings and rotary frequencies (float32 in every dtype)."""
-    module.tie_weights()
     backbone = module.model
+    if module.config.tie_word_embeddings:
+        module.lm_head.weight = backbone.embed_tokens.weight
     backbone.rotary_emb = type(backbone.rotary_emb)(config=module.config).to(device)
 
 
