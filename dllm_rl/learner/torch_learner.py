@@ -27,7 +27,7 @@ from dllm_rl.config.schema import LearnerSection
 from dllm_rl.diffusion import likelihood
 from dllm_rl.learner.schedule import learning_rate
 from dllm_rl.models.denoiser import TransformersDenoiser
-from dllm_rl.models.loading import load_weights, save_denoiser
+from dllm_rl.models.loading import load_denoiser, save_denoiser
 from dllm_rl.models.lora import load_adapter, reference_weights, save_adapter
 from dllm_rl.protocols import Algorithm
 from dllm_rl.types import Experience, LikelihoodEstimate, Loss, MaskSample, Rewards, RolloutBatch, WeightsVersion
@@ -76,15 +76,17 @@ class TorchLearner:
         groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
         self._optimizer = torch.optim.AdamW([g for g in groups if g["params"]], config.lr, config.betas, config.eps)
         self._reference: TransformersDenoiser | None = None
-        if keep_reference and not denoiser.has_adapter:
+        if keep_reference and denoiser.adapter is None:
             self._reference = copy.deepcopy(denoiser)
-            self._reference.module.requires_grad_(False)
+            self._reference.module.requires_grad_(False).eval()
 
     def score(self, batch: RolloutBatch, masks: MaskSample, *, reference: bool = False) -> LikelihoodEstimate:
         """Likelihoods without gradient under the current weights, or the frozen reference."""
-        denoiser = self._reference if reference and self._reference is not None else self.denoiser
-        with _evaluating(denoiser), reference_weights(denoiser) if reference else contextlib.nullcontext():
-            return likelihood.estimate(denoiser, batch, masks, tokens_per_microbatch=self._config.tokens_per_microbatch)
+        budget = self._config.tokens_per_microbatch
+        if reference and self._reference is not None:
+            return likelihood.estimate(self._reference, batch, masks, tokens_per_microbatch=budget)
+        with _evaluating(self.denoiser), reference_weights(self.denoiser) if reference else contextlib.nullcontext():
+            return likelihood.estimate(self.denoiser, batch, masks, tokens_per_microbatch=budget)
 
     def update(
         self,
@@ -199,7 +201,7 @@ class TorchLearner:
 
     def save(self, folder: Path) -> None:
         """Weights (or the adapter) below folder/model, optimiser state and step in folder/optimizer.pt."""
-        if self.denoiser.has_adapter:
+        if self.denoiser.adapter is not None:
             save_adapter(self.denoiser, folder / "model")
         else:
             save_denoiser(self.denoiser, self._tokenizer, folder / "model")
@@ -207,13 +209,28 @@ class TorchLearner:
 
     def load(self, folder: Path) -> None:
         """Restore what save wrote, bit for bit."""
-        if self.denoiser.has_adapter:
+        if self.denoiser.adapter is not None:
             load_adapter(self.denoiser, folder / "model")
         else:
-            load_weights(self.denoiser, folder / "model")
+            self._load_model(folder / "model")
         state = torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu")
         self._optimizer.load_state_dict(state["optimizer"])
         self.step = state["step"]
+
+    def _load_model(self, folder: Path) -> None:
+        family, dtype = self.denoiser.family.name, next(self.denoiser.module.parameters()).dtype
+        saved = dict(load_denoiser(folder, family=family, dtype=dtype)[0].module.named_parameters())
+        own = dict(self.denoiser.module.named_parameters())
+        odd = sorted(
+            n for n in saved.keys() | own.keys() if n not in saved or n not in own or saved[n].shape != own[n].shape
+        )
+        if odd:
+            raise ValueError(
+                f"checkpoint '{folder}' is of another model: {', '.join(odd[:3])} differ; resume its own run"
+            )
+        with torch.no_grad():
+            for name, value in saved.items():
+                own[name].copy_(value)
 
 
 @contextlib.contextmanager

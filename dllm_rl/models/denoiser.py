@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from dllm_rl.diffusion.layout import block_causal, clean_and_noised
 from dllm_rl.models.cache import BlockCache
@@ -32,7 +33,7 @@ class TransformersDenoiser:
 
     def __init__(
         self,
-        module: nn.Module,
+        module: PreTrainedModel,
         family: Family,
         config: Mapping[str, Any],
         *,
@@ -66,11 +67,11 @@ class TransformersDenoiser:
         if family.block_causal and (block_size is None or block_size < 1):
             raise ValueError(
                 f"block_size = {block_size}: family '{family.name}' is block-causal and needs tokens per block (>= 1), "
-                "and neither config.json nor the caller gave it; set model.block_size to what the model was trained with"
+                "which neither config.json nor the caller gave; set model.block_size as the model was trained"
             )
         if block_origin not in ("response", "sequence"):
             raise ValueError(f"block_origin = {block_origin!r}: must be 'response' or 'sequence'")
-        self.module = module
+        self.module: Any = module
         self.family = family
         self.config = dict(config)
         self.companions = dict(companions or {})
@@ -79,7 +80,7 @@ class TransformersDenoiser:
         self.mask_id = mask_id
         self.eos_id = eos_id
         self.pad_id = pad_id
-        self.vocab_size: int = self.module.config.vocab_size  # type: ignore[union-attr, assignment]
+        self.vocab_size: int = module.config.vocab_size
         self.max_length: int = self.config[family.max_length_key]
         self.block_size = block_size
         self.block_origin: BlockOrigin = block_origin
@@ -88,7 +89,8 @@ class TransformersDenoiser:
     @property
     def device(self) -> torch.device:
         """Device of the parameters."""
-        return self._backbone.embed_tokens.weight.device
+        device: torch.device = self._backbone.embed_tokens.weight.device
+        return device
 
     @property
     def _backbone(self) -> Any:
@@ -120,7 +122,8 @@ class TransformersDenoiser:
 
     def unembed(self, rows: Tensor) -> Tensor:
         """Logits (M, V) of hidden states (M, D)."""
-        return self.module.lm_head(rows)
+        logits: Tensor = self.module.lm_head(rows)
+        return logits
 
     @torch.no_grad()
     def prefill(self, tokens: Tensor, valid: Tensor, blocks: Tensor) -> Cache:
@@ -148,13 +151,14 @@ class TransformersDenoiser:
         return hidden
 
     def _run(self, tokens: Tensor, positions: Tensor, attention: Tensor, cache: BlockCache | None = None) -> Tensor:
-        return self._backbone(
+        hidden: Tensor = self._backbone(
             input_ids=tokens,
             position_ids=positions,
             attention_mask=attention,
             past_key_values=cache,
             use_cache=cache is not None,
         ).last_hidden_state
+        return hidden
 
     def _positions(self, length: int) -> Tensor:
         return torch.arange(length, device=self.device)[None]

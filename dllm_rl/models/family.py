@@ -145,8 +145,9 @@ def _norms_in_native_precision(module: nn.Module) -> None:
     for parent in list(module.modules()):
         for name, child in parent.named_children():
             if type(child).__name__.endswith("RMSNorm"):
-                exact = nn.RMSNorm(child.weight.shape, eps=child.variance_epsilon, dtype=torch.float64)
-                setattr(parent, name, exact)
+                width: int = child.weight.shape[0]  # type: ignore[index, assignment]
+                epsilon: float = child.variance_epsilon  # type: ignore[assignment]
+                setattr(parent, name, nn.RMSNorm(width, eps=epsilon, dtype=torch.float64))
 
 
 def _translate(name: str, pairs: Iterable[tuple[str, str]]) -> str:
@@ -189,7 +190,7 @@ def pick(config: Mapping[str, Any], family: str, keys: Iterable[str]) -> dict[st
 
 
 def rope(config: Mapping[str, Any], default_theta: float = 10000.0) -> dict[str, Any]:
-    """transformers' ``rope_parameters`` from either the current or the older rope_theta / rope_scaling keys."""
+    """The ``rope_parameters`` of transformers from either the current or the older rope_theta / rope_scaling keys."""
     if config.get("rope_parameters"):
         return dict(config["rope_parameters"])
     scaling = dict(config.get("rope_scaling") or {})

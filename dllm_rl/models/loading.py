@@ -1,0 +1,239 @@
+"""Load and save denoisers in their family's own layout: config.json, weights, tokenizer, the hub's code files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import snapshot_download
+from torch import nn
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
+
+from dllm_rl.models.checkpoint import read_weights, weight_files, write_weights
+from dllm_rl.models.denoiser import TransformersDenoiser
+from dllm_rl.models.families import family_named, family_of
+from dllm_rl.models.family import Family, finish
+from dllm_rl.models.lora import merged_weights
+from dllm_rl.types import BlockOrigin
+
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+_SHOWN = 4  # names listed in an error message
+_HUB_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.py"]
+
+
+def load_denoiser(
+    path: str | Path,
+    *,
+    family: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    revision: str | None = None,
+    block_size: int | None = None,
+    block_origin: BlockOrigin | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[TransformersDenoiser, Any]:
+    """A denoiser and its tokenizer from a checkpoint in the family's own layout.
+
+    Weights never run code from the checkpoint. They are read one tensor at a time into their final place, so the peak
+    memory is the model plus its largest tensor.
+
+    Args:
+        path: local folder, or hub name "owner/model".
+        family: llada, dream, sdar or tiny; None reads it from config.json.
+        dtype: parameter type.
+        device: where the parameters live.
+        revision: branch, tag or commit of a hub model.
+        block_size: tokens per block of a block-causal family; None takes config.json's.
+        block_origin: where blocks start; None takes config.json's, else "response".
+        trust_remote_code: run the checkpoint's own tokenizer code, where transformers has no tokenizer for it.
+    Returns:
+        (denoiser in evaluation mode, tokenizer).
+    Raises:
+        ValueError: folder or file missing or damaged, unknown family, weights missing or left over (named), no mask
+            token.
+    """
+    folder = _resolve(path, revision)
+    config = _read_config(folder)
+    chosen = family_of(config, str(path)) if family is None else family_named(family)
+    tokenizer = _load_tokenizer(folder, chosen, trust_remote_code)
+    module = chosen.skeleton(config, dtype)
+    _fill(module, chosen, folder, dtype, device)
+    finish(module, device)
+    if chosen.block_causal:
+        block_size = config.get("block_size") if block_size is None else block_size
+        block_origin = block_origin or config.get("block_origin") or "response"
+        config |= {"block_size": block_size, "block_origin": block_origin}
+    extras = (*sorted(folder.glob("*.py")), *folder.glob("generation_config.json"))
+    return (
+        TransformersDenoiser(
+            module,
+            chosen,
+            config,
+            **_special_tokens(config, tokenizer, chosen, module.config.vocab_size, str(path)),
+            block_size=block_size,
+            block_origin=block_origin or "response",
+            companions={file.name: file.read_bytes() for file in extras},
+            source=str(path),
+        ),
+        tokenizer,
+    )
+
+
+def save_denoiser(denoiser: TransformersDenoiser, tokenizer: Any, folder: str | Path) -> None:
+    """Write a checkpoint in the family's own layout, adapters merged; the live model is not changed.
+
+    Args:
+        denoiser: what to save.
+        tokenizer: its tokenizer.
+        folder: made if missing; a previous checkpoint in it is replaced.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    family = denoiser.family
+    network = denoiser.module
+    skipped = {_HEAD} if network.config.tie_word_embeddings else set()
+    write_weights(
+        folder,
+        ((family.to_original_name(name), value) for name, value in merged_weights(denoiser) if name not in skipped),
+    )
+    config = dict(denoiser.config)
+    dtype_key = "dtype" if "dtype" in config else "torch_dtype"
+    config[dtype_key] = str(network.model.embed_tokens.weight.dtype).removeprefix("torch.")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    tokenizer.save_pretrained(folder)
+    for name, content in denoiser.companions.items():
+        (folder / name).write_bytes(content)
+
+
+def _resolve(path: str | Path, revision: str | None) -> Path:
+    folder = Path(path)
+    if folder.is_dir():
+        return folder
+    name = str(path)
+    if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise ValueError(f"model '{name}': no such folder, and not a hub name like 'owner/model'")
+    try:
+        found = Path(snapshot_download(name, revision=revision, allow_patterns=[*_HUB_FILES, "*.safetensors"]))
+        if not any(found.glob("*.safetensors")):
+            snapshot_download(name, revision=revision, allow_patterns=["pytorch_model*.bin"])
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(
+            f"model '{name}' is neither a local folder nor can it be downloaded ({type(error).__name__}: {reason})"
+        ) from error
+    return found
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    file = folder / "config.json"
+    if not file.is_file():
+        adapter = (folder / "adapter_config.json").is_file()
+        hint = "it holds an adapter: load its base model, then the adapter" if adapter else "is it a model folder?"
+        raise ValueError(f"{folder}: no config.json; {hint}")
+    try:
+        config = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file}: not valid JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{file}: must hold a JSON object")
+    return config
+
+
+def _load_tokenizer(folder: Path, family: Family, trust_remote_code: bool) -> Any:
+    settings = folder / "tokenizer_config.json"
+    if not settings.is_file() and not (folder / "tokenizer.json").is_file():
+        raise ValueError(f"{folder}: no tokenizer (tokenizer.json or tokenizer_config.json)")
+    try:
+        declared = json.loads(settings.read_text()).get("tokenizer_class", "") if settings.is_file() else ""
+        if declared in family.tokenizer_substitutes and not trust_remote_code:
+            return getattr(transformers, family.tokenizer_substitutes[declared]).from_pretrained(folder)
+        # An empty configuration: transformers knows none of these model types and would warn about config.json.
+        return AutoTokenizer.from_pretrained(folder, config=PretrainedConfig(), trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"{folder}: the tokenizer cannot be loaded ({reason})") from error
+
+
+def _special_tokens(
+    config: Mapping[str, Any], tokenizer: Any, family: Family, vocab_size: int, where: str
+) -> dict[str, int]:
+    mask_id = config.get("mask_token_id")
+    if mask_id is None:
+        mask_id = tokenizer.mask_token_id
+    if mask_id is None:
+        mask_id = tokenizer.get_vocab().get(family.mask_token)
+    if mask_id is None:
+        raise ValueError(
+            f"{where}: no mask token: config.json has no mask_token_id, the tokenizer no mask token and no "
+            f"'{family.mask_token}'; set mask_token_id in config.json"
+        )
+    eos_id = tokenizer.eos_token_id
+    if eos_id is None:
+        eos_id = config.get("eos_token_id")
+        eos_id = eos_id[0] if isinstance(eos_id, list) else eos_id
+    if eos_id is None:
+        raise ValueError(f"{where}: no end-of-sequence token in the tokenizer or config.json; set eos_token_id")
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else config.get("pad_token_id")
+    ids = {"mask_id": mask_id, "eos_id": eos_id, "pad_id": eos_id if pad_id is None else pad_id}
+    for name, value in ids.items():
+        if not 0 <= value < vocab_size:
+            raise ValueError(f"{where}: {name} = {value} is outside the model's vocabulary of {vocab_size}")
+    if mask_id == eos_id:
+        raise ValueError(f"{where}: mask and end-of-sequence token are both {mask_id}; they must differ")
+    return ids
+
+
+def _fill(
+    module: PreTrainedModel, family: Family, folder: Path, dtype: torch.dtype, device: str | torch.device
+) -> None:
+    """Replace the parameters on the meta device by the checkpoint's."""
+    expected = {name: parameter.shape for name, parameter in module.named_parameters(remove_duplicate=False)}
+    tied = module.config.tie_word_embeddings
+    missing = dict.fromkeys(expected)
+    left_over: list[str] = []
+    for file in weight_files(folder):
+        for original, tensor in read_weights(file):
+            name = family.to_module_name(original)
+            if name.endswith("rotary_emb.inv_freq"):
+                continue  # a constant that older checkpoints stored
+            if name not in expected:
+                left_over.append(original)
+                continue
+            if tensor.shape != expected[name]:
+                raise ValueError(
+                    f"{folder}: weight {original} has shape {tuple(tensor.shape)}, config.json implies "
+                    f"{tuple(expected[name])}"
+                )
+            missing.pop(name, None)
+            parent, _, leaf = name.rpartition(".")
+            value = tensor.to(device, dtype, copy=True)  # never a view of the file
+            setattr(module.get_submodule(parent), leaf, nn.Parameter(value))
+    if tied:
+        _check_tie(module, folder, missing)
+    problems = []
+    if missing:
+        problems.append(_listed("missing", [family.to_original_name(name) for name in missing]))
+    if left_over:
+        problems.append(_listed("left-over", left_over))
+    if problems:
+        raise ValueError(f"{folder}: weights do not fit family '{family.name}': {'; '.join(problems)}")
+
+
+def _check_tie(module: PreTrainedModel, folder: Path, missing: dict[str, Any]) -> None:
+    """One matrix under either name is enough; two different ones contradict config.json."""
+    if _EMBEDDING in missing and _HEAD not in missing:
+        module.model.embed_tokens.weight = module.lm_head.weight
+        del missing[_EMBEDDING]
+    elif _HEAD in missing:
+        del missing[_HEAD]
+    elif not torch.equal(module.lm_head.weight, module.model.embed_tokens.weight):
+        raise ValueError(f"{folder}: config.json ties the embeddings, the weights hold two different matrices")
+
+
+def _listed(kind: str, names: list[str]) -> str:
+    more = ", ..." if len(names) > _SHOWN else ""
+    return f"{len(names)} {kind} ({', '.join(names[:_SHOWN])}{more})"

@@ -1,0 +1,208 @@
+"""Low-rank adapters through peft, named as in the family's own checkpoints.
+
+Source: Hu et al. 2021, arXiv:2106.09685.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from dllm_rl.models.denoiser import TransformersDenoiser
+from dllm_rl.seeding import generator_for
+
+_PREFIX = "base_model.model."  # peft's own, in front of every module name of an adapter file
+_LORA_PARTS = (".lora_A.", ".lora_B.")
+
+
+def add_lora(
+    denoiser: TransformersDenoiser,
+    *,
+    rank: int,
+    alpha: float,
+    dropout: float = 0.0,
+    targets: Sequence[str] | None = None,
+    seed: int,
+) -> int:
+    """Freeze the network and add a trainable adapter that starts as the identity.
+
+    Args:
+        denoiser: changed in place.
+        rank: rank r of the update.
+        alpha: the update is scaled by alpha / rank.
+        dropout: probability of dropping an input of the update, in training mode.
+        targets: linear layers by the family's own names (LLaDA: q_proj, ..., ff_out); None means all of them.
+        seed: seed of the initial weights; no global generator is moved.
+    Returns:
+        Number of modules that got an adapter.
+    Raises:
+        ValueError: a name that matches no module, values out of range, or a denoiser that has an adapter already.
+    """
+    _require_plain(denoiser)
+    if rank < 1 or alpha <= 0 or not 0 <= dropout < 1:
+        raise ValueError(f"lora: rank = {rank} must be >= 1, alpha = {alpha} > 0 and dropout = {dropout} in [0, 1)")
+    table = denoiser.family.lora_targets
+    requested = tuple(table) if targets is None else tuple(dict.fromkeys(targets))
+    if not requested:
+        raise ValueError(f"lora.targets is empty; available: {', '.join(table)}")
+    modules: list[str] = []
+    for name in requested:
+        suffix = table.get(name)
+        found = [
+            path
+            for path, module in denoiser.module.named_modules()
+            if suffix is not None and path.endswith(f".{suffix}") and isinstance(module, nn.Linear)
+        ]
+        if not found:
+            raise ValueError(
+                f"lora.targets: '{name}' matches no module of family '{denoiser.family.name}'; "
+                f"available: {', '.join(table)}"
+            )
+        modules += found
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=modules, bias="none")
+    _attach(denoiser, config)
+    for path, layer in _lora_layers(denoiser.module):
+        weight = layer.lora_A["default"].weight
+        bound = 1 / math.sqrt(weight.shape[1])  # what nn.Linear draws from
+        generator = generator_for(seed, "lora", denoiser.family.to_original_name(path))
+        with torch.no_grad():
+            weight.copy_((2 * torch.rand(weight.shape, generator=generator) - 1) * bound)
+    return len(modules)
+
+
+@contextmanager
+def reference_weights(denoiser: TransformersDenoiser) -> Iterator[None]:
+    """Inside, the denoiser is the frozen network without its adapter.
+
+    Raises:
+        ValueError: no adapter, so that there is no second set of weights.
+    """
+    if denoiser.adapter is None:
+        raise ValueError("no adapter: a model trained in full needs its own frozen copy as the reference")
+    with denoiser.adapter.disable_adapter():
+        yield
+
+
+def merged_weights(denoiser: TransformersDenoiser) -> Iterator[tuple[str, Tensor]]:
+    """(name in the plain transformers module, weight with the adapter added), one at a time.
+
+    The live model is not changed. Without an adapter these are the parameters themselves.
+    """
+    layers = dict(_lora_layers(denoiser.module))
+    for name, parameter in denoiser.module.named_parameters(remove_duplicate=False):
+        if any(part in name for part in _LORA_PARTS):
+            continue
+        plain = name.replace(".base_layer.", ".")
+        path, _, leaf = plain.rpartition(".")
+        value = parameter.detach()
+        if path in layers and leaf == "weight":
+            value = value + layers[path].get_delta_weight("default").detach().to(value.dtype)
+        yield plain, value
+
+
+def save_adapter(denoiser: TransformersDenoiser, folder: str | Path) -> None:
+    """Write adapter_config.json and adapter_model.safetensors in peft's layout, with the family's own module names.
+
+    peft can therefore attach the adapter to the hub's own code too.
+    """
+    if denoiser.adapter is None:
+        raise ValueError("save_adapter: the denoiser has no adapter")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    family = denoiser.family
+    state = {
+        _PREFIX + family.to_original_name(name.removeprefix(_PREFIX)): value.detach().cpu().contiguous()
+        for name, value in get_peft_model_state_dict(denoiser.adapter).items()
+    }
+    save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    live = denoiser.adapter.peft_config["default"]
+    written = LoraConfig(
+        **{key: getattr(live, key) for key in ("r", "lora_alpha", "lora_dropout", "bias", "use_rslora")}
+    )
+    paths = {family.to_original_name(path) for path, _ in _lora_layers(denoiser.module)}
+    # A pattern over whole paths: the suffix "ff_out" alone would also match LLaDA's output head.
+    patterns = {re.sub(r"(?<=\\\.)\d+(?=\\\.)", r"\\d+", re.escape(path)) for path in paths}
+    written.target_modules = "|".join(sorted(patterns))
+    written.base_model_name_or_path = denoiser.source
+    written.inference_mode = True
+    written.save_pretrained(str(folder))
+
+
+def load_adapter(denoiser: TransformersDenoiser, folder: str | Path) -> int:
+    """Attach an adapter that save_adapter or peft wrote for this family; it is trainable.
+
+    Returns:
+        Number of modules that got an adapter.
+    Raises:
+        ValueError: missing or damaged files, an unsupported kind of adapter, or weights that do not fit (named).
+    """
+    folder = Path(folder)
+    file = folder / "adapter_model.safetensors"
+    for needed in (folder / "adapter_config.json", file):
+        if not needed.is_file():
+            raise ValueError(f"{folder}: no {needed.name}; is it an adapter folder?")
+    try:
+        config = LoraConfig.from_pretrained(str(folder))
+        stored = load_file(file)
+    except (SafetensorError, ValueError, TypeError) as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"{folder}: damaged or foreign adapter ({reason})") from error
+    options = ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "lora_bias")
+    unsupported = [name for name in options if getattr(config, name, None)]
+    if not isinstance(config, LoraConfig) or unsupported or config.bias != "none":
+        raise ValueError(
+            f"{folder}: only plain LoRA adapters are supported, not {', '.join(unsupported) or 'this kind'}"
+        )
+    state = {_PREFIX + denoiser.family.to_module_name(name.removeprefix(_PREFIX)): v for name, v in stored.items()}
+    paths = {name.removeprefix(_PREFIX).rsplit(".lora_", 1)[0] for name in state}
+    linear = {path for path, module in denoiser.module.named_modules() if isinstance(module, (nn.Linear, LoraLayer))}
+    foreign = sorted(paths - linear)
+    if foreign:
+        raise ValueError(f"{folder}: {len(foreign)} adapter modules are not in the model, first {foreign[0]}")
+    config.target_modules = paths
+    config.inference_mode = False
+    config.base_model_name_or_path = None  # peft warns when the folder was renamed
+    if denoiser.adapter is None:
+        _attach(denoiser, config)
+    live = denoiser.adapter.peft_config["default"]
+    if (live.r, live.lora_alpha) != (config.r, config.lora_alpha):
+        raise ValueError(
+            f"{folder}: the adapter has rank {config.r} and alpha {config.lora_alpha}, the one in use {live.r} and "
+            f"{live.lora_alpha}"
+        )
+    wanted = get_peft_model_state_dict(denoiser.adapter)
+    misfit = {name for name in wanted.keys() & state.keys() if wanted[name].shape != state[name].shape}
+    wrong = sorted(misfit | (wanted.keys() ^ state.keys()))
+    if wrong:
+        raise ValueError(f"{folder}: {len(wrong)} adapter weights do not fit, first {wrong[0]}")
+    set_peft_model_state_dict(denoiser.adapter, state)
+    return len(paths)
+
+
+def _attach(denoiser: TransformersDenoiser, config: LoraConfig) -> None:
+    _require_plain(denoiser)
+    device = denoiser.device
+    training = denoiser.module.training
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):  # peft draws its own initial weights from the global generator
+        denoiser.adapter = get_peft_model(denoiser.module, config)
+    denoiser.module.train(training)
+
+
+def _require_plain(denoiser: TransformersDenoiser) -> None:
+    if denoiser.adapter is not None:
+        raise ValueError("the denoiser has an adapter already; merge it with save_denoiser and load the result")
+
+
+def _lora_layers(module: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
+    return ((path, layer) for path, layer in module.named_modules() if isinstance(layer, LoraLayer))

@@ -1,0 +1,54 @@
+"""Tiny models that many tests share."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: tests are tiny, threads only fight each other
+
+import pytest
+import torch
+
+from dllm_rl.models.create import create_denoiser
+from dllm_rl.models.denoiser import TransformersDenoiser
+from dllm_rl.models.tokenizers import character_tokenizer
+
+torch.set_num_threads(1)
+
+FAMILIES = ("tiny", "llada", "dream", "sdar")
+
+
+@pytest.fixture
+def tiny_denoiser():
+    """A factory of small random denoisers of any family; weights large enough that predictions differ."""
+
+    def make(
+        family: str = "tiny",
+        *,
+        dtype: torch.dtype = torch.float32,
+        seed: int = 0,
+        characters: str = "0123456789 ",
+        **kwargs,
+    ) -> TransformersDenoiser:
+        if family == "sdar":
+            kwargs = {"block_size": 4} | kwargs
+        denoiser = create_denoiser(
+            family,
+            character_tokenizer(characters),
+            hidden_size=32,
+            num_layers=2,
+            num_heads=4,
+            num_kv_heads=2,
+            intermediate_size=48,
+            max_length=128,
+            seed=seed,
+            dtype=dtype,
+            **kwargs,
+        )
+        with torch.no_grad():
+            for parameter in denoiser.module.parameters():
+                if parameter.dim() >= 2:
+                    parameter.mul_(8)  # std 0.16: peaked predictions, so that a wrong state changes them visibly
+        return denoiser
+
+    return make

@@ -1,0 +1,58 @@
+import pytest
+from transformers import AutoTokenizer
+
+from dllm_rl.models.tokenizers import byte_bpe_tokenizer, character_tokenizer
+
+CHARACTERS = "0123456789 \n.|=+-abcß∂"
+
+
+def test_characters_round_trip_exactly_also_after_saving(tmp_path):
+    tokenizer = character_tokenizer(CHARACTERS)
+    tokenizer.save_pretrained(tmp_path)
+    for candidate in (tokenizer, AutoTokenizer.from_pretrained(tmp_path)):
+        for text in (CHARACTERS, "  12 \n\n 3 ", "\n", " ", "", "a b . c\n"):
+            ids = candidate.encode(text)
+            assert len(ids) == len(text)
+            assert candidate.decode(ids) == text
+        assert len(candidate) == len(CHARACTERS) + 3
+        assert (candidate.pad_token_id, candidate.mask_token_id, candidate.eos_token_id) == (0, 1, 2)
+        assert candidate.encode("0") == [3]
+        assert candidate.decode([3, 2, 0], skip_special_tokens=True) == "0"
+        assert candidate.unk_token_id is None
+
+
+def test_unknown_characters_show_as_a_shorter_encoding():
+    tokenizer = character_tokenizer("01")
+    assert len(tokenizer.encode("0z1")) == 2
+
+
+@pytest.mark.parametrize(("characters", "message"), [("", "empty"), ("abca", "repeated characters 'a'")])
+def test_bad_vocabularies_are_refused(characters, message):
+    with pytest.raises(ValueError, match=message):
+        character_tokenizer(characters)
+
+
+def test_byte_pairs_are_learned_and_every_string_round_trips(tmp_path):
+    corpus = ["the cat sat on the mat. " * 3, "the dog ate the hat.\n"] * 20
+    tokenizer = byte_bpe_tokenizer(corpus, 300)
+    tokenizer.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    for candidate in (tokenizer, loaded):
+        assert len(candidate) <= 300
+        assert len(candidate.encode(corpus[0])) < len(corpus[0]) / 3  # merges were learned
+        for text in ("the cat", " leading and  double  spaces \n\ttab", "日本 ∂ß 🙂", "don't , stop .", ""):
+            assert candidate.decode(candidate.encode(text)) == text
+        assert (candidate.pad_token_id, candidate.mask_token_id, candidate.eos_token_id) == (0, 1, 2)
+        chat = [{"role": "user", "content": "Hi"}]
+        rendered = candidate.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        assert rendered == "<|user|>\nHi\n<|assistant|>\n"
+
+
+def test_training_a_tokenizer_is_deterministic():
+    corpus = ["some words and some more words", "words again"] * 5
+    assert byte_bpe_tokenizer(corpus, 280).get_vocab() == byte_bpe_tokenizer(corpus, 280).get_vocab()
+
+
+def test_a_vocabulary_smaller_than_the_bytes_is_refused():
+    with pytest.raises(ValueError, match="must be at least 259"):
+        byte_bpe_tokenizer(["x"], 258)
