@@ -138,8 +138,9 @@ def _explain(error: dict[str, Any]) -> str:
     key = ".".join(location)
     if error["type"] == "extra_forbidden":
         known = [f"{'.'.join([*location[:-1], name])}" for name in _keys_at(location[:-1])]
-        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-        return f"unknown key '{key}'; " + (f"nearest is '{near[0]}'" if near else f"allowed: {', '.join(known)}")
+        near = difflib.get_close_matches(location[-1], [k.split(".")[-1] for k in known], n=1, cutoff=0.5)
+        nearest = ".".join([*location[:-1], *near])
+        return f"unknown key '{key}'; " + (f"nearest is '{nearest}'" if near else f"allowed: {', '.join(known)}")
     if error["type"] == "missing":
         return f"missing key '{key}'"
     message = str(error["msg"]).removeprefix("Value error, ")

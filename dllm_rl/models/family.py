@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from dllm_rl.models.rotary import FLOAT32_ROTARY, Float32Rotary
+
 _LAYER = "{i}"  # stands for a layer number in a pair of names
 
 
@@ -123,11 +125,12 @@ class Family:
             dtype: parameter type. In float64 the norms compute in float64 too (transformers' own round to float32),
                 so that float64 is exact enough to verify gradients and invariances.
         """
-        settings: PretrainedConfig = self.module_class.config_class(
-            **self.to_transformers(config), attn_implementation="sdpa", use_cache=False
-        )
+        options = {"attn_implementation": "sdpa", "use_cache": False, **self.to_transformers(config)}
+        settings: PretrainedConfig = self.module_class.config_class(**options)
         with torch.device("meta"):
             module = self.module_class(settings).to(dtype)
+            if options["attn_implementation"] == FLOAT32_ROTARY:
+                module.model.rotary_emb = Float32Rotary(settings)
             if dtype == torch.float64:
                 _norms_in_native_precision(module)
         return module.eval()

@@ -12,6 +12,7 @@ from typing import Any
 from transformers import LlamaForCausalLM
 
 from dllm_rl.models.family import Family, Shape, pick, require, rope
+from dllm_rl.models.rotary import FLOAT32_ROTARY
 
 _LAYER = "model.transformer.blocks.{i}"
 _TARGETS = {
@@ -59,6 +60,7 @@ def to_transformers(config: Mapping[str, Any]) -> dict[str, Any]:
         "tie_word_embeddings": config.get("weight_tying", True),
         "rope_parameters": rope(config),
         "rms_norm_eps": config.get("rms_norm_eps", 1e-5),
+        "attn_implementation": FLOAT32_ROTARY if config.get("rope_full_precision", True) else "sdpa",
     }
 
 

@@ -86,7 +86,7 @@ def test_published_configurations_give_the_published_sizes(name):
     assert sum(p.numel() for p in module.parameters()) == num_parameters
     assert module.config.rope_parameters == {"rope_type": "default", "rope_theta": theta}
     assert module.config.rms_norm_eps == config["rms_norm_eps"]
-    assert module.config._attn_implementation == "sdpa"
+    assert module.config._attn_implementation == ("sdpa_float32_rotary" if name == "llada" else "sdpa")
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -19,20 +19,9 @@ PUBLISHED_NAMES = {
         "model.transformer.wte.weight",
         "model.transformer.ln_f.weight",
         "model.transformer.ff_out.weight",
-        *(
-            f"model.transformer.blocks.0.{name}.weight"
-            for name in [
-                "attn_norm",
-                "ff_norm",
-                "q_proj",
-                "k_proj",
-                "v_proj",
-                "attn_out",
-                "ff_proj",
-                "up_proj",
-                "ff_out",
-            ]
-        ),
+        *(f"model.transformer.blocks.0.{name}_norm.weight" for name in ("attn", "ff")),
+        *(f"model.transformer.blocks.0.{name}_proj.weight" for name in ("q", "k", "v", "ff", "up")),
+        *(f"model.transformer.blocks.0.{name}_out.weight" for name in ("attn", "ff")),
     },
     "dream": {
         *("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"),

@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Everything that must hold before a change lands: lint, types, tests with coverage, the wheel.
+# Usage: bash scripts/test.sh [pytest arguments]
+set -euo pipefail
+. "$(dirname "$0")/environment.sh"
+if [ $# -gt 0 ]; then
+  exec python -m pytest "$@"
+fi
+ruff check .
+ruff format --check .
+codespell dllm_rl algorithms rollouts rewards configs scripts tests docs ./*.md
+mypy
+python -m pytest --cov --cov-report=term:skip-covered --cov-fail-under=85
+bash scripts/check_wheel.sh
