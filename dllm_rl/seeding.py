@@ -65,7 +65,7 @@ def uniform(*counters: Tensor | int) -> Tensor:
         value = counter if isinstance(counter, Tensor) else torch.tensor(counter, dtype=torch.int64)
         state = _mix(value * _GOLDEN + 1) if state is None else _mix((state ^ value.to(state.device)) * _GOLDEN + 1)
     assert state is not None, "uniform() needs a counter"
-    return (_shift_right(state, 11).double() + 0.5) / (1 << 53)
+    return (_shift_right(state, 12).double() + 0.5) / (1 << 52)  # exact, so never 0 or 1
 
 
 def seed_everything(seed: int) -> None:

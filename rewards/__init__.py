@@ -17,6 +17,7 @@ class Verdict(float):
     status: Literal["ok", "invalid"]
 
     def __new__(cls, value: float, status: Literal["ok", "invalid"] = "ok") -> Verdict:
+        """A verdict of this value."""
         verdict = super().__new__(cls, value)
         verdict.status = status
         return verdict

@@ -148,11 +148,17 @@ def _load_tokenizer(folder: Path, family: Family, trust_remote_code: bool) -> An
     if not settings.is_file() and not (folder / "tokenizer.json").is_file():
         raise ValueError(f"{folder}: no tokenizer (tokenizer.json or tokenizer_config.json)")
     try:
-        declared = json.loads(settings.read_text()).get("tokenizer_class", "") if settings.is_file() else ""
-        if declared in family.tokenizer_substitutes and not trust_remote_code:
-            return getattr(transformers, family.tokenizer_substitutes[declared]).from_pretrained(folder)
-        # An empty configuration: transformers knows none of these model types and would warn about config.json.
-        return AutoTokenizer.from_pretrained(folder, config=PretrainedConfig(), trust_remote_code=trust_remote_code)
+        declared = json.loads(settings.read_text()) if settings.is_file() else {}
+        substitute = family.tokenizer_substitutes.get(declared.get("tokenizer_class", ""))
+        if substitute is None or trust_remote_code:
+            # An empty configuration: transformers knows none of these model types and would warn about config.json.
+            return AutoTokenizer.from_pretrained(folder, config=PretrainedConfig(), trust_remote_code=trust_remote_code)
+        tokenizer = getattr(transformers, substitute).from_pretrained(folder)
+        for number, token in declared.get("added_tokens_decoder", {}).items():
+            found = tokenizer.convert_tokens_to_ids(token["content"])
+            if found != int(number):
+                raise ValueError(f"{substitute} gives {token['content']} id {found}, tokenizer_config.json {number}")
+        return tokenizer
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"{folder}: the tokenizer cannot be loaded ({reason})") from error

@@ -1,6 +1,10 @@
+import json
+
 import pytest
 from transformers import AutoTokenizer
 
+from dllm_rl.models.create import create_denoiser
+from dllm_rl.models.loading import load_denoiser, save_denoiser
 from dllm_rl.models.tokenizers import byte_bpe_tokenizer, character_tokenizer
 
 CHARACTERS = "0123456789 \n.|=+-abcß∂"
@@ -56,3 +60,38 @@ def test_training_a_tokenizer_is_deterministic():
 def test_a_vocabulary_smaller_than_the_bytes_is_refused():
     with pytest.raises(ValueError, match="must be at least 259"):
         byte_bpe_tokenizer(["x"], 258)
+
+
+def test_dream_tokenizer_files_load_without_running_the_checkpoints_code(tmp_path):
+    tokenizer = byte_bpe_tokenizer(["the cat sat on the mat"] * 20, 300)
+    denoiser = create_denoiser("dream", tokenizer, hidden_size=16, num_layers=1, num_heads=2, max_length=32, seed=0)
+    save_denoiser(denoiser, tokenizer, tmp_path)
+    model = json.loads((tmp_path / "tokenizer.json").read_text())["model"]
+    for file in tmp_path.glob("tokenizer*"):
+        file.unlink()
+    # The published layout: slow files and a tokenizer class that only the checkpoint's own code defines.
+    plain = {token: number - 3 for token, number in model["vocab"].items() if number >= 3}
+    (tmp_path / "vocab.json").write_text(json.dumps(plain))
+    (tmp_path / "merges.txt").write_text("\n".join(" ".join(pair) for pair in model["merges"]))
+    special = {len(plain): "<|endoftext|>", len(plain) + 1: "<|mask|>"}
+    settings = {
+        "tokenizer_class": "DreamTokenizer",
+        "auto_map": {"AutoTokenizer": ["tokenization_dream.DreamTokenizer", None]},
+        "added_tokens_decoder": {str(number): {"content": text, "special": True} for number, text in special.items()},
+        "eos_token": "<|endoftext|>",
+        "pad_token": "<|endoftext|>",
+        "mask_token": "<|mask|>",
+    }
+    (tmp_path / "tokenization_dream.py").write_text("raise RuntimeError('never run')\n")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"mask_token_id": len(plain) + 1}))
+    loaded, read = load_denoiser(tmp_path)
+    assert (loaded.mask_id, loaded.eos_id) == (len(plain) + 1, len(plain))
+    assert read.decode(read.encode(" the cat\n")) == " the cat\n"
+    assert read.encode("<|mask|>") == [loaded.mask_id]
+
+    settings["added_tokens_decoder"]["290"] = settings["added_tokens_decoder"].pop(str(len(plain) + 1))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=r"gives <\|mask\|> id .*, tokenizer_config.json 290"):
+        load_denoiser(tmp_path)

@@ -1,0 +1,126 @@
+"""What every engine agrees on: requests, decoding blocks, and how a finished row becomes a Trajectory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dllm_rl.protocols import Denoiser
+from dllm_rl.seeding import derive
+from dllm_rl.types import GIVEN, BlockOrigin, Prompt, Sampling, Trajectory, WeightsVersion
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One row to decode.
+
+    Attributes:
+        index: place in the result.
+        prompt: the prompt.
+        sample: number of the sample within the prompt's group.
+        key: counter that all of the row's randomness hangs on.
+    """
+
+    index: int
+    prompt: Prompt
+    sample: int
+    key: int
+
+
+def requests(
+    denoiser: Denoiser, prompts: Sequence[Prompt], sampling: Sampling, seed: int, samples_per_prompt: int
+) -> list[Request]:
+    """One request per row, prompt-major.
+
+    Raises:
+        ValueError: a prompt that does not fit the model, an injected offset outside the canvas, a foreign block size.
+    """
+    if samples_per_prompt < 1:
+        raise ValueError(f"samples_per_prompt = {samples_per_prompt}: must be at least 1")
+    if denoiser.block_size is not None and sampling.block_size not in (None, denoiser.block_size):
+        raise ValueError(
+            f"sampling.block_size = {sampling.block_size}, but this block-causal model decodes blocks of "
+            f"{denoiser.block_size}; set sampling.block_size to {denoiser.block_size} or leave it out"
+        )
+    for prompt in prompts:
+        length = len(prompt.token_ids) + sampling.max_new_tokens
+        if length > denoiser.max_length:
+            raise ValueError(
+                f"prompt '{prompt.uid}' has {len(prompt.token_ids)} tokens; with sampling.max_new_tokens = "
+                f"{sampling.max_new_tokens} that is {length}, the model takes {denoiser.max_length}: shorten one of them"
+            )
+        if not prompt.token_ids:
+            raise ValueError(f"prompt '{prompt.uid}' is empty: a prompt needs at least one token")
+        outside = [offset for offset in prompt.injected if not 0 <= offset < sampling.max_new_tokens]
+        if outside:
+            raise ValueError(
+                f"prompt '{prompt.uid}': injected offset {outside[0]} is outside the canvas of {sampling.max_new_tokens}"
+            )
+    return [
+        Request(row * samples_per_prompt + sample, prompt, sample, derive(seed, prompt.uid, sample))
+        for row, prompt in enumerate(prompts)
+        for sample in range(samples_per_prompt)
+    ]
+
+
+def block_rule(denoiser: Denoiser, sampling: Sampling) -> tuple[int, BlockOrigin]:
+    """Size and origin of decoding blocks: the model's own, or the sampling's counted from the response."""
+    if denoiser.block_size is not None:
+        return denoiser.block_size, denoiser.block_origin
+    return sampling.block_size or sampling.max_new_tokens, "response"
+
+
+def trajectory(
+    request: Request,
+    sampling: Sampling,
+    *,
+    tokens: Tensor,
+    unmask_step: Tensor,
+    logp: Tensor,
+    num_forwards: int,
+    eos_id: int,
+    weights: WeightsVersion,
+) -> Trajectory:
+    """A finished row.
+
+    Args:
+        request: what was asked for.
+        sampling: for the canvas length.
+        tokens: (>= L,) int64, prompt and canvas.
+        unmask_step: (>= L,) int64; GIVEN where given or not decoded.
+        logp: (>= L,) float32; 0 where not generated.
+        num_forwards: denoising forwards of the row.
+        eos_id: end token.
+        weights: the weights that were used.
+    """
+    start = len(request.prompt.token_ids)
+    length = start + sampling.max_new_tokens
+    tokens, step, logp = (t[:length].cpu().clone() for t in (tokens, unmask_step, logp))
+    generated = step != GIVEN
+    ends = (generated & (tokens == eos_id)).nonzero().flatten()
+    completion_length = int(ends[0]) + 1 - start if len(ends) else sampling.max_new_tokens
+    decoded = generated.clone()
+    given = torch.zeros(length, dtype=torch.bool)
+    given[:start] = True
+    given[[start + offset for offset in request.prompt.injected]] = True
+    never = ~(decoded | given)
+    tokens[never], step[never] = eos_id, num_forwards
+    positions = decoded.nonzero().flatten()
+    positions = positions[step[positions].argsort(stable=True)]
+    return Trajectory(
+        prompt_uid=request.prompt.uid,
+        sample=request.sample,
+        tokens=tokens,
+        prompt_length=start,
+        completion_length=completion_length,
+        events=torch.stack([step[positions], positions, tokens[positions]], dim=1),
+        unmask_step=step,
+        behaviour_logp=logp,
+        num_forwards=num_forwards,
+        finish="eos" if len(ends) else "length",
+        exact=True,
+        weights=weights,
+    )

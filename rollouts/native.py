@@ -1,0 +1,242 @@
+"""The fast engine in plain torch: batched, exact.
+
+Full attention: no cache exists that is exact, so each forward recomputes the rows that are left. Block-causal families:
+keys and values of finished blocks are cached exactly, a forward computes one block. Only hidden rows of the active
+block are unembedded, rows that finished leave the batch, and nothing loops over rows in Python.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dllm_rl.diffusion.decoding import POSITION_NOISE, TOKEN_NOISE, propose
+from dllm_rl.diffusion.layout import block_index
+from dllm_rl.protocols import Candidates, Denoiser, UnmaskingStrategy
+from dllm_rl.seeding import uniform
+from dllm_rl.types import GIVEN, Prompt, Sampling, Trajectory, WeightsVersion
+from rollouts.canvas import Request, block_rule, requests, trajectory
+
+CHUNK_ELEMENTS = 1 << 25  # logits held at once
+
+
+@dataclass(slots=True)
+class _Rows:
+    """State of the rows that are still decoding; every tensor has one entry per row.
+
+    row (N,) index into the batch's requests; tokens, hidden, valid, step, logp, blocks (N, L); key, forward (N,).
+    """
+
+    row: Tensor
+    tokens: Tensor
+    hidden: Tensor
+    valid: Tensor
+    step: Tensor
+    logp: Tensor
+    blocks: Tensor
+    key: Tensor
+    forward: Tensor
+
+    def keep(self, rows: Tensor) -> None:
+        for field in dataclasses.fields(self):
+            setattr(self, field.name, getattr(self, field.name)[rows])
+
+
+class NativeEngine:
+    """Decodes rows in batches."""
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        strategy: UnmaskingStrategy,
+        *,
+        weights: WeightsVersion,
+        max_batch_tokens: int = 1 << 16,
+    ) -> None:
+        """Hold a denoiser.
+
+        Args:
+            denoiser: shared with the learner in one process.
+            strategy: which positions to commit.
+            weights: version of the denoiser's weights; updated by the driver.
+            max_batch_tokens: padded tokens per forward at most (one row may exceed it).
+        """
+        self.weights = weights
+        self._denoiser, self._strategy, self._max_batch_tokens = denoiser, strategy, max_batch_tokens
+
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, *, seed: int, samples_per_prompt: int = 1
+    ) -> list[Trajectory]:
+        """See protocols.RolloutEngine."""
+        todo = requests(self._denoiser, prompts, sampling, seed, samples_per_prompt)
+        todo.sort(key=lambda request: len(request.prompt.token_ids))
+        finished: dict[int, Trajectory] = {}
+        module = self._denoiser.module
+        was_training = module.training
+        module.eval()
+        with torch.no_grad():
+            for batch in self._batches(todo, sampling):
+                decode = self._decode_full if self._denoiser.block_size is None else self._decode_blocks
+                finished.update(decode(batch, sampling))
+        module.train(was_training)
+        return [finished[index] for index in range(len(todo))]
+
+    def _batches(self, todo: list[Request], sampling: Sampling) -> Iterator[list[Request]]:
+        batch: list[Request] = []
+        for request in todo:  # sorted, so the newest is the longest
+            width = len(request.prompt.token_ids) + sampling.max_new_tokens
+            if batch and width * (len(batch) + 1) > self._max_batch_tokens:
+                yield batch
+                batch = []
+            batch.append(request)
+        if batch:
+            yield batch
+
+    def _start(self, batch: list[Request], sampling: Sampling) -> _Rows:
+        start = torch.tensor([len(request.prompt.token_ids) for request in batch])
+        end = start + sampling.max_new_tokens
+        length = int(end.max())
+        position = torch.arange(length)
+        tokens = torch.full((len(batch), length), self._denoiser.mask_id)
+        hidden = (position >= start[:, None]) & (position < end[:, None])
+        for row, request in enumerate(batch):  # set-up, once per row
+            tokens[row, : start[row]] = torch.tensor(request.prompt.token_ids)
+            for offset, token in request.prompt.injected.items():
+                tokens[row, start[row] + offset] = token
+                hidden[row, start[row] + offset] = False
+        size, origin = block_rule(self._denoiser, sampling)
+        rows = _Rows(
+            row=torch.arange(len(batch)),
+            tokens=tokens,
+            hidden=hidden,
+            valid=position < end[:, None],
+            step=torch.full_like(tokens, GIVEN),
+            logp=torch.zeros(tokens.shape),
+            blocks=block_index(start, length, size, origin),
+            key=torch.tensor([request.key for request in batch]),
+            forward=torch.zeros(len(batch), dtype=torch.int64),
+        )
+        for field in dataclasses.fields(rows):
+            setattr(rows, field.name, getattr(rows, field.name).to(self._denoiser.device))
+        return rows
+
+    def _decode_full(self, batch: list[Request], sampling: Sampling) -> Iterator[tuple[int, Trajectory]]:
+        rows = self._start(batch, sampling)
+        position = torch.arange(rows.tokens.shape[1], device=rows.tokens.device).expand_as(rows.tokens)
+        yield from self._retire(rows, ~rows.hidden.any(-1), batch, sampling)
+        beyond = int(rows.blocks.max()) + 1 if len(rows.row) else 0
+        while len(rows.row):
+            current = torch.where(rows.hidden, rows.blocks, beyond).amin(-1, keepdim=True)
+            inside = rows.blocks == current
+            states = self._denoiser.hidden(rows.tokens, rows.hidden, rows.valid, None)
+            place = position[: len(rows.row)]
+            self._commit(rows, place, rows.hidden & inside, states, sampling)
+            complete = ~(rows.hidden & inside).any(-1)
+            done = complete & (self._ended(rows, inside) | ~rows.hidden.any(-1))
+            yield from self._retire(rows, done, batch, sampling)
+
+    def _decode_blocks(self, batch: list[Request], sampling: Sampling) -> Iterator[tuple[int, Trajectory]]:
+        denoiser, rows = self._denoiser, self._start(batch, sampling)
+        size, origin = block_rule(denoiser, sampling)
+        device = rows.tokens.device
+        prompt_length = torch.tensor([len(request.prompt.token_ids) for request in batch], device=device)
+        begin = prompt_length if origin == "response" else prompt_length // size * size
+        longest = int(begin.max())
+        clean = torch.arange(longest, device=device) < begin[:, None]
+        cache = denoiser.prefill(rows.tokens[:, :longest], clean, rows.blocks[:, :longest])
+        while True:
+            position = begin[:, None] + torch.arange(size, device=device)
+            room = position < rows.tokens.shape[1]
+            place = position.clamp(max=rows.tokens.shape[1] - 1)  # a last window may stick out past the canvas
+            valid = rows.valid.gather(1, place) & room
+            while bool((active := rows.hidden.gather(1, place) & valid).any()):
+                window = torch.where(active, denoiser.mask_id, rows.tokens.gather(1, place))
+                states = denoiser.extend(cache, window, position, valid, commit=False)
+                self._commit(rows, place, active, states, sampling)
+            inside = rows.blocks == rows.blocks.gather(1, place[:, :1])
+            done = self._ended(rows, inside) | ~rows.hidden.any(-1)
+            stay = (~done).nonzero().flatten()
+            yield from self._retire(rows, done, batch, sampling)
+            if not len(stay):
+                return
+            if bool(done.any()):
+                cache.keep_rows(stay)
+                begin, position, place, valid = begin[stay], position[stay], place[stay], valid[stay]
+            denoiser.extend(cache, rows.tokens.gather(1, place), position, valid, commit=True)
+            begin = begin + size
+
+    def _commit(self, rows: _Rows, place: Tensor, active: Tensor, states: Tensor, sampling: Sampling) -> None:
+        """Propose a token at every active position, let the strategy choose, write what it chose.
+
+        Args:
+            rows: changed in place.
+            place: (N, W) positions of the window in the row.
+            active: (N, W) bool; hidden positions of the active block.
+            states: (N, W, D).
+            sampling: how to draw.
+        """
+        row, column = active.nonzero(as_tuple=True)
+        position = place[row, column]
+        key, forward = rows.key[row], rows.forward[row]
+        noise = uniform(key, forward, position, TOKEN_NOISE)
+        size = max(1, CHUNK_ELEMENTS // self._denoiser.vocab_size)
+        token, logp, entropy, margin = (
+            torch.zeros(active.shape, dtype=kind, device=active.device)
+            for kind in (torch.int64, torch.float32, torch.float32, torch.float32)
+        )
+        for begin in range(0, len(row), size):
+            part = slice(begin, begin + size)
+            at = (row[part], column[part])
+            p = propose(self._denoiser.unembed(states[at]), sampling, noise[part], mask_id=self._denoiser.mask_id)
+            token[at], logp[at], entropy[at], margin[at] = p.token, p.logp, p.entropy, p.margin
+        candidates = Candidates(
+            hidden=active,
+            token=token,
+            logp=logp.masked_fill(~active, float("-inf")),
+            entropy=entropy,
+            margin=margin,
+            noise=uniform(rows.key[:, None], rows.forward[:, None], place, POSITION_NOISE),
+            count=active.sum(-1).clamp(max=sampling.tokens_per_step),
+        )
+        chosen = self._strategy.select(candidates)
+        row, column = chosen.nonzero(as_tuple=True)
+        at = (row, place[row, column])
+        rows.tokens[at] = token[row, column]
+        rows.logp[at] = logp[row, column]
+        rows.step[at] = rows.forward[row]
+        rows.hidden[at] = False
+        rows.forward += active.any(-1)
+
+    def _ended(self, rows: _Rows, inside: Tensor) -> Tensor:
+        """(N,) bool: an EOS was generated inside the given positions."""
+        return (inside & (rows.step != GIVEN) & (rows.tokens == self._denoiser.eos_id)).any(-1)
+
+    def _retire(
+        self, rows: _Rows, done: Tensor, batch: list[Request], sampling: Sampling
+    ) -> Iterator[tuple[int, Trajectory]]:
+        """Hand out the finished rows and drop them from the state."""
+        finished = done.nonzero().flatten().tolist()
+        if not finished:
+            return
+        forwards, order = rows.forward.tolist(), rows.row.tolist()
+        tokens, step, logp = rows.tokens[done].cpu(), rows.step[done].cpu(), rows.logp[done].cpu()
+        rows.keep((~done).nonzero().flatten())
+        for place, row in enumerate(finished):
+            request = batch[order[row]]
+            yield (
+                request.index,
+                trajectory(
+                    request,
+                    sampling,
+                    tokens=tokens[place],
+                    unmask_step=step[place],
+                    logp=logp[place],
+                    num_forwards=forwards[row],
+                    eos_id=self._denoiser.eos_id,
+                    weights=self.weights,
+                ),
+            )

@@ -1,0 +1,103 @@
+"""The oracle: decodes one row at a time with a full forward per step. Slow and obvious; other engines must equal it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from dllm_rl.diffusion.decoding import POSITION_NOISE, TOKEN_NOISE, propose
+from dllm_rl.diffusion.layout import block_index
+from dllm_rl.protocols import Candidates, Denoiser, UnmaskingStrategy
+from dllm_rl.seeding import uniform
+from dllm_rl.types import GIVEN, Prompt, Sampling, Trajectory, WeightsVersion
+from rollouts.canvas import Request, block_rule, requests, trajectory
+
+
+class ReferenceEngine:
+    """Decodes row by row, block by block, recomputing everything at each forward."""
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        strategy: UnmaskingStrategy,
+        *,
+        weights: WeightsVersion,
+        max_batch_tokens: int | None = None,
+    ) -> None:
+        """Hold a denoiser.
+
+        Args:
+            denoiser: shared with the learner in one process.
+            strategy: which positions to commit.
+            weights: version of the denoiser's weights; updated by the driver.
+            max_batch_tokens: not used; rows are decoded alone.
+        """
+        self.weights = weights
+        self._denoiser, self._strategy = denoiser, strategy
+
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, *, seed: int, samples_per_prompt: int = 1
+    ) -> list[Trajectory]:
+        """See protocols.RolloutEngine."""
+        module = self._denoiser.module
+        was_training = module.training
+        module.eval()
+        with torch.no_grad():
+            rows = requests(self._denoiser, prompts, sampling, seed, samples_per_prompt)
+            finished = [self._decode(request, sampling) for request in rows]
+        module.train(was_training)
+        return finished
+
+    def _decode(self, request: Request, sampling: Sampling) -> Trajectory:
+        denoiser, device = self._denoiser, self._denoiser.device
+        start = len(request.prompt.token_ids)
+        length = start + sampling.max_new_tokens
+        size, origin = block_rule(denoiser, sampling)
+        blocks = block_index(torch.tensor([start], device=device), length, size, origin)
+        tokens = torch.full((1, length), denoiser.mask_id, device=device)
+        tokens[0, :start] = torch.tensor(request.prompt.token_ids, device=device)
+        hidden = torch.zeros(1, length, dtype=torch.bool, device=device)
+        hidden[0, start:] = True
+        for offset, token in request.prompt.injected.items():
+            tokens[0, start + offset] = token
+            hidden[0, start + offset] = False
+        valid = torch.ones_like(hidden)
+        step = torch.full((1, length), GIVEN, device=device)
+        logp = torch.zeros(1, length, device=device)
+        key = torch.tensor([[request.key]], device=device)
+        position = torch.arange(length, device=device)[None]
+        forward = 0
+        for block in blocks[0, start:].unique().tolist():
+            inside = (blocks == block) & (position >= start)
+            while bool((active := hidden & inside).any()):
+                states = denoiser.hidden(tokens, hidden, valid, None if denoiser.block_size is None else blocks)
+                logits = denoiser.unembed(states[0])
+                p = propose(logits, sampling, uniform(key, forward, position, TOKEN_NOISE)[0], mask_id=denoiser.mask_id)
+                candidates = Candidates(
+                    hidden=active,
+                    token=p.token[None],
+                    logp=p.logp[None].masked_fill(~active, float("-inf")),
+                    entropy=p.entropy[None].masked_fill(~active, 0.0),
+                    margin=p.margin[None].masked_fill(~active, 0.0),
+                    noise=uniform(key, forward, position, POSITION_NOISE),
+                    count=active.sum(-1).clamp(max=sampling.tokens_per_step),
+                )
+                chosen = self._strategy.select(candidates)
+                tokens = torch.where(chosen, candidates.token, tokens)
+                step = torch.where(chosen, forward, step)
+                logp = torch.where(chosen, candidates.logp, logp)
+                hidden = hidden & ~chosen
+                forward += 1
+            if bool((inside & (step != GIVEN) & (tokens == denoiser.eos_id)).any()):
+                break
+        return trajectory(
+            request,
+            sampling,
+            tokens=tokens[0],
+            unmask_step=step[0],
+            logp=logp[0],
+            num_forwards=forward,
+            eos_id=denoiser.eos_id,
+            weights=self.weights,
+        )

@@ -1,0 +1,19 @@
+"""Commit the positions whose distribution has the lowest entropy.
+
+Source: Ye et al. 2025 (Dream), arXiv:2508.15487 (``alg="entropy"`` of the released code).
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from dllm_rl.diffusion.decoding import take_best
+from dllm_rl.protocols import Candidates, UnmaskingStrategy
+
+
+class Entropy(UnmaskingStrategy):
+    """Lowest entropy first; tokens_per_step positions a forward."""
+
+    def select(self, candidates: Candidates) -> Tensor:
+        """See UnmaskingStrategy."""
+        return take_best(-candidates.entropy, candidates.hidden, candidates.count)

@@ -1,0 +1,17 @@
+"""Commit positions in reading order: the autoregressive special case."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dllm_rl.diffusion.decoding import take_best
+from dllm_rl.protocols import Candidates, UnmaskingStrategy
+
+
+class LeftToRight(UnmaskingStrategy):
+    """Leftmost first; tokens_per_step positions a forward."""
+
+    def select(self, candidates: Candidates) -> Tensor:
+        """See UnmaskingStrategy."""
+        return take_best(torch.zeros_like(candidates.logp), candidates.hidden, candidates.count)

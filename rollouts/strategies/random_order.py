@@ -1,0 +1,19 @@
+"""Commit positions in random order.
+
+Source: the reverse process of absorbing diffusion, Austin et al. 2021 (D3PM), arXiv:2107.03006.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from dllm_rl.diffusion.decoding import take_best
+from dllm_rl.protocols import Candidates, UnmaskingStrategy
+
+
+class RandomOrder(UnmaskingStrategy):
+    """Uniformly random positions; tokens_per_step positions a forward."""
+
+    def select(self, candidates: Candidates) -> Tensor:
+        """See UnmaskingStrategy."""
+        return take_best(candidates.noise, candidates.hidden, candidates.count)

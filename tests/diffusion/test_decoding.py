@@ -1,0 +1,88 @@
+"""Proposing tokens and choosing positions."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from dllm_rl.diffusion.decoding import propose, take_best
+from dllm_rl.seeding import generator_for, uniform
+from dllm_rl.types import Sampling
+
+DRAWS = 20_000
+PROBABILITY = torch.tensor([0.3, 0.4, 0.2, 0.06, 0.04])  # token 0 is the mask token
+CLEAN = PROBABILITY[1:] / PROBABILITY[1:].sum()
+
+
+def drawn(**settings):
+    sampling = Sampling(max_new_tokens=1, **settings)
+    noise = uniform(torch.arange(DRAWS), 0, 0)
+    return propose(PROBABILITY.log().expand(DRAWS, -1), sampling, noise, mask_id=0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "want"),
+    [
+        ({}, CLEAN),
+        ({"temperature": 0.5}, CLEAN**2 / (CLEAN**2).sum()),
+        ({"top_k": 2}, torch.tensor([2 / 3, 1 / 3, 0, 0])),
+        ({"top_p": 0.6}, torch.tensor([2 / 3, 1 / 3, 0, 0])),  # 0.57 alone is less than 0.6
+        ({"top_p": 0.5}, torch.tensor([1.0, 0, 0, 0])),
+        ({"top_k": 3, "top_p": 0.95}, torch.tensor([20, 10, 3, 0]) / 33),
+    ],
+)
+def test_draws_follow_the_distribution(settings, want):
+    token = drawn(**settings).token
+    share = torch.bincount(token, minlength=5)[1:] / DRAWS
+    error = (want * (1 - want) / DRAWS).sqrt()
+    assert ((share - want).abs() <= 4 * error + 1e-12).all(), (share, want)
+    assert not (token == 0).any(), "the mask token was sampled"
+
+
+def test_figures_are_those_of_the_untempered_distribution():
+    for settings in ({"temperature": 0.5}, {"top_k": 1}, {"temperature": 0.0}):
+        p = drawn(**settings)
+        torch.testing.assert_close(p.logp, CLEAN.log()[p.token - 1])
+        torch.testing.assert_close(p.entropy, (-(CLEAN * CLEAN.log()).sum()).expand(DRAWS))
+        torch.testing.assert_close(p.margin, (CLEAN[0] - CLEAN[1]).expand(DRAWS))
+
+
+def test_greedy_takes_the_most_likely_clean_token():
+    logits = torch.tensor([[9.0, 1.0, 3.0], [9.0, 2.0, 1.0]])
+    p = propose(logits, Sampling(max_new_tokens=1, temperature=0.0), torch.tensor([0.5, 0.5]), mask_id=0)
+    assert p.token.tolist() == [2, 1]
+
+
+def test_certain_distributions_have_zero_entropy_not_nan():
+    p = propose(torch.tensor([[0.0, 500.0, -500.0]]), Sampling(max_new_tokens=1), torch.tensor([0.3]), mask_id=0)
+    assert p.entropy.item() == 0.0 and p.logp.item() == 0.0 and p.margin.item() == 1.0
+
+
+def test_rare_tokens_keep_their_probability_in_a_large_vocabulary():
+    """2^17 equal tokens: float32 running sums would lose the last ones."""
+    size = 1 << 17
+    p = propose(
+        torch.zeros(3, size), Sampling(max_new_tokens=1), torch.tensor([1e-9, 0.5, 1 - 1e-9]).double(), mask_id=0
+    )
+    assert p.token.tolist() == [1, size // 2, size - 1]
+    assert p.logp[0].item() == pytest.approx(-math.log(size - 1), abs=1e-5)
+
+
+def test_take_best_by_hand():
+    score = torch.tensor([[0.1, 0.9, 0.5, 0.9], [0.3, 0.3, 0.3, 0.3], [float("-inf"), 1.0, 0.0, 0.0]])
+    hidden = torch.tensor([[True, False, True, True], [True, True, True, True], [True, False, False, False]])
+    chosen = take_best(score, hidden, torch.tensor([2, 3, 1]))
+    assert chosen.int().tolist() == [[0, 0, 1, 1], [1, 1, 1, 0], [1, 0, 0, 0]]
+
+
+def test_take_best_equals_sorting_row_by_row():
+    generator = generator_for(0)
+    score = torch.randn(200, 9, generator=generator)
+    hidden = torch.rand(200, 9, generator=generator) < 0.6
+    count = torch.randint(0, 6, (200,), generator=generator)
+    chosen = take_best(score, hidden, count)
+    for row in range(200):
+        candidates = sorted((i for i in range(9) if hidden[row, i]), key=lambda i: -score[row, i].item())
+        assert chosen[row].nonzero().flatten().tolist() == sorted(candidates[: int(count[row])])

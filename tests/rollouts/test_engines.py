@@ -1,0 +1,221 @@
+"""The native engine equals the oracle, and a row never depends on its neighbours."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from dllm_rl import registry
+from dllm_rl.diffusion import likelihood, masking
+from dllm_rl.diffusion.layout import block_index
+from dllm_rl.types import GIVEN, Prompt, RolloutBatch, Sampling, Trajectory, WeightsVersion
+from rollouts.native import NativeEngine
+from rollouts.reference import ReferenceEngine
+
+ATOL_F32 = 1e-5
+WEIGHTS = WeightsVersion(step=0, digest="x")
+MODELS = {
+    "tiny": {},
+    "llada": {},
+    "dream": {},
+    "sdar, blocks from the response": {"family": "sdar", "block_size": 4, "block_origin": "response"},
+    "sdar, blocks from the sequence": {"family": "sdar", "block_size": 4, "block_origin": "sequence"},
+}
+STRATEGIES = ("low_confidence", "random", "confidence_threshold", "entropy", "margin", "left_to_right")
+SAMPLINGS = {
+    "greedy": Sampling(max_new_tokens=10, temperature=0.0),
+    "greedy, 3 a step, blocks of 5": Sampling(max_new_tokens=10, temperature=0.0, tokens_per_step=3, block_size=5),
+    "sampled": Sampling(max_new_tokens=10, temperature=1.0, tokens_per_step=2),
+    "sampled, top-k and top-p": Sampling(max_new_tokens=10, temperature=0.7, top_k=6, top_p=0.9, tokens_per_step=2),
+}
+
+
+def build(tiny_denoiser, name, **more):
+    options = dict(MODELS[name])
+    return tiny_denoiser(options.pop("family", name), **options, **more)
+
+
+def prompts_of(denoiser, lengths=(3, 6, 1, 5, 8), injected=()) -> list[Prompt]:
+    return [
+        Prompt(
+            uid=f"p{row}",
+            token_ids=tuple(3 + (row * 7 + i * 5) % (denoiser.vocab_size - 3) for i in range(length)),
+            text="",
+            answer="",
+            task="t",
+            injected=dict(injected),
+        )
+        for row, length in enumerate(lengths)
+    ]
+
+
+def strategy(name):
+    cls = registry.load("strategies", name)
+    return cls(cls.Config(threshold=0.5) if name == "confidence_threshold" else cls.Config())
+
+
+def fit(denoiser, sampling):
+    return dataclasses.replace(sampling, block_size=None) if denoiser.block_size is not None else sampling
+
+
+def same(a: Trajectory, b: Trajectory) -> None:
+    assert (a.prompt_uid, a.sample, a.finish, a.num_forwards) == (b.prompt_uid, b.sample, b.finish, b.num_forwards)
+    assert (a.prompt_length, a.completion_length) == (b.prompt_length, b.completion_length)
+    assert torch.equal(a.tokens, b.tokens) and torch.equal(a.unmask_step, b.unmask_step)
+    assert torch.equal(a.events, b.events)
+    torch.testing.assert_close(a.behaviour_logp, b.behaviour_logp, atol=ATOL_F32, rtol=0)
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+@pytest.mark.parametrize("model", MODELS)
+def test_native_equals_the_oracle(tiny_denoiser, model, sampling):
+    denoiser = build(tiny_denoiser, model)
+    settings = fit(denoiser, SAMPLINGS[sampling])
+    for name in STRATEGIES:
+        oracle = ReferenceEngine(denoiser, strategy(name), weights=WEIGHTS)
+        native = NativeEngine(denoiser, strategy(name), weights=WEIGHTS)
+        for injected in ((), ((0, 5), (4, 7))):
+            prompts = prompts_of(denoiser, injected=injected)
+            want = oracle.generate(prompts, settings, seed=3, samples_per_prompt=2)
+            got = native.generate(prompts, settings, seed=3, samples_per_prompt=2)
+            assert [(t.prompt_uid, t.sample) for t in got] == [(p.uid, s) for p in prompts for s in range(2)]
+            for a, b in zip(got, want, strict=True):
+                same(a, b)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_rows_end_at_eos_like_the_oracle(tiny_denoiser, model):
+    denoiser = build(tiny_denoiser, model)
+    with torch.no_grad():  # make EOS likely, so that rows end in every block
+        denoiser.module.lm_head.weight[denoiser.eos_id] = 1.15 * denoiser.module.lm_head.weight[4:8].mean(0)
+    settings = Sampling(
+        max_new_tokens=16, temperature=1.0, tokens_per_step=2, block_size=None if denoiser.block_size else 4
+    )
+    prompts = prompts_of(denoiser)
+    want = ReferenceEngine(denoiser, strategy("low_confidence"), weights=WEIGHTS).generate(
+        prompts, settings, seed=1, samples_per_prompt=6
+    )
+    got = NativeEngine(denoiser, strategy("low_confidence"), weights=WEIGHTS).generate(
+        prompts, settings, seed=1, samples_per_prompt=6
+    )
+    for a, b in zip(got, want, strict=True):
+        same(a, b)
+    ended = [t for t in got if t.finish == "eos"]
+    early = [t for t in ended if int(t.unmask_step.max()) == t.num_forwards]
+    assert ended and len(early) > 3, "the test needs rows that leave before the canvas is full"
+    for t in ended:
+        end = t.prompt_length + t.completion_length
+        assert t.tokens[end - 1] == denoiser.eos_id
+        assert not (t.tokens[t.prompt_length : end - 1] == denoiser.eos_id).any()
+        never = t.unmask_step == t.num_forwards
+        assert (t.tokens[never] == denoiser.eos_id).all() and not never[:end].any()
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_row_does_not_depend_on_its_batch(tiny_denoiser, model):
+    denoiser = build(tiny_denoiser, model)
+    settings = fit(denoiser, SAMPLINGS["sampled"])
+    prompts = prompts_of(denoiser)
+    engine = NativeEngine(denoiser, strategy("low_confidence"), weights=WEIGHTS)
+    want = {(t.prompt_uid, t.sample): t for t in engine.generate(prompts, settings, seed=5, samples_per_prompt=2)}
+    alone = [t for p in prompts for t in engine.generate([p], settings, seed=5, samples_per_prompt=2)]
+    mixed = engine.generate([prompts[3], prompts[0], prompts[4]], settings, seed=5)
+    narrow = NativeEngine(denoiser, strategy("low_confidence"), weights=WEIGHTS, max_batch_tokens=40)
+    for t in [*alone, *mixed, *narrow.generate(prompts, settings, seed=5, samples_per_prompt=2)]:
+        same(t, want[t.prompt_uid, t.sample])
+    other = engine.generate(prompts, settings, seed=6)
+    assert any(not torch.equal(t.tokens, want[t.prompt_uid, t.sample].tokens) for t in other)
+
+
+@pytest.mark.parametrize("engine", [NativeEngine, ReferenceEngine])
+@pytest.mark.parametrize("model", MODELS)
+def test_trajectories_replay_to_their_own_log_probabilities(tiny_denoiser, model, engine):
+    """tokens + unmask_step determine every state: the learner's estimator gives back what the engine saw."""
+    denoiser = build(tiny_denoiser, model)
+    settings = fit(denoiser, Sampling(max_new_tokens=12, temperature=1.0, tokens_per_step=3, block_size=4))
+    prompts = prompts_of(denoiser, injected=((2, 6),))
+    for t in engine(denoiser, strategy("random"), weights=WEIGHTS).generate(prompts, settings, seed=2):
+        length = len(t.tokens)
+        assert t.tokens[t.prompt_length + 2] == 6 and t.unmask_step[t.prompt_length + 2] == GIVEN
+        completion = (t.unmask_step >= 0) & (torch.arange(length) < t.prompt_length + t.completion_length)
+        start = torch.tensor([t.prompt_length])
+        blocks = None
+        if denoiser.block_size is not None:
+            blocks = block_index(start, length, denoiser.block_size, denoiser.block_origin)
+        one = torch.zeros(1, dtype=torch.int64)
+        batch = RolloutBatch(
+            tokens=t.tokens[None],
+            valid=torch.ones(1, length, dtype=torch.bool),
+            completion=completion[None],
+            tail=torch.zeros(1, length, dtype=torch.bool),
+            unmask_step=t.unmask_step[None],
+            behaviour_logp=t.behaviour_logp[None],
+            prompt_length=start,
+            group=one,
+            num_forwards=one,
+            weights_step=one,
+            blocks=blocks,
+            exact=True,
+        )
+        masks = masking.along_trajectory(batch.unmask_step, batch.completion, blocks=blocks)
+        replayed = likelihood.estimate(denoiser, batch, masks).token_logp[0]
+        torch.testing.assert_close(replayed, torch.where(completion, t.behaviour_logp, 0.0), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_position_is_committed_once_in_order(tiny_denoiser, model):
+    denoiser = build(tiny_denoiser, model)
+    settings = fit(denoiser, SAMPLINGS["sampled"])
+    for t in NativeEngine(denoiser, strategy("margin"), weights=WEIGHTS).generate(
+        prompts_of(denoiser), settings, seed=0
+    ):
+        forwards, positions, tokens = t.events.T
+        assert (forwards.diff() >= 0).all() and len(positions.unique()) == len(positions)
+        assert torch.equal(t.unmask_step[positions], forwards) and torch.equal(t.tokens[positions], tokens)
+        decoded = (t.unmask_step >= 0) & (t.unmask_step < t.num_forwards)
+        assert torch.equal(positions.sort().values, decoded.nonzero().flatten())
+        assert (t.unmask_step[: t.prompt_length] == GIVEN).all()
+        assert denoiser.mask_id not in t.tokens
+        per_forward = torch.bincount(forwards, minlength=t.num_forwards)
+        assert (per_forward >= 1).all() and (per_forward <= 2).all()
+
+
+def test_training_mode_is_left_as_it_was(tiny_denoiser):
+    denoiser = tiny_denoiser()
+    for training in (True, False):
+        denoiser.module.train(training)
+        for engine in (NativeEngine, ReferenceEngine):
+            engine(denoiser, strategy("random"), weights=WEIGHTS).generate(
+                prompts_of(denoiser), SAMPLINGS["greedy"], seed=0
+            )
+            assert denoiser.module.training is training
+
+
+def test_a_fully_injected_canvas_needs_no_forward(tiny_denoiser):
+    for model in ("tiny", "sdar, blocks from the sequence"):
+        denoiser = build(tiny_denoiser, model)
+        prompts = prompts_of(denoiser, injected=tuple((i, 5) for i in range(10)))
+        for engine in (NativeEngine, ReferenceEngine):
+            for t in engine(denoiser, strategy("random"), weights=WEIGHTS).generate(
+                prompts, Sampling(max_new_tokens=10), seed=0
+            ):
+                assert t.num_forwards == 0 and (t.tokens[t.prompt_length :] == 5).all() and len(t.events) == 0
+
+
+@pytest.mark.parametrize(
+    ("model", "sampling", "prompt", "words"),
+    [
+        ("tiny", Sampling(max_new_tokens=127), {}, "prompt 'p' has 2 tokens; with sampling.max_new_tokens = 127"),
+        ("tiny", Sampling(max_new_tokens=4), {"token_ids": ()}, "prompt 'p' is empty"),
+        ("tiny", Sampling(max_new_tokens=4), {"injected": {4: 5}}, "injected offset 4 is outside"),
+        ("sdar, blocks from the response", Sampling(max_new_tokens=6, block_size=3), {}, "decodes blocks of 4"),
+    ],
+)
+def test_what_cannot_be_decoded_is_refused(tiny_denoiser, model, sampling, prompt, words):
+    denoiser = build(tiny_denoiser, model)
+    one = Prompt(**({"uid": "p", "token_ids": (3, 4), "text": "", "answer": "", "task": "t"} | prompt))
+    for engine in (NativeEngine, ReferenceEngine):
+        with pytest.raises(ValueError, match=words):
+            engine(denoiser, strategy("random"), weights=WEIGHTS).generate([one], sampling, seed=0)
