@@ -50,14 +50,15 @@ def requests(
         if length > denoiser.max_length:
             raise ValueError(
                 f"prompt '{prompt.uid}' has {len(prompt.token_ids)} tokens; with sampling.max_new_tokens = "
-                f"{sampling.max_new_tokens} that is {length}, the model takes {denoiser.max_length}: shorten one of them"
+                f"{sampling.max_new_tokens} that is {length}, the model takes {denoiser.max_length}: shorten either"
             )
         if not prompt.token_ids:
             raise ValueError(f"prompt '{prompt.uid}' is empty: a prompt needs at least one token")
         outside = [offset for offset in prompt.injected if not 0 <= offset < sampling.max_new_tokens]
         if outside:
             raise ValueError(
-                f"prompt '{prompt.uid}': injected offset {outside[0]} is outside the canvas of {sampling.max_new_tokens}"
+                f"prompt '{prompt.uid}': injected offset {outside[0]} is outside the canvas of "
+                f"{sampling.max_new_tokens} tokens"
             )
     return [
         Request(row * samples_per_prompt + sample, prompt, sample, derive(seed, prompt.uid, sample))

@@ -68,7 +68,7 @@ class ReferenceEngine:
         key = torch.tensor([[request.key]], device=device)
         position = torch.arange(length, device=device)[None]
         forward = 0
-        for block in blocks[0, start:].unique().tolist():
+        for block in sorted(set(blocks[0, start:].tolist())):
             inside = (blocks == block) & (position >= start)
             while bool((active := hidden & inside).any()):
                 states = denoiser.hidden(tokens, hidden, valid, None if denoiser.block_size is None else blocks)

@@ -38,8 +38,8 @@ def load_denoiser(
 ) -> tuple[TransformersDenoiser, Any]:
     """A denoiser and its tokenizer from a checkpoint in the family's own layout.
 
-    Weights never run code from the checkpoint. They are read one tensor at a time into their final place, so the peak
-    memory is the model plus its largest tensor.
+    Weights never run code from the checkpoint. They are copied one tensor at a time into their final place; besides the
+    model, only the pages of the weight file being read are mapped.
 
     Args:
         path: local folder, or hub name "owner/model".

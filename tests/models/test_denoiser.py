@@ -1,3 +1,5 @@
+import pickle
+
 import pytest
 import torch
 
@@ -30,6 +32,15 @@ def test_satisfies_the_protocol(make, family):
     hidden = denoiser.hidden(tokens, mask, valid, blocks_for(denoiser, tokens))
     assert hidden.shape == (3, 10, 24)
     assert denoiser.unembed(hidden[:, 5]).shape == (3, denoiser.vocab_size)
+
+
+@pytest.mark.parametrize("family", [*FULL, "sdar"])
+def test_can_be_sent_to_another_process(make, family):
+    denoiser = make(family)
+    tokens, mask, valid = rows(denoiser)
+    there = pickle.loads(pickle.dumps(denoiser))
+    blocks = blocks_for(denoiser, tokens)
+    assert torch.equal(there.hidden(tokens, mask, valid, blocks), denoiser.hidden(tokens, mask, valid, blocks))
 
 
 @pytest.mark.parametrize("family", FULL)

@@ -209,6 +209,22 @@ def test_a_hub_name_that_cannot_be_fetched_is_one_clear_line(monkeypatch):
     assert "\n" not in str(raised.value)
 
 
+def test_a_hub_model_is_found_in_the_cache(saved, tmp_path, monkeypatch):
+    commit = "0" * 40
+    repository = tmp_path / "hub/models--owner--model"
+    (repository / "snapshots").mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs/main").write_text(commit)
+    (repository / "refs/other").write_text("1" * 40)
+    saved("llada").rename(repository / "snapshots" / commit)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    denoiser, _ = load_denoiser("owner/model")
+    assert denoiser.source == "owner/model"
+    with pytest.raises(ValueError, match="neither a local folder nor"):
+        load_denoiser("owner/model", revision="other")
+
+
 def test_an_adapter_folder_says_so(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(ValueError, match="holds an adapter"):

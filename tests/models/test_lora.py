@@ -83,6 +83,7 @@ def test_adapter_files_carry_the_original_names_and_load_again(make, tmp_path, f
     fresh = make(family)
     assert load_adapter(fresh, tmp_path) == 2
     assert torch.equal(hidden_of(fresh), hidden_of(denoiser))
+    assert {"lora_" in name for name, p in fresh.module.named_parameters() if p.requires_grad} == {True}
     assert load_adapter(fresh, tmp_path) == 2  # resuming into the adapter in use
     # peft reads target_modules as one pattern over whole module names: the output head must not match it
     pattern = json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"]

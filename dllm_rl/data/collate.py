@@ -1,0 +1,131 @@
+"""Rows to batches: padding on the right, and which positions are completion, tail, given."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dllm_rl.diffusion.layout import block_index
+from dllm_rl.types import GIVEN, BlockOrigin, Prompt, RolloutBatch, Trajectory
+
+
+def collate(
+    trajectories: Sequence[Trajectory],
+    *,
+    pad_id: int,
+    group: Sequence[int],
+    block_size: int | None = None,
+    block_origin: BlockOrigin = "response",
+) -> RolloutBatch:
+    """A batch of rollouts.
+
+    Args:
+        trajectories: at least one.
+        pad_id: padding token.
+        group: group number of each row; rows of one prompt share it.
+        block_size: of a block-causal model, else None.
+        block_origin: where its blocks start.
+    """
+    width = max(len(t.tokens) for t in trajectories)
+    start = torch.tensor([t.prompt_length for t in trajectories])
+    end = start + torch.tensor([t.completion_length for t in trajectories])
+    position = torch.arange(width)
+    valid = position < torch.tensor([len(t.tokens) for t in trajectories])[:, None]
+    step = _padded([t.unmask_step for t in trajectories], width, GIVEN)
+    canvas = valid & (position >= start[:, None])
+    return RolloutBatch(
+        tokens=_padded([t.tokens for t in trajectories], width, pad_id),
+        valid=valid,
+        completion=canvas & (position < end[:, None]) & (step != GIVEN),
+        tail=canvas & (position >= end[:, None]),
+        unmask_step=step,
+        behaviour_logp=_padded([t.behaviour_logp for t in trajectories], width, 0.0),
+        prompt_length=start,
+        group=torch.tensor(group),
+        num_forwards=torch.tensor([t.num_forwards for t in trajectories]),
+        weights_step=torch.tensor([t.weights.step for t in trajectories]),
+        blocks=None if block_size is None else block_index(start, width, block_size, block_origin),
+        exact=all(t.exact for t in trajectories),
+    ).check()
+
+
+def supervised(
+    prompts: Sequence[Prompt],
+    completions: Sequence[Sequence[int]],
+    *,
+    eos_id: int,
+    pad_id: int,
+    max_new_tokens: int,
+    pad_to_canvas: bool = False,
+    block_size: int | None = None,
+    block_origin: BlockOrigin = "response",
+) -> RolloutBatch:
+    """A batch of demonstrations.
+
+    A completion shorter than the canvas gets an EOS; one that fills it exactly ends without. Nothing was decoded, so
+    every unmask_step is GIVEN and no trajectory can be replayed.
+
+    Args:
+        prompts: one per row.
+        completions: tokens without EOS, one per row.
+        eos_id: end token.
+        pad_id: padding token.
+        max_new_tokens: canvas length.
+        pad_to_canvas: fill the canvas with scored EOS tokens, as LLaDA's SFT does.
+        block_size: of a block-causal model, else None.
+        block_origin: where its blocks start.
+    Raises:
+        ValueError: a completion that is empty or longer than the canvas.
+    """
+    rows: list[Tensor] = []
+    for prompt, completion in zip(prompts, completions, strict=True):
+        if not 0 < len(completion) <= max_new_tokens:
+            raise ValueError(
+                f"example '{prompt.uid}': its completion has {len(completion)} tokens, sampling.max_new_tokens is "
+                f"{max_new_tokens}; raise it, or shorten the completion"
+                if completion
+                else f"example '{prompt.uid}': its completion is empty"
+            )
+        target = [*completion, eos_id][:max_new_tokens]
+        if pad_to_canvas:
+            target += [eos_id] * (max_new_tokens - len(target))
+        rows.append(torch.tensor([*prompt.token_ids, *target]))
+    width = max(map(len, rows))
+    start = torch.tensor([len(prompt.token_ids) for prompt in prompts])
+    position = torch.arange(width)
+    valid = position < torch.tensor([len(row) for row in rows])[:, None]
+    zeros = torch.zeros(len(rows), dtype=torch.int64)
+    return RolloutBatch(
+        tokens=_padded(rows, width, pad_id),
+        valid=valid,
+        completion=valid & (position >= start[:, None]),
+        tail=torch.zeros_like(valid),
+        unmask_step=torch.full(valid.shape, GIVEN),
+        behaviour_logp=torch.zeros(valid.shape),
+        prompt_length=start,
+        group=torch.arange(len(rows)),
+        num_forwards=zeros,
+        weights_step=zeros,
+        blocks=None if block_size is None else block_index(start, width, block_size, block_origin),
+        exact=True,
+    ).check()
+
+
+def completion_texts(trajectories: Sequence[Trajectory], tokenizer: Any) -> list[str]:
+    """Completions as text, up to and without EOS; a special token inside a completion stays visible."""
+    return [tokenizer.decode(_before_eos(t).tolist(), skip_special_tokens=False) for t in trajectories]
+
+
+def _before_eos(t: Trajectory) -> Tensor:
+    length = t.completion_length - (t.finish == "eos")
+    return t.tokens[t.prompt_length : t.prompt_length + length]
+
+
+def _padded(rows: Sequence[Tensor], width: int, fill: float) -> Tensor:
+    out = torch.full((len(rows), width), fill, dtype=rows[0].dtype)
+    for place, row in enumerate(rows):
+        out[place, : len(row)] = row
+    return out

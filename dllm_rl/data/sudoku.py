@@ -1,0 +1,116 @@
+"""4x4 Sudoku with unique solutions, split by solution grid."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal
+
+from dllm_rl.protocols import Task
+from dllm_rl.seeding import python_random
+from dllm_rl.types import Example
+
+SIDE, CELLS = 4, 16
+HOLE = "."
+
+
+class Sudoku4(Task):
+    """Fill a 4x4 grid so that every row, column and 2x2 box holds 1..4.
+
+    The prompt is the grid in reading order with "." for a hole, then "="; the completion is all 16 digits. Only 288
+    grids exist, so puzzles are split by their solution: no grid occurs in both splits.
+    """
+
+    @dataclass(frozen=True, slots=True, kw_only=True)
+    class Config:
+        """Options. Difficulty is the number of holes."""
+
+        min_holes: int = 6
+        max_holes: int = 10  # uniqueness needs at least 4 givens
+        train_puzzles: int = 8192
+        test_puzzles: int = 1024
+        test_fraction: float = 0.2  # share of the 288 grids that is held out
+        split_seed: int = 0
+
+        def __post_init__(self) -> None:
+            if not 1 <= self.min_holes <= self.max_holes <= 12:
+                raise ValueError(
+                    f"min_holes = {self.min_holes}, max_holes = {self.max_holes}: need 1 <= min_holes <= max_holes <= 12"
+                )
+            if not 0 < self.test_fraction < 1:
+                raise ValueError(f"test_fraction = {self.test_fraction}: must be in (0, 1)")
+            if self.train_puzzles < 1 or self.test_puzzles < 1:
+                raise ValueError("train_puzzles and test_puzzles must be at least 1")
+
+    rewards = ("sudoku",)
+    success = "sudoku"
+    characters = "1234" + HOLE + "="
+    config: Config
+
+    def examples(self, split: Literal["train", "test"]) -> Sequence[Example]:
+        """Distinct puzzles of the split's grids, generated in a fixed order."""
+        c = self.config
+        order = list(all_grids())
+        python_random(c.split_seed, "sudoku4", "split").shuffle(order)
+        held = max(1, round(len(order) * c.test_fraction))
+        grids = order[:held] if split == "test" else order[held:]
+        wanted = c.test_puzzles if split == "test" else c.train_puzzles
+        draw = python_random(c.split_seed, "sudoku4", split)
+        found: dict[str, Example] = {}
+        attempts = 0
+        while len(found) < wanted:
+            attempts += 1
+            if attempts > 50 * wanted + 1000:
+                raise ValueError(
+                    f"only {len(found)} of {wanted} distinct {split} puzzles with {c.min_holes}..{c.max_holes} holes "
+                    f"found; ask for fewer, or allow more holes"
+                )
+            grid = draw.choice(grids)
+            holes = draw.randint(c.min_holes, c.max_holes)
+            puzzle = _dig(grid, frozenset(draw.sample(range(CELLS), holes)))
+            if puzzle not in found and is_unique(puzzle):
+                found[puzzle] = Example(
+                    uid=f"sudoku4-{puzzle}",
+                    prompt=f"{puzzle}=",
+                    answer=grid,
+                    task="sudoku4",
+                    completion=grid,
+                    columns={"puzzle": puzzle, "holes": holes},
+                )
+        return list(found.values())
+
+    def canary(self, example: Example) -> tuple[str, str]:
+        """The solution, and the solution with one hole filled wrongly."""
+        hole = example.columns["puzzle"].index(HOLE)
+        wrong = str(int(example.answer[hole]) % SIDE + 1)
+        return example.answer, example.answer[:hole] + wrong + example.answer[hole + 1 :]
+
+
+@cache
+def all_grids() -> tuple[str, ...]:
+    """The 288 valid grids as 16 digits in reading order."""
+    rows = list(itertools.permutations("1234"))
+    return tuple(
+        "".join("".join(row) for row in grid) for grid in itertools.product(rows, repeat=SIDE) if _is_valid(grid)
+    )
+
+
+def _is_valid(grid: Sequence[Sequence[str]]) -> bool:
+    columns = all(len(set(column)) == SIDE for column in zip(*grid, strict=True))
+    boxes = all(
+        len({grid[r + i][c + j] for i in range(2) for j in range(2)}) == SIDE for r in (0, 2) for c in (0, 2)
+    )
+    return columns and boxes
+
+
+def is_unique(puzzle: str) -> bool:
+    """Whether exactly one grid agrees with the givens."""
+    givens = [(cell, digit) for cell, digit in enumerate(puzzle) if digit != HOLE]
+    agreeing = (grid for grid in all_grids() if all(grid[cell] == digit for cell, digit in givens))
+    return next(agreeing, None) is not None and next(agreeing, None) is None
+
+
+def _dig(grid: str, holes: frozenset[int]) -> str:
+    return "".join(HOLE if cell in holes else digit for cell, digit in enumerate(grid))

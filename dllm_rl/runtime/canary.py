@@ -1,0 +1,46 @@
+"""Before training starts: the deployed reward workers must reward a gold answer and refuse a wrong one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from dllm_rl.protocols import Task
+from dllm_rl.runtime.reward_pool import RewardPool
+from dllm_rl.types import Example
+
+
+def run_canary(pool: RewardPool, task: Task, examples: Sequence[Example]) -> None:
+    """Judge a gold and a wrong completion of each example in the pool that training will use.
+
+    Args:
+        pool: the deployed pool.
+        task: says what is gold, what is wrong, and which component means success.
+        examples: rows to check; none = no check.
+    Raises:
+        ValueError: naming the first example that was judged wrongly.
+    """
+    if not examples:
+        return
+    pairs = [task.canary(example) for example in examples]
+    names = sorted({name for example in examples for name in example.columns})
+    columns = {name: [e.columns.get(name) for e in examples for _ in range(2)] for name in names}
+    columns["answer"] = [e.answer for e in examples for _ in range(2)]
+    columns["completion_tokens"] = [1] * (2 * len(examples))
+    texts = [text for pair in pairs for text in pair]
+    rewards = pool.score([str(e.prompt) for e in examples for _ in range(2)], texts, columns)
+    if task.success not in rewards.components:
+        raise ValueError(
+            f"reward canary: the task counts reward '{task.success}' as success, but rewards lists "
+            f"{', '.join(rewards.components)}; add '{task.success}'"
+        )
+    success = rewards.components[task.success]
+    for row, text in enumerate(texts):
+        example, gold = examples[row // 2], row % 2 == 0
+        if not bool(rewards.included[row]):
+            raise ValueError(f"reward canary: example '{example.uid}' could not be judged: {pool.failures[-1]}")
+        if (success[row] >= 1) != gold:
+            expected = "at least 1" if gold else "less than 1"
+            raise ValueError(
+                f"reward canary: the {'gold' if gold else 'wrong'} completion {text[-60:]!r} of example '{example.uid}' "
+                f"scored {success[row]:g} in '{task.success}', expected {expected}; fix the reward before training"
+            )

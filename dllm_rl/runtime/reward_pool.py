@@ -1,0 +1,228 @@
+"""Verifiers in killable processes, each completion under a deadline that the parent owns.
+
+A deadline starts when a worker starts on the completion, never while it waits in a queue. What fails (raises, hangs,
+dies) is a failed verification: the row is excluded from its group, it is never a reward of 0.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from typing import Any, Self
+
+import torch
+
+from dllm_rl.types import Rewards, RewardStatus
+
+START_UP_S = 120.0  # importing sympy on a loaded machine takes seconds
+_SEVERITY: tuple[RewardStatus, ...] = ("ok", "invalid", "timeout", "error")
+_CHUNK = 32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RewardSpec:
+    """One reward function of the pool."""
+
+    name: str
+    weight: float = 1.0
+    timeout_s: float = 5.0
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A verification that failed."""
+
+    reward: str
+    completion: str
+    status: RewardStatus
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.reward}: {self.status}: {self.message} (completion {self.completion[:60]!r})"
+
+
+class _Worker:
+    """One process; knows which rows it still has to judge, the first of them being the one in work."""
+
+    def __init__(self, specs: Sequence[RewardSpec]) -> None:
+        child_in, self._to_child = os.pipe()
+        self._from_child, child_out = os.pipe()
+        command = [sys.executable, "-m", "dllm_rl.runtime.reward_worker", str(child_in), str(child_out), str(os.getpid())]
+        self.process = subprocess.Popen(
+            command,
+            pass_fds=(child_in, child_out),
+            start_new_session=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)},
+        )
+        os.close(child_in)
+        os.close(child_out)
+        self.outbox = Connection(self._to_child, readable=False)
+        self.inbox = Connection(self._from_child, writable=False)
+        self.outbox.send([(spec.name, dict(spec.options)) for spec in specs])
+        self.ready = False
+        self.reward = 0
+        self.rows: deque[int] = deque()
+        self.deadline = time.monotonic() + START_UP_S
+
+    def end(self) -> None:
+        """Kill the process and whatever it started."""
+        with contextlib.suppress(ProcessLookupError):  # it may have ended by itself
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        self.inbox.close()
+        self.outbox.close()
+
+
+class RewardPool:
+    """Scores completions with several reward functions in several processes. A context manager.
+
+    Attributes:
+        failures: the latest failed verifications, newest last.
+    """
+
+    def __init__(self, specs: Sequence[RewardSpec], *, num_workers: int = 2) -> None:
+        """Start the workers; they load their rewards while the caller goes on.
+
+        Args:
+            specs: the reward functions; names must differ.
+            num_workers: processes.
+        """
+        names = [spec.name for spec in specs]
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        if repeated:
+            raise ValueError(f"reward '{repeated[0]}' is listed twice; give it one entry and one weight")
+        self.failures: deque[Failure] = deque(maxlen=20)
+        self._specs = tuple(specs)
+        self._workers = [_Worker(self._specs) for _ in range(num_workers)]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the workers (only those this pool started)."""
+        for worker in self._workers:
+            worker.end()
+        self._workers = []
+
+    def score(self, prompts: Sequence[str], completions: Sequence[str], columns: Mapping[str, Sequence[Any]]) -> Rewards:
+        """Judge every completion with every reward function.
+
+        Args:
+            prompts: one per completion.
+            completions: texts.
+            columns: further arguments of the reward functions, one value per completion.
+        Returns:
+            Rewards; a row with a failed verification is not included.
+        Raises:
+            ValueError: a reward function that cannot be loaded or built.
+        """
+        assert self._workers, "the pool is closed"
+        rows = [
+            {"prompt": p, "completion": c, "columns": {name: values[i] for name, values in columns.items()}}
+            for i, (p, c) in enumerate(zip(prompts, completions, strict=True))
+        ]
+        n = len(rows)
+        values = torch.full((len(self._specs), n), float("nan"))
+        worst = [0] * n
+        failed = torch.zeros(n, dtype=torch.bool)
+        for reward, row, status, value, message in self._judge(rows):
+            worst[row] = max(worst[row], _SEVERITY.index(status))
+            if status in ("timeout", "error"):
+                failed[row] = True
+                self.failures.append(Failure(self._specs[reward].name, completions[row], status, message))
+            elif value is not None:
+                values[reward, row] = value
+        weight = torch.tensor([spec.weight for spec in self._specs])
+        return Rewards(
+            components={spec.name: values[i] for i, spec in enumerate(self._specs)},
+            total=torch.where(failed, 0.0, (weight[:, None] * values.nan_to_num(0.0)).sum(0)),
+            included=~failed,
+            status=tuple(_SEVERITY[w] for w in worst),
+        )
+
+    def _judge(
+        self, rows: Sequence[Mapping[str, Any]]
+    ) -> Iterator[tuple[int, int, RewardStatus, float | None, str]]:
+        """(reward, row, status, value, message) of every pair, in any order."""
+        size = max(1, min(_CHUNK, -(-len(rows) // (2 * len(self._workers)))))
+        waiting: deque[tuple[int, list[int]]] = deque(
+            (reward, list(range(begin, min(begin + size, len(rows)))))
+            for reward in range(len(self._specs))
+            for begin in range(0, len(rows), size)
+        )
+        left = len(rows) * len(self._specs)
+        while left:
+            for worker in self._workers:
+                if worker.ready and not worker.rows and waiting:
+                    self._hand_over(worker, *waiting.popleft(), rows)
+            pending = [w for w in self._workers if w.rows or not w.ready]
+            timeout = max(0.0, min(w.deadline for w in pending) - time.monotonic())
+            heard = wait([w.inbox for w in pending], timeout)
+            for worker in pending:
+                if worker.inbox in heard:
+                    result = self._hear(worker)
+                elif time.monotonic() >= worker.deadline:
+                    result = self._overrun(worker)
+                else:
+                    continue
+                if result is None:
+                    continue
+                reward, row, remaining = worker.reward, result[0], list(worker.rows)
+                left -= 1
+                yield (reward, *result)
+                if worker not in self._workers and remaining:
+                    waiting.appendleft((reward, remaining))
+
+    def _hand_over(
+        self, worker: _Worker, reward: int, chunk: list[int], rows: Sequence[Mapping[str, Any]]
+    ) -> None:
+        worker.reward, worker.rows = reward, deque(chunk)
+        worker.deadline = time.monotonic() + self._specs[reward].timeout_s
+        worker.outbox.send((reward, [(row, rows[row]) for row in chunk]))
+
+    def _hear(self, worker: _Worker) -> tuple[int, RewardStatus, float | None, str] | None:
+        """The next result of a worker; None if it only became ready."""
+        try:
+            message = worker.inbox.recv()
+        except (EOFError, ConnectionResetError):
+            return self._died(worker)
+        if not worker.ready:
+            if message[0] == "refused":
+                raise ValueError(message[1])
+            worker.ready = True
+            return None
+        row, status, value, text = message
+        assert row == worker.rows.popleft(), "results come in the order of the chunk"
+        worker.deadline = time.monotonic() + self._specs[worker.reward].timeout_s
+        return row, status, value, text
+
+    def _overrun(self, worker: _Worker) -> tuple[int, RewardStatus, float | None, str]:
+        if not worker.ready:
+            raise RuntimeError(f"a reward worker did not start within {START_UP_S:.0f} s; its messages are above")
+        self._replace(worker)
+        return worker.rows.popleft(), "timeout", None, f"no verdict within {self._specs[worker.reward].timeout_s} s"
+
+    def _died(self, worker: _Worker) -> tuple[int, RewardStatus, float | None, str]:
+        code = worker.process.wait()
+        if not worker.ready:
+            raise RuntimeError(f"a reward worker ended at start-up with exit code {code}; its messages are above")
+        self._replace(worker)
+        return worker.rows.popleft(), "error", None, f"the verifier ended its process (exit code {code})"
+
+    def _replace(self, worker: _Worker) -> None:
+        worker.end()
+        self._workers[self._workers.index(worker)] = _Worker(self._specs)

@@ -1,0 +1,40 @@
+"""Whether a completion has the shape that the prompt asked for.
+
+Released rewards of the d1 family matched with ``re.match`` without DOTALL, so that reasoning of more than one line never
+earned its format reward, and spelled ``"\\boxed"`` without escaping the backslash; both are tested here.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+_PRESETS = {
+    "boxed": r"\\boxed\s*\{",
+    "answer": r"<answer>.*?</answer>",
+    "reasoning_answer": r"\A\s*<reasoning>.*?</reasoning>\s*<answer>.*?</answer>\s*\Z",
+}
+
+
+class Format:
+    """1 if the pattern is found, else 0."""
+
+    @dataclass(frozen=True, slots=True, kw_only=True)
+    class Config:
+        """Options."""
+
+        pattern: str = "boxed"  # "boxed", "answer", "reasoning_answer", or a regular expression (searched, DOTALL)
+
+        def __post_init__(self) -> None:
+            try:
+                re.compile(_PRESETS.get(self.pattern, self.pattern))
+            except re.error as error:
+                raise ValueError(f"pattern = {self.pattern!r}: not a regular expression ({error})") from None
+
+    def __init__(self, config: Config) -> None:
+        self._pattern = re.compile(_PRESETS.get(config.pattern, config.pattern), re.DOTALL)
+
+    def __call__(self, prompts: list[Any], completions: list[str], **columns: list[Any]) -> list[float]:
+        """One value per completion."""
+        return [float(self._pattern.search(text) is not None) for text in completions]

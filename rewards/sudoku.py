@@ -1,0 +1,39 @@
+"""4x4 Sudoku: the board, or the share of its empty cells, that was filled right.
+
+The papers of the d1 family report the share of originally empty cells ("cells"); a solved board is the stricter "board".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from rewards import Verdict
+
+
+class Sudoku:
+    """Compares a completion of 16 digits with the only solution."""
+
+    @dataclass(frozen=True, slots=True, kw_only=True)
+    class Config:
+        """Options."""
+
+        mode: Literal["board", "cells"] = "board"  # 1 for a solved board, or the share of empty cells that are right
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    def __call__(
+        self, prompts: list[Any], completions: list[str], *, puzzle: list[str], answer: list[str], **columns: list[Any]
+    ) -> list[Verdict]:
+        """One verdict per completion; "invalid" unless it is 16 digits 1..4."""
+        return [self._judge(*row) for row in zip(completions, puzzle, answer, strict=True)]
+
+    def _judge(self, completion: str, puzzle: str, answer: str) -> Verdict:
+        filled = "".join(completion.split())
+        if len(filled) != len(answer) or set(filled) - set("1234"):
+            return Verdict(0.0, "invalid")
+        if self.config.mode == "board":
+            return Verdict(float(filled == answer))
+        empty = [cell for cell, given in enumerate(puzzle) if given == "."]
+        return Verdict(sum(filled[cell] == answer[cell] for cell in empty) / len(empty))
