@@ -7,7 +7,6 @@ number of engines gives the same samples.
 from __future__ import annotations
 
 import hashlib
-import os
 import random
 
 import torch
@@ -69,7 +68,5 @@ def uniform(*counters: Tensor | int) -> Tensor:
 
 
 def seed_everything(seed: int) -> None:
-    """Seed the global generators once, at start-up, for code that is not ours (module initialisation, dropout)."""
-    os.environ.setdefault("PYTHONHASHSEED", str(seed))
-    random.seed(seed)
+    """Seed the global generators, for randomness that is not ours to pass a generator to (dropout)."""
     torch.manual_seed(seed)

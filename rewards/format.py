@@ -10,10 +10,12 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from rewards.math_answer import last_boxed
+
+_INSIDE = r"(?:(?!</?(?:reasoning|answer)>).)*"  # anything but another tag, so that each tag occurs once
 _PRESETS = {
-    "boxed": r"\\boxed\s*\{",
     "answer": r"<answer>.*?</answer>",
-    "reasoning_answer": r"\A\s*<reasoning>.*?</reasoning>\s*<answer>.*?</answer>\s*\Z",
+    "reasoning_answer": rf"\A\s*<reasoning>{_INSIDE}</reasoning>\s*<answer>{_INSIDE}</answer>\s*\Z",
 }
 
 
@@ -33,8 +35,11 @@ class Format:
                 raise ValueError(f"pattern = {self.pattern!r}: not a regular expression ({error})") from None
 
     def __init__(self, config: Config) -> None:
+        self._boxed = config.pattern == "boxed"  # balanced braces are beyond a regular expression
         self._pattern = re.compile(_PRESETS.get(config.pattern, config.pattern), re.DOTALL)
 
     def __call__(self, prompts: list[Any], completions: list[str], **columns: list[Any]) -> list[float]:
         """One value per completion."""
+        if self._boxed:
+            return [float(last_boxed(text) is not None) for text in completions]
         return [float(self._pattern.search(text) is not None) for text in completions]

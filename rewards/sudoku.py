@@ -36,4 +36,16 @@ class Sudoku:
         if self.config.mode == "board":
             return Verdict(float(filled == answer))
         empty = [cell for cell, given in enumerate(puzzle) if given == "."]
-        return Verdict(sum(filled[cell] == answer[cell] for cell in empty) / len(empty))
+        # A given that was overwritten counts as one more cell to get right: only the solved board reaches 1.
+        overwritten = sum(given not in (".", digit) for given, digit in zip(puzzle, filled, strict=True))
+        return Verdict(sum(filled[cell] == answer[cell] for cell in empty) / (len(empty) + overwritten))
+
+
+class SudokuCells(Sudoku):
+    """The share of empty cells, as a component of its own beside the board (weight 0 reports it only)."""
+
+    @dataclass(frozen=True, slots=True, kw_only=True)
+    class Config(Sudoku.Config):
+        """Options."""
+
+        mode: Literal["board", "cells"] = "cells"

@@ -41,7 +41,5 @@ class PromptSource(Generic[T]):
         return step * self._per_step / len(self._items)
 
     def _order(self, epoch: int) -> list[int]:
-        order: list[int] = torch.randperm(
-            len(self._items), generator=generator_for(self._seed, "data", epoch)
-        ).tolist()
+        order: list[int] = torch.randperm(len(self._items), generator=generator_for(self._seed, "data", epoch)).tolist()
         return order

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
@@ -69,8 +69,9 @@ class Sudoku4(Task):
                 )
             grid = draw.choice(grids)
             holes = draw.randint(c.min_holes, c.max_holes)
-            puzzle = _dig(grid, frozenset(draw.sample(range(CELLS), holes)))
-            if puzzle not in found and is_unique(puzzle):
+            emptied = frozenset(draw.sample(range(CELLS), holes))
+            puzzle = _dig(grid, emptied)
+            if puzzle not in found and is_unique(grid, emptied):
                 found[puzzle] = Example(
                     uid=f"sudoku4-{puzzle}",
                     prompt=f"{puzzle}=",
@@ -91,25 +92,43 @@ class Sudoku4(Task):
 @cache
 def all_grids() -> tuple[str, ...]:
     """The 288 valid grids as 16 digits in reading order."""
-    rows = list(itertools.permutations("1234"))
-    return tuple(
-        "".join("".join(row) for row in grid) for grid in itertools.product(rows, repeat=SIDE) if _is_valid(grid)
-    )
+    return tuple(_grids_below(()))
 
 
-def _is_valid(grid: Sequence[Sequence[str]]) -> bool:
-    columns = all(len(set(column)) == SIDE for column in zip(*grid, strict=True))
-    boxes = all(
-        len({grid[r + i][c + j] for i in range(2) for j in range(2)}) == SIDE for r in (0, 2) for c in (0, 2)
-    )
-    return columns and boxes
+def _grids_below(rows: tuple[tuple[str, ...], ...]) -> Iterator[str]:
+    """Grids that start with these rows."""
+    if len(rows) == SIDE:
+        yield "".join(itertools.chain.from_iterable(rows))
+        return
+    for row in itertools.permutations("1234"):
+        column_clash = any(digit == above[c] for above in rows for c, digit in enumerate(row))
+        box_clash = len(rows) % 2 == 1 and not set(row[:2]).isdisjoint(rows[-1][:2])  # the other box follows
+        if not column_clash and not box_clash:
+            yield from _grids_below((*rows, row))
 
 
-def is_unique(puzzle: str) -> bool:
-    """Whether exactly one grid agrees with the givens."""
-    givens = [(cell, digit) for cell, digit in enumerate(puzzle) if digit != HOLE]
-    agreeing = (grid for grid in all_grids() if all(grid[cell] == digit for cell, digit in givens))
-    return next(agreeing, None) is not None and next(agreeing, None) is None
+def is_unique(grid: str, holes: Iterable[int]) -> bool:
+    """Whether the grid is the only solution of the puzzle with these cells emptied.
+
+    Another grid solves it too exactly if all the cells where the two grids differ are holes.
+    """
+    givens = ~_mask(holes)
+    return all(difference & givens for difference in _differences(grid))
+
+
+@cache
+def _differences(grid: str) -> tuple[int, ...]:
+    """Bit masks of the cells in which another grid differs; only those that contain no other one decide anything."""
+    masks: list[int] = []
+    others = {_mask(c for c in range(CELLS) if other[c] != grid[c]) for other in all_grids() if other != grid}
+    for mask in sorted(others, key=int.bit_count):
+        if all(mask & smaller != smaller for smaller in masks):
+            masks.append(mask)
+    return tuple(masks)
+
+
+def _mask(cells: Iterable[int]) -> int:
+    return sum(1 << cell for cell in cells)
 
 
 def _dig(grid: str, holes: frozenset[int]) -> str:

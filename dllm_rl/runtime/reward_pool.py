@@ -56,7 +56,14 @@ class _Worker:
     def __init__(self, specs: Sequence[RewardSpec]) -> None:
         child_in, self._to_child = os.pipe()
         self._from_child, child_out = os.pipe()
-        command = [sys.executable, "-m", "dllm_rl.runtime.reward_worker", str(child_in), str(child_out), str(os.getpid())]
+        command = [
+            sys.executable,
+            "-m",
+            "dllm_rl.runtime.reward_worker",
+            str(child_in),
+            str(child_out),
+            str(os.getpid()),
+        ]
         self.process = subprocess.Popen(
             command,
             pass_fds=(child_in, child_out),
@@ -118,7 +125,9 @@ class RewardPool:
             worker.end()
         self._workers = []
 
-    def score(self, prompts: Sequence[str], completions: Sequence[str], columns: Mapping[str, Sequence[Any]]) -> Rewards:
+    def score(
+        self, prompts: Sequence[str], completions: Sequence[str], columns: Mapping[str, Sequence[Any]]
+    ) -> Rewards:
         """Judge every completion with every reward function.
 
         Args:
@@ -154,9 +163,7 @@ class RewardPool:
             status=tuple(_SEVERITY[w] for w in worst),
         )
 
-    def _judge(
-        self, rows: Sequence[Mapping[str, Any]]
-    ) -> Iterator[tuple[int, int, RewardStatus, float | None, str]]:
+    def _judge(self, rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, int, RewardStatus, float | None, str]]:
         """(reward, row, status, value, message) of every pair, in any order."""
         size = max(1, min(_CHUNK, -(-len(rows) // (2 * len(self._workers)))))
         waiting: deque[tuple[int, list[int]]] = deque(
@@ -187,9 +194,7 @@ class RewardPool:
                 if worker not in self._workers and remaining:
                     waiting.appendleft((reward, remaining))
 
-    def _hand_over(
-        self, worker: _Worker, reward: int, chunk: list[int], rows: Sequence[Mapping[str, Any]]
-    ) -> None:
+    def _hand_over(self, worker: _Worker, reward: int, chunk: list[int], rows: Sequence[Mapping[str, Any]]) -> None:
         worker.reward, worker.rows = reward, deque(chunk)
         worker.deadline = time.monotonic() + self._specs[reward].timeout_s
         worker.outbox.send((reward, [(row, rows[row]) for row in chunk]))
