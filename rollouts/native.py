@@ -132,9 +132,13 @@ class NativeEngine:
         while len(rows.row):
             current = torch.where(rows.hidden, rows.blocks, beyond).amin(-1, keepdim=True)
             inside = rows.blocks == current
-            states = self._denoiser.hidden(rows.tokens, rows.hidden, rows.valid, None)
+            # Rows in the same state (samples of one prompt, at first) share a forward.
+            same = torch.cat([rows.tokens, rows.valid], dim=1)
+            distinct, copy = torch.unique(same, dim=0, return_inverse=True)
+            tokens, valid = distinct.split(rows.tokens.shape[1], dim=1)
+            states = self._denoiser.hidden(tokens, tokens == self._denoiser.mask_id, valid.bool(), None)
             place = position[: len(rows.row)]
-            self._commit(rows, place, rows.hidden & inside, states, sampling)
+            self._commit(rows, place, rows.hidden & inside, states, sampling, copy)
             complete = ~(rows.hidden & inside).any(-1)
             done = complete & (self._ended(rows, inside) | ~rows.hidden.any(-1))
             yield from self._retire(rows, done, batch, sampling)
@@ -156,7 +160,7 @@ class NativeEngine:
             while bool((active := rows.hidden.gather(1, place) & valid).any()):
                 window = torch.where(active, denoiser.mask_id, rows.tokens.gather(1, place))
                 states = denoiser.extend(cache, window, position, valid, commit=False)
-                self._commit(rows, place, active, states, sampling)
+                self._commit(rows, place, active, states, sampling, torch.arange(len(states), device=device))
             inside = rows.blocks == rows.blocks.gather(1, place[:, :1])
             done = self._ended(rows, inside) | ~rows.hidden.any(-1)
             stay = (~done).nonzero().flatten()
@@ -169,15 +173,18 @@ class NativeEngine:
             denoiser.extend(cache, rows.tokens.gather(1, place), position, valid, commit=True)
             begin = begin + size
 
-    def _commit(self, rows: _Rows, place: Tensor, active: Tensor, states: Tensor, sampling: Sampling) -> None:
+    def _commit(
+        self, rows: _Rows, place: Tensor, active: Tensor, states: Tensor, sampling: Sampling, copy: Tensor
+    ) -> None:
         """Propose a token at every active position, let the strategy choose, write what it chose.
 
         Args:
             rows: changed in place.
             place: (N, W) positions of the window in the row.
             active: (N, W) bool; hidden positions of the active block.
-            states: (N, W, D).
+            states: (u, W, D) of distinct inputs.
             sampling: how to draw.
+            copy: (N,) int64; the state of each row.
         """
         row, column = active.nonzero(as_tuple=True)
         position = place[row, column]
@@ -191,7 +198,8 @@ class NativeEngine:
         for begin in range(0, len(row), size):
             part = slice(begin, begin + size)
             at = (row[part], column[part])
-            p = propose(self._denoiser.unembed(states[at]), sampling, noise[part], mask_id=self._denoiser.mask_id)
+            logits = self._denoiser.unembed(states[copy[at[0]], at[1]])
+            p = propose(logits, sampling, noise[part], mask_id=self._denoiser.mask_id)
             token[at], logp[at], entropy[at], margin[at] = p.token, p.logp, p.entropy, p.margin
         candidates = Candidates(
             hidden=active,

@@ -61,37 +61,52 @@ def token_logp(
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """One micro-batch: which (draw, row) pairs to forward, cut to their longest row.
+    """One micro-batch: which (draw, row) pairs are scored, on which noised copies.
+
+    Pairs whose network input is the same share a copy: samples of one prompt have the same fully masked canvas, and the
+    trajectories of a group start in the same states. A copy is forwarded once, whatever the number of its pairs.
 
     Attributes:
-        draw: (m,) int64.
-        row: (m,) int64.
+        draw: (m,) int64, of each pair.
+        row: (m,) int64, of each pair.
+        copy: (m,) int64 in 0..u-1; the copy each pair is scored on.
+        example: (u,) int64; for each copy, one of its pairs.
         length: padded length of this micro-batch.
     """
 
     draw: Tensor
     row: Tensor
+    copy: Tensor
+    example: Tensor
     length: int
 
 
 def plan(batch: RolloutBatch, masks: MaskSample, tokens_per_microbatch: int) -> list[Work]:
     """Split the scored (draw, row) pairs into micro-batches of at most tokens_per_microbatch padded tokens.
 
-    Pairs are sorted by row length so that little padding is computed; draws in which a row scores nothing are dropped.
-    A single row longer than the budget forms a micro-batch of its own.
+    Copies are sorted by length so that little padding is computed; draws in which a row scores nothing are dropped.
+    A single copy longer than the budget forms a micro-batch of its own.
     """
-    scored = (masks.weight != 0).any(-1)  # (K, N)
-    draw, row = scored.nonzero(as_tuple=True)
+    draw, row = (masks.weight != 0).any(-1).nonzero(as_tuple=True)
     lengths = batch.valid.sum(-1)[row]
-    order = lengths.argsort(stable=True)
+    # Everything the network sees: the tokens that are left, the length and, for block-causal models, the clean copy.
+    seen = batch.tokens[row].masked_fill(masks.mask[draw, row], -1)
+    key = [lengths[:, None], seen]
+    if batch.blocks is not None:
+        key += [batch.prompt_length[row][:, None], batch.tokens[row]]
+    # unique() sorts, and the length is the first column: copies come out from short to long.
+    copies, copy = torch.unique(torch.cat(key, dim=1), dim=0, return_inverse=True)
+    sizes: list[int] = copies[:, 0].tolist()
+    example = torch.empty(len(copies), dtype=torch.int64).scatter_(0, copy, torch.arange(len(copy)))
     work: list[Work] = []
-    sizes = lengths[order].tolist()
     start = 0
     for end in range(1, len(sizes) + 1):
-        full = end == len(sizes) or sizes[end] * (end + 1 - start) > tokens_per_microbatch
-        if full:
-            chosen = order[start:end]
-            work.append(Work(draw[chosen], row[chosen], sizes[end - 1]))
+        if end == len(sizes) or sizes[end] * (end + 1 - start) > tokens_per_microbatch:
+            chosen = ((copy >= start) & (copy < end)).nonzero().flatten()
+            place = torch.empty(len(copy), dtype=torch.int64).scatter_(0, chosen, torch.arange(len(chosen)))
+            work.append(
+                Work(draw[chosen], row[chosen], copy[chosen] - start, place[example[start:end]], sizes[end - 1])
+            )
             start = end
     return work
 
@@ -105,17 +120,19 @@ def score(denoiser: Denoiser, batch: RolloutBatch, masks: MaskSample, work: Work
     """
     device = denoiser.device
     cut = slice(0, work.length)
-    tokens = batch.tokens[work.row, cut].to(device)
-    mask = masks.mask[work.draw, work.row, cut].to(device)
+    draw, row = work.draw[work.example], work.row[work.example]
+    hidden = denoiser.hidden(
+        batch.tokens[row, cut].to(device),
+        masks.mask[draw, row, cut].to(device),
+        batch.valid[row, cut].to(device),
+        None if batch.blocks is None else batch.blocks[row, cut].to(device),
+    )
     weight = masks.weight[work.draw, work.row, cut].to(device)
-    valid = batch.valid[work.row, cut].to(device)
-    blocks = None if batch.blocks is None else batch.blocks[work.row, cut].to(device)
     pair, position = (weight != 0).nonzero(as_tuple=True)
-    hidden = denoiser.hidden(tokens, mask, valid, blocks)
     logp = token_logp(
         denoiser.unembed,
-        hidden[pair, position],
-        tokens[pair, position],
+        hidden[work.copy.to(device)[pair], position],
+        batch.tokens[work.row, cut].to(device)[pair, position],
         vocab_size=denoiser.vocab_size,
         mask_id=denoiser.mask_id,
     )

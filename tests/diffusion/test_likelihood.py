@@ -185,3 +185,18 @@ def test_microbatches_hold_the_budget_and_every_scored_pair_once(tiny_denoiser):
     pairs = [(int(k), int(n)) for w in works for k, n in zip(w.draw, w.row, strict=True)]
     scored = {(int(k), int(n)) for k, n in (masks.weight != 0).any(-1).nonzero()}
     assert len(pairs) == len(set(pairs)) and set(pairs) == scored
+
+
+def test_equal_noised_copies_are_forwarded_once(tiny_denoiser):
+    """Samples of one prompt share the fully masked canvas; what is visible, or a block model's clean copy, does not."""
+    for family, copies in (("tiny", 2), ("sdar", 8)):
+        denoiser = tiny_denoiser(family, dtype=torch.float64)
+        two = rollouts(denoiser, ((2, 4), (3, 3)))
+        batch = two.select(torch.tensor([0, 1, 0, 1, 0, 1, 0, 1]))
+        batch.tokens[batch.completion] = torch.arange(int(batch.completion.sum())) % 8 + 3
+        masks = masking.fully_masked(batch.completion)
+        (work,) = likelihood.plan(batch, masks, 1 << 14)
+        assert len(work.example) == copies and len(work.row) == 8
+        torch.testing.assert_close(
+            likelihood.estimate(denoiser, batch, masks).token_logp, naive(denoiser, batch, masks), atol=ATOL_F64, rtol=0
+        )
