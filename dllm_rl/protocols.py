@@ -231,6 +231,7 @@ class Task:
 
     rewards: ClassVar[tuple[str, ...]] = ()  # default reward names when the config lists none
     success: ClassVar[str] = ""  # the reward component whose value >= 1 counts as solved in evaluation
+    characters: ClassVar[str] = ""  # what a character tokenizer must know even if no training text has it
 
     def __init__(self, config: Any) -> None:
         self.config = config

@@ -3,8 +3,8 @@
     expression = term { ("+" | "-") term }      term = factor { ("*" | "/") factor }
     factor     = INTEGER | "(" expression ")"
 
-Parsed and computed here in exact fractions, never with ``eval``: released rewards accept ``44**19**35``, ``//`` and ``4.4``,
-and hang on the first. There is no unary sign: a number must appear as it was given.
+Parsed and computed here in exact fractions, never with ``eval``: released rewards accept ``44**19**35``, ``//`` and
+``4.4``, and hang on the first. There is no unary sign: a number must appear as it was given.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Whether a completion has the shape that the prompt asked for.
+r"""Whether a completion has the shape that the prompt asked for.
 
-Released rewards of the d1 family matched with ``re.match`` without DOTALL, so that reasoning of more than one line never
-earned its format reward, and spelled ``"\\boxed"`` without escaping the backslash; both are tested here.
+Released rewards of the d1 family matched with ``re.match`` without DOTALL, so that reasoning of more than one line
+never earned its format reward, and spelled ``"\boxed"`` without escaping the backslash; both are tested here.
 """
 
 from __future__ import annotations

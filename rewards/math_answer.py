@@ -1,7 +1,7 @@
 """Whether the final answer equals the reference, by math-verify.
 
-math-verify's own timeouts turn a comparison that it could not finish into "not equal"; they are off here, and the reward
-pool's deadline marks such a row as failed. Its comparison is not symmetric: the reference comes first.
+math-verify's own timeouts turn a comparison that it could not finish into "not equal"; they are off here, and the
+reward pool's deadline marks such a row as failed. Its comparison is not symmetric: the reference comes first.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class MathAnswer:
 
 
 def last_boxed(text: str) -> str | None:
-    """Content of the last ``\\boxed{...}`` whose braces balance, or None."""
+    r"""Content of the last ``\boxed{...}`` whose braces balance, or None."""
     for match in reversed(list(re.finditer(r"\\boxed\s*\{", text))[-20:]):
         depth = 1
         for brace in re.finditer(r"\\.|[{}]", text[match.end() :], re.DOTALL):

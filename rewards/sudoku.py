@@ -1,6 +1,6 @@
 """4x4 Sudoku: the board, or the share of its empty cells, that was filled right.
 
-The papers of the d1 family report the share of originally empty cells ("cells"); a solved board is the stricter "board".
+The papers of the d1 family report the share of originally empty cells ("cells"); "board" is stricter.
 """
 
 from __future__ import annotations

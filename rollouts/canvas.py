@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from dllm_rl.protocols import Denoiser
+from dllm_rl.protocols import Candidates, Denoiser, UnmaskingStrategy
 from dllm_rl.seeding import derive
 from dllm_rl.types import GIVEN, BlockOrigin, Prompt, Sampling, Trajectory, WeightsVersion
 
@@ -65,6 +66,35 @@ def requests(
         for row, prompt in enumerate(prompts)
         for sample in range(samples_per_prompt)
     ]
+
+
+@contextmanager
+def inference(module: nn.Module) -> Iterator[None]:
+    """No gradients and no dropout inside; the training mode is put back afterwards, also after an error."""
+    training = module.training
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        module.train(training)
+
+
+def choose(strategy: UnmaskingStrategy, candidates: Candidates) -> Tensor:
+    """(N, W) bool: what the strategy commits.
+
+    Raises:
+        ValueError: it broke its contract; without the check a row without a choice would decode forever.
+    """
+    chosen, hidden = strategy.select(candidates), candidates.hidden
+    stuck = hidden.any(-1) & ~chosen.any(-1)
+    if bool((stuck[:, None] | (chosen & ~hidden)).any()):
+        what = "no position of a row that has hidden ones" if bool(stuck.any()) else "a position that is not hidden"
+        raise ValueError(
+            f"strategy {type(strategy).__name__} selected {what}: select() must return a subset of candidates.hidden "
+            "with at least one position in every row that has any"
+        )
+    return chosen
 
 
 def block_rule(denoiser: Denoiser, sampling: Sampling) -> tuple[int, BlockOrigin]:

@@ -19,9 +19,9 @@ from dllm_rl.diffusion.layout import block_index
 from dllm_rl.protocols import Candidates, Denoiser, UnmaskingStrategy
 from dllm_rl.seeding import uniform
 from dllm_rl.types import GIVEN, Prompt, Sampling, Trajectory, WeightsVersion
-from rollouts.canvas import Request, block_rule, requests, trajectory
+from rollouts.canvas import Request, block_rule, choose, inference, requests, trajectory
 
-CHUNK_ELEMENTS = 1 << 25  # logits held at once
+CHUNK_ELEMENTS = 1 << 25  # 0.7 GB at the peak of a greedy choice, 1.5 GB with top-k and top-p
 
 
 @dataclass(slots=True)
@@ -56,6 +56,7 @@ class NativeEngine:
         *,
         weights: WeightsVersion,
         max_batch_tokens: int = 1 << 16,
+        chunk_elements: int = CHUNK_ELEMENTS,
     ) -> None:
         """Hold a denoiser.
 
@@ -64,9 +65,11 @@ class NativeEngine:
             strategy: which positions to commit.
             weights: version of the denoiser's weights; updated by the driver.
             max_batch_tokens: padded tokens per forward at most (one row may exceed it).
+            chunk_elements: logits held at once at most (the logits of one position may exceed it).
         """
         self.weights = weights
-        self._denoiser, self._strategy, self._max_batch_tokens = denoiser, strategy, max_batch_tokens
+        self._denoiser, self._strategy = denoiser, strategy
+        self._max_batch_tokens, self._chunk_elements = max_batch_tokens, chunk_elements
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, *, seed: int, samples_per_prompt: int = 1
@@ -75,14 +78,10 @@ class NativeEngine:
         todo = requests(self._denoiser, prompts, sampling, seed, samples_per_prompt)
         todo.sort(key=lambda request: len(request.prompt.token_ids))
         finished: dict[int, Trajectory] = {}
-        module = self._denoiser.module
-        was_training = module.training
-        module.eval()
-        with torch.no_grad():
+        decode = self._decode_full if self._denoiser.block_size is None else self._decode_blocks
+        with inference(self._denoiser.module):
             for batch in self._batches(todo, sampling):
-                decode = self._decode_full if self._denoiser.block_size is None else self._decode_blocks
                 finished.update(decode(batch, sampling))
-        module.train(was_training)
         return [finished[index] for index in range(len(todo))]
 
     def _batches(self, todo: list[Request], sampling: Sampling) -> Iterator[list[Request]]:
@@ -190,7 +189,7 @@ class NativeEngine:
         position = place[row, column]
         key, forward = rows.key[row], rows.forward[row]
         noise = uniform(key, forward, position, TOKEN_NOISE)
-        size = max(1, CHUNK_ELEMENTS // self._denoiser.vocab_size)
+        size = max(1, self._chunk_elements // self._denoiser.vocab_size)
         token, logp, entropy, margin = (
             torch.zeros(active.shape, dtype=kind, device=active.device)
             for kind in (torch.int64, torch.float32, torch.float32, torch.float32)
@@ -210,7 +209,7 @@ class NativeEngine:
             noise=uniform(rows.key[:, None], rows.forward[:, None], place, POSITION_NOISE),
             count=active.sum(-1).clamp(max=sampling.tokens_per_step),
         )
-        chosen = self._strategy.select(candidates)
+        chosen = choose(self._strategy, candidates)
         row, column = chosen.nonzero(as_tuple=True)
         at = (row, place[row, column])
         rows.tokens[at] = token[row, column]

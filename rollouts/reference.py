@@ -11,7 +11,7 @@ from dllm_rl.diffusion.layout import block_index
 from dllm_rl.protocols import Candidates, Denoiser, UnmaskingStrategy
 from dllm_rl.seeding import uniform
 from dllm_rl.types import GIVEN, Prompt, Sampling, Trajectory, WeightsVersion
-from rollouts.canvas import Request, block_rule, requests, trajectory
+from rollouts.canvas import Request, block_rule, choose, inference, requests, trajectory
 
 
 class ReferenceEngine:
@@ -40,14 +40,9 @@ class ReferenceEngine:
         self, prompts: Sequence[Prompt], sampling: Sampling, *, seed: int, samples_per_prompt: int = 1
     ) -> list[Trajectory]:
         """See protocols.RolloutEngine."""
-        module = self._denoiser.module
-        was_training = module.training
-        module.eval()
-        with torch.no_grad():
-            rows = requests(self._denoiser, prompts, sampling, seed, samples_per_prompt)
-            finished = [self._decode(request, sampling) for request in rows]
-        module.train(was_training)
-        return finished
+        rows = requests(self._denoiser, prompts, sampling, seed, samples_per_prompt)
+        with inference(self._denoiser.module):
+            return [self._decode(request, sampling) for request in rows]
 
     def _decode(self, request: Request, sampling: Sampling) -> Trajectory:
         denoiser, device = self._denoiser, self._denoiser.device
@@ -83,7 +78,7 @@ class ReferenceEngine:
                     noise=uniform(key, forward, position, POSITION_NOISE),
                     count=active.sum(-1).clamp(max=sampling.tokens_per_step),
                 )
-                chosen = self._strategy.select(candidates)
+                chosen = choose(self._strategy, candidates)
                 tokens = torch.where(chosen, candidates.token, tokens)
                 step = torch.where(chosen, forward, step)
                 logp = torch.where(chosen, candidates.logp, logp)

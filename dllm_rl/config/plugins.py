@@ -12,25 +12,45 @@ from typing import Any
 from dllm_rl import registry
 from dllm_rl.registry import Kind
 
+# How a configuration file addresses the options of a plugin: error messages use the user's own words.
+_SECTIONS: Mapping[Kind, str] = {
+    "algorithms": "algorithm",
+    "engines": "engine",
+    "strategies": "sampling.strategy",
+    "rewards": "rewards.{name}",
+    "tasks": "data.task",
+}
+
 
 def build(kind: Kind, name: str, options: Mapping[str, Any]) -> Any:
-    """An instance of a plugin.
+    """An instance of a plugin; for a plain function (a reward), the function.
 
     Args:
         kind: what it is.
         name: entry-point name or "package.module:Name".
-        options: fields of its Config. A plain function (a reward) takes none and is returned as it is.
+        options: fields of its Config.
     Raises:
         ValueError: unknown plugin or option (the nearest is named), wrong type, or a value that its Config refuses.
     """
+    plugin, config = configure(kind, name, options)
+    return plugin if config is None else plugin(config)
+
+
+def configure(kind: Kind, name: str, options: Mapping[str, Any]) -> tuple[Any, Any]:
+    """(class, Config) of a plugin, checked but not yet built; (function, None) for a plain function.
+
+    Args and errors as in build.
+    """
     plugin = registry.load(kind, name)
-    where = f"{kind}.{name}"
+    where = _SECTIONS[kind].format(name=name)
     if not isinstance(plugin, type):
+        if not callable(plugin):
+            raise ValueError(f"{where}: '{name}' is neither a class nor a function")
         if options:
             raise ValueError(f"{where} is a plain function and takes no options, got {', '.join(options)}")
-        return plugin
+        return plugin, None
     config_class = getattr(plugin, "Config", None)
-    if config_class is None or not dataclasses.is_dataclass(config_class):
+    if not isinstance(config_class, type) or not dataclasses.is_dataclass(config_class):
         raise ValueError(f"{where}: class {plugin.__name__} has no nested dataclass Config; see dllm_rl/protocols.py")
     known = {field.name: field for field in dataclasses.fields(config_class)}
     hints = typing.get_type_hints(config_class)
@@ -41,18 +61,14 @@ def build(kind: Kind, name: str, options: Mapping[str, Any]) -> Any:
             hint = f"nearest is '{where}.{near[0]}'" if near else f"allowed: {', '.join(known) or 'none'}"
             raise ValueError(f"unknown key '{where}.{key}'; {hint}")
         values[key] = _checked(f"{where}.{key}", value, hints[key])
-    required = [
-        f.name
-        for f in known.values()
-        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING and f.name not in values
-    ]
-    if required:
-        raise ValueError(f"missing key '{where}.{required[0]}'")
+    for f in known.values():
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING and f.name not in values:
+            raise ValueError(f"missing key '{where}.{f.name}': must be {_describe(hints[f.name])}")
     try:
-        config = config_class(**values)
+        return plugin, config_class(**values)
     except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
-    return plugin(config)
+        names_the_field = str(error).partition(" = ")[0] in known
+        raise ValueError(f"{where}{'.' if names_the_field else ': '}{error}") from None
 
 
 def _checked(where: str, value: Any, annotation: Any) -> Any:

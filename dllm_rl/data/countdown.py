@@ -17,8 +17,8 @@ _LEVEL = {"+": 1, "-": 1, "*": 2, "/": 2}
 class Countdown(Task):
     """Combine the numbers with + - * / and parentheses.
 
-    Every puzzle is solvable: its target is the value of a random expression over its numbers, whose intermediate results
-    are positive integers. Puzzles are split by their sorted numbers, so no set of numbers is in both splits.
+    Every puzzle is solvable: its target is the value of a random expression over its numbers, whose intermediate
+    results are positive integers. Puzzles are split by their sorted numbers, so no set of numbers is in both splits.
     """
 
     @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,7 +90,7 @@ class Countdown(Task):
 def _asked(numbers: Sequence[int], target: int) -> str:
     return (
         f"Using the numbers {', '.join(map(str, numbers))}, write an arithmetic expression that equals {target}. Use "
-        f"every number exactly once, and only + - * / and parentheses. Put the expression between <answer> and </answer>."
+        f"every number exactly once, and only + - * / and parentheses. Put it between <answer> and </answer>."
     )
 
 

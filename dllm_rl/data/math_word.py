@@ -26,6 +26,8 @@ class _WordProblems(Task):
         train_file: str | None = None  # .jsonl, .json, or gzipped; null = download from the hub
         test_file: str | None = None
         hub: str = ""  # name of the data set on the hub
+        train_skip: tuple[int, ...] = ()  # numbers (from 1) of rows to leave out, e.g. those without an answer
+        test_skip: tuple[int, ...] = ()
         limit: int | None = None  # only the first rows of each split
         chat: bool = True  # a user message for the chat template; false = plain text, for base models
 
@@ -41,13 +43,32 @@ class _WordProblems(Task):
     config: Config
 
     def examples(self, split: Literal["train", "test"]) -> Sequence[Example]:
-        """The rows in the order of the file."""
+        """The rows in the order of the file; malformed ones are all named before anything runs."""
         c = self.config
         path = c.train_file if split == "train" else c.test_file
         if path is None and (c.train_file or c.test_file):
             raise ValueError(f"data.task.{split}_file is missing; give both files, or neither to use the hub")
         rows = hub_rows(c.hub, self.hub_configuration, split)[: c.limit] if path is None else read_rows(path, c.limit)
-        return [self._example(f"{self.name}-{split}-{i}", row, where) for i, (where, row) in enumerate(rows)]
+        skip = c.train_skip if split == "train" else c.test_skip
+        examples: list[Example] = []
+        malformed: dict[int, str] = {}
+        for number, (where, row) in enumerate(rows, start=1):
+            if number in skip:
+                continue
+            try:
+                examples.append(self._example(f"{self.name}-{split}-{number}", row, where))
+            except ValueError as error:
+                malformed[number] = str(error)
+        if malformed:
+            first = next(iter(malformed.values()))
+            shown = f"{list(malformed)}" if len(malformed) <= 20 else "[...]"
+            raise ValueError(
+                f"{first}; {len(malformed)} of {len(rows)} rows are malformed. Mend the file, or leave them out: "
+                f"data.task.{split}_skip={shown}"
+            )
+        if not examples:
+            raise ValueError(f"data.task.{split}_skip leaves out every row")
+        return examples
 
     def canary(self, example: Example) -> tuple[str, str]:
         """The boxed reference answer, and a boxed number that answers nothing."""
@@ -99,8 +120,8 @@ class GSM8K(_WordProblems):
 class MATH(_WordProblems):
     """Competition mathematics with LaTeX answers.
 
-    Rows have ``problem`` and either ``answer``, or ``solution`` whose last box is the answer, or both. The completion to
-    imitate is the solution, or the boxed answer where there is none.
+    Rows have ``problem`` and either ``answer``, or ``solution`` whose last box is the answer, or both. The completion
+    to imitate is the solution, or the boxed answer where there is none.
 
     Source: Hendrycks et al. 2021, arXiv:2103.03874.
     """
@@ -128,7 +149,7 @@ class MATH(_WordProblems):
 
 
 def _last_boxed(text: str) -> str | None:
-    """Content of the last ``\\boxed{...}`` or ``\\fbox{...}`` of a reference solution; braces nest."""
+    r"""Content of the last ``\boxed{...}`` or ``\fbox{...}`` of a reference solution; braces nest."""
     content = None
     for match in re.finditer(r"\\(?:boxed|fbox)\s*\{", text):
         depth = 1

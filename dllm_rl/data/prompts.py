@@ -43,9 +43,32 @@ def encode(
     )
 
 
-def encode_completion(text: str, tokenizer: Any, *, uid: str = "?") -> list[int]:
-    """Tokens of a reference completion, without EOS."""
-    return _tokens(text, tokenizer, f"completion of example '{uid}'")
+def encode_completion(
+    text: str, tokenizer: Any, *, uid: str = "?", prompt: str | list[dict[str, str]] | None = None
+) -> list[int]:
+    """Tokens of a reference completion, without EOS.
+
+    Args:
+        text: the completion.
+        tokenizer: a transformers tokenizer.
+        uid: of the example, for messages.
+        prompt: its prompt. After a conversation, the completion is what the chat template makes of it, so that prompt
+            and completion read as in the model's own conversations (some templates put something before the answer).
+    Raises:
+        ValueError: the text cannot be represented, or the chat template rewrites the prompt or the completion.
+    """
+    what = f"completion of example '{uid}'"
+    if isinstance(prompt, list):
+        before = render(prompt, tokenizer, uid)
+        whole = tokenizer.apply_chat_template([*prompt, {"role": "assistant", "content": text}], tokenize=False)
+        found = whole.rfind(text)
+        if not whole.startswith(before) or found < len(before):
+            raise ValueError(
+                f"{what}: the chat template does not render prompt and completion as the prompt followed by the "
+                f"completion; strip spaces around the completion, or use plain-text prompts"
+            )
+        text = whole[len(before) : found + len(text)]
+    return _tokens(text, tokenizer, what)
 
 
 def render(
@@ -56,6 +79,10 @@ def render(
         return prompt
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     if system_prompt is not None:
+        if messages[0]["role"] == "system":
+            raise ValueError(
+                f"example '{uid}' has a system message of its own; drop data.system_prompt, or the message"
+            )
         messages = [{"role": "system", "content": system_prompt}, *messages]
     if getattr(tokenizer, "chat_template", None) is None:
         raise ValueError(

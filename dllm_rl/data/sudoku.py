@@ -37,7 +37,7 @@ class Sudoku4(Task):
         def __post_init__(self) -> None:
             if not 1 <= self.min_holes <= self.max_holes <= 12:
                 raise ValueError(
-                    f"min_holes = {self.min_holes}, max_holes = {self.max_holes}: need 1 <= min_holes <= max_holes <= 12"
+                    f"min_holes = {self.min_holes}, max_holes = {self.max_holes}: need 1 <= min <= max <= 12"
                 )
             if not 0 < self.test_fraction < 1:
                 raise ValueError(f"test_fraction = {self.test_fraction}: must be in (0, 1)")

@@ -46,27 +46,30 @@ def propose(logits: Tensor, sampling: Sampling, uniform: Tensor, *, mask_id: int
     logp = logits - logits.logsumexp(-1, keepdim=True)
     probability = logp.exp()
     entropy = -(probability * logp.masked_fill(probability == 0, 0.0)).sum(-1)  # 0 log 0 = 0
-    best_two = probability.topk(2, dim=-1)
+    best_two = probability.topk(2, dim=-1).values
     if sampling.temperature == 0:
-        token = best_two.indices[:, 0]
+        token = logits.argmax(-1)  # the first of equals, which topk does not promise; bfloat16 logits tie often
     else:
         token = _invert(_filtered(logits / sampling.temperature, sampling), uniform)
     return Proposals(
         token=token,
         logp=logp.gather(-1, token[:, None]).squeeze(-1),
         entropy=entropy,
-        margin=best_two.values[:, 0] - best_two.values[:, 1],
+        margin=best_two[:, 0] - best_two[:, 1],
     )
 
 
 def _filtered(logits: Tensor, sampling: Sampling) -> Tensor:
-    """Logits with everything outside top_k, then outside top_p, at -inf."""
+    """Logits with everything outside top_k, then outside top_p, at -inf; of equal logits the lower ids are kept."""
     if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
         smallest = logits.topk(sampling.top_k, dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < smallest, float("-inf"))
+        above, tied = logits > smallest, logits == smallest
+        room = sampling.top_k - above.sum(-1, keepdim=True)
+        logits = logits.masked_fill(~(above | (tied & (tied.cumsum(-1) <= room))), float("-inf"))
     if sampling.top_p is not None and sampling.top_p < 1:
-        ordered, order = logits.sort(dim=-1, descending=True)
-        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
+        ordered, order = logits.sort(dim=-1, descending=True, stable=True)
+        probability = ordered.softmax(-1)
+        before = probability.cumsum(-1) - probability
         outside = before >= sampling.top_p  # the token that crosses p is kept, so at least one always is
         logits = logits.masked_fill(outside.scatter(-1, order, outside), float("-inf"))
     return logits
@@ -89,8 +92,8 @@ def take_best(score: Tensor, hidden: Tensor, count: Tensor) -> Tensor:
     Returns:
         (N, W) bool.
     """
-    order = score.masked_fill(~hidden, float("-inf")).argsort(dim=-1, descending=True, stable=True)
-    # -inf is a legal score, so hidden positions must still come before visible ones.
-    order = order.gather(-1, (~hidden.gather(-1, order)).int().argsort(dim=-1, stable=True))
+    # -inf is a legal score, and hidden positions must still come before visible ones.
+    ranked = score.clamp(min=torch.finfo(score.dtype).min).masked_fill(~hidden, float("-inf"))
+    order = ranked.argsort(dim=-1, descending=True, stable=True)
     first = torch.arange(score.shape[-1], device=score.device) < count[:, None]
     return torch.zeros_like(hidden).scatter(-1, order, first) & hidden

@@ -12,6 +12,8 @@ from dllm_rl.types import Example
 def run_canary(pool: RewardPool, task: Task, examples: Sequence[Example]) -> None:
     """Judge a gold and a wrong completion of each example in the pool that training will use.
 
+    Also holds evaluation to its word: the component that means success must be among the rewards.
+
     Args:
         pool: the deployed pool.
         task: says what is gold, what is wrong, and which component means success.
@@ -19,6 +21,14 @@ def run_canary(pool: RewardPool, task: Task, examples: Sequence[Example]) -> Non
     Raises:
         ValueError: naming the first example that was judged wrongly.
     """
+    have = ", ".join(pool.names)
+    if not task.success:
+        raise ValueError(f"reward canary: which of the rewards {have} means success? Set data.task.success")
+    if task.success not in pool.names:
+        raise ValueError(
+            f"reward canary: the task counts reward '{task.success}' as success, but rewards lists {have}; list it too "
+            f"(weight 0 only reports it)"
+        )
     if not examples:
         return
     pairs = [task.canary(example) for example in examples]
@@ -28,11 +38,6 @@ def run_canary(pool: RewardPool, task: Task, examples: Sequence[Example]) -> Non
     columns["completion_tokens"] = [1] * (2 * len(examples))
     texts = [text for pair in pairs for text in pair]
     rewards = pool.score([str(e.prompt) for e in examples for _ in range(2)], texts, columns)
-    if task.success not in rewards.components:
-        raise ValueError(
-            f"reward canary: the task counts reward '{task.success}' as success, but rewards lists "
-            f"{', '.join(rewards.components)}; add '{task.success}'"
-        )
     success = rewards.components[task.success]
     for row, text in enumerate(texts):
         example, gold = examples[row // 2], row % 2 == 0
@@ -41,6 +46,6 @@ def run_canary(pool: RewardPool, task: Task, examples: Sequence[Example]) -> Non
         if (success[row] >= 1) != gold:
             expected = "at least 1" if gold else "less than 1"
             raise ValueError(
-                f"reward canary: the {'gold' if gold else 'wrong'} completion {text[-60:]!r} of example '{example.uid}' "
+                f"reward canary: {'gold' if gold else 'wrong'} completion {text[-60:]!r} of example '{example.uid}' "
                 f"scored {success[row]:g} in '{task.success}', expected {expected}; fix the reward before training"
             )

@@ -20,6 +20,7 @@ from typing import Any, Self
 
 import torch
 
+from dllm_rl.config.plugins import configure
 from dllm_rl.types import Rewards, RewardStatus
 
 START_UP_S = 120.0  # importing sympy on a loaded machine takes seconds
@@ -51,50 +52,53 @@ class Failure:
 
 
 class _Worker:
-    """One process; knows which rows it still has to judge, the first of them being the one in work."""
+    """One process, and the rows that it still has to judge; the first of them is the one in work."""
 
     def __init__(self, specs: Sequence[RewardSpec]) -> None:
-        child_in, self._to_child = os.pipe()
-        self._from_child, child_out = os.pipe()
-        command = [
-            sys.executable,
-            "-m",
-            "dllm_rl.runtime.reward_worker",
-            str(child_in),
-            str(child_out),
-            str(os.getpid()),
-        ]
+        child_in, to_child = os.pipe()
+        from_child, child_out = os.pipe()
         self.process = subprocess.Popen(
-            command,
+            # -P: our own path in its order; the current directory must not shadow what the parent imported.
+            [
+                sys.executable,
+                "-P",
+                "-m",
+                "dllm_rl.runtime.reward_worker",
+                *map(str, (child_in, child_out, os.getpid())),
+            ],
             pass_fds=(child_in, child_out),
             start_new_session=True,
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
+            stdout=2,  # a verifier's prints join its warnings
             env={**os.environ, "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)},
         )
         os.close(child_in)
         os.close(child_out)
-        self.outbox = Connection(self._to_child, readable=False)
-        self.inbox = Connection(self._from_child, writable=False)
+        self.inbox = Connection(from_child, writable=False)
+        self.outbox = Connection(to_child, readable=False)
         self.outbox.send([(spec.name, dict(spec.options)) for spec in specs])
         self.ready = False
-        self.reward = 0
+        self.reward = 0  # which reward function the rows are for
         self.rows: deque[int] = deque()
         self.deadline = time.monotonic() + START_UP_S
 
-    def end(self) -> None:
-        """Kill the process and whatever it started."""
-        with contextlib.suppress(ProcessLookupError):  # it may have ended by itself
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+    def end(self) -> int:
+        """Kill the process and whatever it started; returns its exit code."""
+        if self.process.returncode is None:  # not reaped: its number, which is its group's, cannot be anybody else's
+            with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS refuses to signal the dead
+                os.killpg(self.process.pid, signal.SIGKILL)
         self.inbox.close()
         self.outbox.close()
+        return self.process.wait()
 
 
 class RewardPool:
     """Scores completions with several reward functions in several processes. A context manager.
 
+    Make it in a thread that outlives it: on Linux workers die with the thread that started them.
+
     Attributes:
+        names: the reward functions, in order; the names of the reward components.
         failures: the latest failed verifications, newest last.
     """
 
@@ -104,11 +108,14 @@ class RewardPool:
         Args:
             specs: the reward functions; names must differ.
             num_workers: processes.
+        Raises:
+            ValueError: an unknown reward, one that is listed twice, or an option that it does not take.
         """
-        names = [spec.name for spec in specs]
-        repeated = sorted({name for name in names if names.count(name) > 1})
-        if repeated:
-            raise ValueError(f"reward '{repeated[0]}' is listed twice; give it one entry and one weight")
+        self.names = tuple(spec.name for spec in specs)
+        for spec in specs:
+            if self.names.count(spec.name) > 1:
+                raise ValueError(f"reward '{spec.name}' is listed twice; give it one entry and one weight")
+            configure("rewards", spec.name, spec.options)  # here, so that a typing error costs no model load
         self.failures: deque[Failure] = deque(maxlen=20)
         self._specs = tuple(specs)
         self._workers = [_Worker(self._specs) for _ in range(num_workers)]
@@ -137,9 +144,11 @@ class RewardPool:
         Returns:
             Rewards; a row with a failed verification is not included.
         Raises:
-            ValueError: a reward function that cannot be loaded or built.
+            ValueError: a reward function that cannot be built in a worker.
+            RuntimeError: a worker that does not start.
         """
         assert self._workers, "the pool is closed"
+        assert all(len(values) == len(completions) for values in columns.values()), "columns align with completions"
         rows = [
             {"prompt": p, "completion": c, "columns": {name: values[i] for name, values in columns.items()}}
             for i, (p, c) in enumerate(zip(prompts, completions, strict=True))
@@ -148,13 +157,17 @@ class RewardPool:
         values = torch.full((len(self._specs), n), float("nan"))
         worst = [0] * n
         failed = torch.zeros(n, dtype=torch.bool)
-        for reward, row, status, value, message in self._judge(rows):
-            worst[row] = max(worst[row], _SEVERITY.index(status))
-            if status in ("timeout", "error"):
-                failed[row] = True
-                self.failures.append(Failure(self._specs[reward].name, completions[row], status, message))
-            elif value is not None:
-                values[reward, row] = value
+        try:
+            for reward, row, status, value, message in self._judge(rows):
+                worst[row] = max(worst[row], _SEVERITY.index(status))
+                if status in ("timeout", "error"):
+                    failed[row] = True
+                    self.failures.append(Failure(self._specs[reward].name, completions[row], status, message))
+                elif value is not None:
+                    values[reward, row] = value
+        finally:  # interrupted: what a worker is still busy with must not answer the next call
+            for worker in [w for w in self._workers if w.rows]:
+                self._replace(worker)
         weight = torch.tensor([spec.weight for spec in self._specs])
         return Rewards(
             components={spec.name: values[i] for i, spec in enumerate(self._specs)},
@@ -173,9 +186,9 @@ class RewardPool:
         )
         left = len(rows) * len(self._specs)
         while left:
-            for worker in self._workers:
-                if worker.ready and not worker.rows and waiting:
-                    self._hand_over(worker, *waiting.popleft(), rows)
+            for worker in list(self._workers):
+                if waiting and worker.ready and not worker.rows and self._hand_over(worker, *waiting[0], rows):
+                    waiting.popleft()
             pending = [w for w in self._workers if w.rows or not w.ready]
             timeout = max(0.0, min(w.deadline for w in pending) - time.monotonic())
             heard = wait([w.inbox for w in pending], timeout)
@@ -188,16 +201,21 @@ class RewardPool:
                     continue
                 if result is None:
                     continue
-                reward, row, remaining = worker.reward, result[0], list(worker.rows)
+                if worker not in self._workers and worker.rows:  # it was ended: the rows it had not begun wait again
+                    waiting.appendleft((worker.reward, list(worker.rows)))
                 left -= 1
-                yield (reward, *result)
-                if worker not in self._workers and remaining:
-                    waiting.appendleft((reward, remaining))
+                yield (worker.reward, *result)
 
-    def _hand_over(self, worker: _Worker, reward: int, chunk: list[int], rows: Sequence[Mapping[str, Any]]) -> None:
+    def _hand_over(self, worker: _Worker, reward: int, chunk: list[int], rows: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether the worker took the chunk; one that died while it was idle is replaced, and no row has failed."""
+        try:
+            worker.outbox.send((reward, [(row, rows[row]) for row in chunk]))
+        except BrokenPipeError:
+            self._replace(worker)
+            return False
         worker.reward, worker.rows = reward, deque(chunk)
         worker.deadline = time.monotonic() + self._specs[reward].timeout_s
-        worker.outbox.send((reward, [(row, rows[row]) for row in chunk]))
+        return True
 
     def _hear(self, worker: _Worker) -> tuple[int, RewardStatus, float | None, str] | None:
         """The next result of a worker; None if it only became ready."""
@@ -212,7 +230,7 @@ class RewardPool:
             return None
         row, status, value, text = message
         assert row == worker.rows.popleft(), "results come in the order of the chunk"
-        worker.deadline = time.monotonic() + self._specs[worker.reward].timeout_s
+        worker.deadline = time.monotonic() + self._specs[worker.reward].timeout_s  # it is on its next row now
         return row, status, value, text
 
     def _overrun(self, worker: _Worker) -> tuple[int, RewardStatus, float | None, str]:
@@ -222,7 +240,7 @@ class RewardPool:
         return worker.rows.popleft(), "timeout", None, f"no verdict within {self._specs[worker.reward].timeout_s} s"
 
     def _died(self, worker: _Worker) -> tuple[int, RewardStatus, float | None, str]:
-        code = worker.process.wait()
+        code = worker.end()
         if not worker.ready:
             raise RuntimeError(f"a reward worker ended at start-up with exit code {code}; its messages are above")
         self._replace(worker)

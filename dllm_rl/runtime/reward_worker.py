@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import numbers
 import os
 import signal
 import sys
@@ -17,6 +18,7 @@ from typing import Any
 from dllm_rl.config.plugins import build
 
 _PR_SET_PDEATHSIG = 1
+MAX_MESSAGE = 500  # characters of an exception that travel to the parent
 
 
 def _die_with_parent(parent: int) -> None:
@@ -29,20 +31,19 @@ def _die_with_parent(parent: int) -> None:
 
 def _judge_one(reward: Callable[..., Sequence[Any]], row: dict[str, Any]) -> tuple[str, float | None, str]:
     """(status, value, message) of one completion."""
+    columns = {name: [value] for name, value in row["columns"].items()}
     try:
-        columns = {name: [value] for name, value in row["columns"].items()}
-        values = reward([row["prompt"]], [row["completion"]], **columns)
-        if len(values) != 1:
-            return "error", None, f"returned {len(values)} values for 1 completion"
-        value = values[0]
-        if value is None:
-            return "ok", None, ""
-        number = float(value)
-    except Exception as error:  # noqa: BLE001 - whatever a verifier raises is its verdict on itself: failed, not zero
-        return "error", None, f"{type(error).__name__}: {error}"[:500]
-    if not math.isfinite(number):
-        return "error", None, f"returned {number}"
-    return getattr(value, "status", "ok"), number, ""
+        values = list(reward([row["prompt"]], [row["completion"]], **columns))
+    except BaseException as error:  # whatever it raises, SystemExit too, means that it failed, not 0
+        return "error", None, f"{type(error).__name__}: {error}"[:MAX_MESSAGE]
+    if len(values) != 1:
+        return "error", None, f"returned {len(values)} values for 1 completion"
+    value = values[0]
+    if value is None:
+        return "ok", None, ""
+    if not isinstance(value, numbers.Real) or not math.isfinite(value):
+        return "error", None, f"returned {value!r:.100}, expected a finite number or None"
+    return ("invalid" if getattr(value, "status", "ok") == "invalid" else "ok"), float(value), ""
 
 
 def main(read: int, write: int, parent: int) -> None:
@@ -52,6 +53,8 @@ def main(read: int, write: int, parent: int) -> None:
     Messages out: ("ready", None) or ("refused", why); then (row number, status, value, message) per row, in order.
     """
     _die_with_parent(parent)
+    for descriptor in (read, write):
+        os.set_inheritable(descriptor, False)  # a verifier's own children must not hold the pipe open
     inbox, outbox = Connection(read, writable=False), Connection(write, readable=False)
     try:
         rewards = [build("rewards", name, options) for name, options in inbox.recv()]

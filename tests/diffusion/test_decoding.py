@@ -61,13 +61,44 @@ def test_certain_distributions_have_zero_entropy_not_nan():
 
 
 def test_rare_tokens_keep_their_probability_in_a_large_vocabulary():
-    """2^17 equal tokens: float32 running sums would lose the last ones."""
+    """2^17 - 1 equal tokens beside one that holds almost everything: float32 running sums would lose the last ones."""
     size = 1 << 17
-    p = propose(
-        torch.zeros(3, size), Sampling(max_new_tokens=1), torch.tensor([1e-9, 0.5, 1 - 1e-9]).double(), mask_id=0
-    )
-    assert p.token.tolist() == [1, size // 2, size - 1]
-    assert p.logp[0].item() == pytest.approx(-math.log(size - 1), abs=1e-5)
+    logits = torch.zeros(3, size)
+    logits[:, 1] = 30.0  # each of the others has probability 9.4e-14
+    rest = 1 - 1 / (1 + (size - 2) * math.exp(-30))
+    noise = torch.tensor([0.5, 1 - rest * 0.5, 1 - rest * 1e-5], dtype=torch.float64)
+    p = propose(logits, Sampling(max_new_tokens=1), noise, mask_id=0)
+    assert p.token[0] == 1
+    assert p.token[1].item() == pytest.approx(size // 2, rel=0.01)
+    assert p.token[2].item() == pytest.approx(size - 1, abs=300)  # a step of float64 near 1 is 0.1% of rest
+    assert p.logp[2].item() == pytest.approx(-30, abs=1e-4)
+
+
+@pytest.mark.parametrize("mask_id", [0, 4])
+@pytest.mark.parametrize("noise", [2.0**-53, 1 - 2.0**-53])
+def test_extreme_noise_never_draws_the_mask_token(mask_id, noise):
+    logits = 5 * torch.randn(2000, 5, generator=generator_for(0))
+    extreme = torch.full((2000,), noise, dtype=torch.float64)
+    p = propose(logits, Sampling(max_new_tokens=1), extreme, mask_id=mask_id)
+    assert not (p.token == mask_id).any() and p.logp.isfinite().all()
+
+
+@pytest.mark.parametrize("size", [8, 64, 1000])
+def test_of_equal_logits_the_lower_ids_are_kept(size):
+    """Logits in bfloat16 tie often; which token wins must not be left to a sorting routine."""
+    first = size // 3
+    logits = torch.zeros(2, size)
+    logits[:, first:] = 1.0
+
+    def last_kept(**settings):
+        noise = torch.full((2,), 1 - 1e-12, dtype=torch.float64)
+        return set(propose(logits, Sampling(max_new_tokens=1, **settings), noise, mask_id=0).token.tolist())
+
+    assert last_kept(temperature=0.0) == {first}
+    assert last_kept(top_k=1) == {first}
+    assert last_kept(top_k=3) == {first + 2}
+    assert last_kept(top_k=4, top_p=0.5) == {first + 1}  # two of four equal tokens reach one half
+    assert last_kept(top_p=1e-6) == {first}
 
 
 def test_take_best_by_hand():

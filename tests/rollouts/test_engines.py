@@ -10,6 +10,7 @@ import torch
 from dllm_rl import registry
 from dllm_rl.diffusion import likelihood, masking
 from dllm_rl.diffusion.layout import block_index
+from dllm_rl.protocols import UnmaskingStrategy
 from dllm_rl.types import GIVEN, Prompt, RolloutBatch, Sampling, Trajectory, WeightsVersion
 from rollouts.native import NativeEngine
 from rollouts.reference import ReferenceEngine
@@ -37,7 +38,8 @@ def build(tiny_denoiser, name, **more):
     return tiny_denoiser(options.pop("family", name), **options, **more)
 
 
-def prompts_of(denoiser, lengths=(3, 6, 1, 5, 8), injected=()) -> list[Prompt]:
+def prompts_of(denoiser, lengths=(3, 6, 1, 5, 8), injected=(), every=1) -> list[Prompt]:
+    """Ragged prompts; every so many of them have the injected tokens."""
     return [
         Prompt(
             uid=f"p{row}",
@@ -45,7 +47,7 @@ def prompts_of(denoiser, lengths=(3, 6, 1, 5, 8), injected=()) -> list[Prompt]:
             text="",
             answer="",
             task="t",
-            injected=dict(injected),
+            injected=dict(injected) if row % every == 0 else {},
         )
         for row, length in enumerate(lengths)
     ]
@@ -76,41 +78,105 @@ def test_native_equals_the_oracle(tiny_denoiser, model, sampling):
     for name in STRATEGIES:
         oracle = ReferenceEngine(denoiser, strategy(name), weights=WEIGHTS)
         native = NativeEngine(denoiser, strategy(name), weights=WEIGHTS)
-        for injected in ((), ((0, 5), (4, 7))):
-            prompts = prompts_of(denoiser, injected=injected)
-            want = oracle.generate(prompts, settings, seed=3, samples_per_prompt=2)
-            got = native.generate(prompts, settings, seed=3, samples_per_prompt=2)
-            assert [(t.prompt_uid, t.sample) for t in got] == [(p.uid, s) for p in prompts for s in range(2)]
-            for a, b in zip(got, want, strict=True):
-                same(a, b)
+        prompts = prompts_of(denoiser, injected=((0, 5), (4, 7)), every=2)
+        for a, b in zip(
+            native.generate(prompts, settings, seed=3), oracle.generate(prompts, settings, seed=3), strict=True
+        ):
+            same(a, b)
 
 
-@pytest.mark.parametrize("model", MODELS)
-def test_rows_end_at_eos_like_the_oracle(tiny_denoiser, model):
+def ending(tiny_denoiser, model):
+    """A model that samples EOS often (its most frequent token is declared to be it); prompts hold EOS too."""
     denoiser = build(tiny_denoiser, model)
-    with torch.no_grad():  # make EOS likely, so that rows end in every block
-        denoiser.module.lm_head.weight[denoiser.eos_id] = 1.15 * denoiser.module.lm_head.weight[4:8].mean(0)
-    settings = Sampling(
-        max_new_tokens=16, temperature=1.0, tokens_per_step=2, block_size=None if denoiser.block_size else 4
-    )
+    engine = NativeEngine(denoiser, strategy("random"), weights=WEIGHTS)
+    rows = engine.generate(prompts_of(denoiser), BLOCKS_OF_FOUR, seed=0, samples_per_prompt=4)
+    denoiser.eos_id = int(torch.cat([t.events[:, 2] for t in rows]).bincount().argmax())
+    return denoiser
+
+
+BLOCKS_OF_FOUR = Sampling(max_new_tokens=16, temperature=1.0, tokens_per_step=2, block_size=4)
+
+
+@pytest.mark.parametrize("name", ["low_confidence", "confidence_threshold"])
+@pytest.mark.parametrize("model", MODELS)
+def test_rows_end_at_eos_like_the_oracle(tiny_denoiser, model, name):
+    denoiser = ending(tiny_denoiser, model)
     prompts = prompts_of(denoiser)
-    want = ReferenceEngine(denoiser, strategy("low_confidence"), weights=WEIGHTS).generate(
-        prompts, settings, seed=1, samples_per_prompt=6
+    got, want = (
+        engine(denoiser, strategy(name), weights=WEIGHTS).generate(
+            prompts, BLOCKS_OF_FOUR, seed=1, samples_per_prompt=4
+        )
+        for engine in (NativeEngine, ReferenceEngine)
     )
-    got = NativeEngine(denoiser, strategy("low_confidence"), weights=WEIGHTS).generate(
-        prompts, settings, seed=1, samples_per_prompt=6
-    )
+    assert [(t.prompt_uid, t.sample) for t in got] == [(p.uid, s) for p in prompts for s in range(4)]
     for a, b in zip(got, want, strict=True):
         same(a, b)
     ended = [t for t in got if t.finish == "eos"]
     early = [t for t in ended if int(t.unmask_step.max()) == t.num_forwards]
-    assert ended and len(early) > 3, "the test needs rows that leave before the canvas is full"
+    assert len(early) > 3 and len({t.completion_length for t in got}) > 3, "the test needs rows that end early"
+    assert any(denoiser.eos_id in p.token_ids for p in prompts), "the test needs a prompt that holds EOS"
     for t in ended:
         end = t.prompt_length + t.completion_length
         assert t.tokens[end - 1] == denoiser.eos_id
         assert not (t.tokens[t.prompt_length : end - 1] == denoiser.eos_id).any()
         never = t.unmask_step == t.num_forwards
         assert (t.tokens[never] == denoiser.eos_id).all() and not never[:end].any()
+
+
+class Recorded:
+    """A denoiser that counts what it is asked for."""
+
+    def __init__(self, denoiser):
+        self._denoiser = denoiser
+        self.forwards, self.commits, self.unembedded = [], [], []
+
+    def __getattr__(self, name):
+        return getattr(self._denoiser, name)
+
+    def hidden(self, tokens, mask, valid, blocks=None):
+        self.forwards.append(len(tokens))
+        return self._denoiser.hidden(tokens, mask, valid, blocks)
+
+    def extend(self, cache, tokens, positions, valid, *, commit):
+        (self.commits if commit else self.forwards).append(len(tokens))
+        return self._denoiser.extend(cache, tokens, positions, valid, commit=commit)
+
+    def unembed(self, rows):
+        self.unembedded.append(len(rows))
+        return self._denoiser.unembed(rows)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_no_work_is_done_that_no_row_needs(tiny_denoiser, model):
+    """Finished rows leave, equal states are computed once, only hidden positions of the active block are unembedded."""
+    denoiser = Recorded(ending(tiny_denoiser, model))
+    chunk = 3 * denoiser.vocab_size
+    engine = NativeEngine(denoiser, strategy("confidence_threshold"), weights=WEIGHTS, chunk_elements=chunk)
+    rows = engine.generate(prompts_of(denoiser), BLOCKS_OF_FOUR, seed=1, samples_per_prompt=4)
+    assert len({t.num_forwards for t in rows}) > 2, "the test needs rows that end at different times"
+    needed, per_block = 0, []
+    for t in rows:
+        length, start = len(t.tokens), torch.tensor([t.prompt_length])
+        size, origin = denoiser.block_size or 4, denoiser.block_origin
+        block = block_index(start, length, size, origin)[0]
+        decoded = (t.unmask_step >= 0) & (t.unmask_step < t.num_forwards)
+        for forward in range(t.num_forwards):
+            active = block == block[(t.unmask_step == forward).nonzero()[0]]
+            needed += int((active & decoded & (t.unmask_step >= forward)).sum())
+        per_block.append([int(t.unmask_step[decoded & (block == b)].unique().numel()) for b in block[decoded].unique()])
+    assert sum(denoiser.unembedded) == needed and max(denoiser.unembedded) <= 3
+    if denoiser.block_size is None:
+        states: list[set[tuple[int, ...]]] = [set() for _ in range(max(t.num_forwards for t in rows))]
+        for t in rows:
+            for forward in range(t.num_forwards):
+                states[forward].add(tuple(t.tokens.masked_fill(t.unmask_step >= forward, -1).tolist()))
+        assert denoiser.forwards == [len(distinct) for distinct in states]
+        assert denoiser.forwards[0] == 5, "the samples of a prompt share their first forward"
+        return
+    left = [sum(len(p) > k for p in per_block) for k in range(max(map(len, per_block)))]
+    slowest = [max(p[k] for p in per_block if len(p) > k) for k in range(len(left))]
+    assert denoiser.forwards == [n for n, times in zip(left, slowest, strict=True) for _ in range(times)]
+    assert denoiser.commits == left[1:], "a block is committed once, by the rows that go on"
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -191,6 +257,35 @@ def test_training_mode_is_left_as_it_was(tiny_denoiser):
                 prompts_of(denoiser), SAMPLINGS["greedy"], seed=0
             )
             assert denoiser.module.training is training
+            with pytest.raises(ValueError, match="NothingSelected selected no position"):
+                engine(denoiser, NothingSelected(None), weights=WEIGHTS).generate(
+                    prompts_of(denoiser), SAMPLINGS["greedy"], seed=0
+                )
+            assert denoiser.module.training is training, "an error left the module in another mode"
+
+
+class NothingSelected(UnmaskingStrategy):
+    def select(self, candidates):
+        return torch.zeros_like(candidates.hidden)
+
+
+class VisibleSelected(UnmaskingStrategy):
+    def select(self, candidates):
+        return torch.ones_like(candidates.hidden)
+
+
+@pytest.mark.parametrize("engine", [NativeEngine, ReferenceEngine])
+@pytest.mark.parametrize("model", ["tiny", "sdar, blocks from the sequence"])
+def test_a_strategy_that_breaks_its_contract_is_named(tiny_denoiser, engine, model):
+    denoiser = build(tiny_denoiser, model)
+    for cls, words in (
+        (NothingSelected, "no position of a row that has hidden ones"),
+        (VisibleSelected, "a position that is not hidden"),
+    ):
+        with pytest.raises(ValueError, match=f"strategy {cls.__name__} selected {words}"):
+            engine(denoiser, cls(None), weights=WEIGHTS).generate(
+                prompts_of(denoiser), Sampling(max_new_tokens=8), seed=0
+            )
 
 
 def test_a_fully_injected_canvas_needs_no_forward(tiny_denoiser):

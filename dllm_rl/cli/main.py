@@ -1,0 +1,199 @@
+"""The dllm-rl command."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+import dllm_rl
+from dllm_rl.cli.errors import exit_code
+
+# Heavy imports (torch, transformers) happen inside the commands: a misspelt key is reported in a fraction of a second.
+app = typer.Typer(
+    help="Reinforcement learning and post-training for diffusion language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode=None,
+)
+Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, for example learner.lr=2e-6")]
+JsonPath = Annotated[Path | None, typer.Option("--json", help="write the result there, for machines")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress")]
+
+
+def _version(show: bool) -> None:
+    if show:
+        print(dllm_rl.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="print it")] = False,
+) -> None:
+    """Reinforcement learning and post-training for diffusion language models."""
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="YAML file")],
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on from the newest checkpoint")] = False,
+    from_checkpoint: Annotated[str | None, typer.Option("--from", help="go on from this one: step-000040")] = None,
+    json: JsonPath = None,
+    quiet: Quiet = False,
+) -> None:
+    """Train. Example: dllm-rl train configs/sudoku4_rl.yaml run.seed=1 learner.lr=3e-5."""
+    from dllm_rl.cli.output import check_json_path, evaluation_table, write_json
+    from dllm_rl.config.load import load_config
+
+    check_json_path(json)
+    loaded = load_config(config, overrides or [])
+    from dllm_rl.train import train as run
+
+    summary = run(loaded, resume=resume, from_checkpoint=from_checkpoint, progress=_progress(quiet))
+    evaluations = [("before", e) for e in summary.before] + [("after", e) for e in summary.after]
+    if evaluations:
+        Console().print(evaluation_table("held-out", evaluations))
+    print(f"{summary.steps} steps; everything is in {summary.folder}")
+    write_json(
+        json,
+        {
+            "folder": str(summary.folder),
+            "steps": summary.steps,
+            "before": [e.summary() for e in summary.before],
+            "after": [e.summary() for e in summary.after],
+            "seconds": dict(summary.seconds),
+        },
+    )
+
+
+@app.command(name="eval")
+def evaluate(
+    target: Annotated[Path, typer.Argument(help="YAML file, or a run folder (its newest checkpoint)")],
+    overrides: Overrides = None,
+    json: JsonPath = None,
+    quiet: Quiet = False,
+) -> None:
+    """Evaluate on held-out examples. Example: dllm-rl eval runs/sudoku4-rl evaluate.limit=1000."""
+    from dllm_rl.cli.output import check_json_path, evaluation_table, write_json
+
+    check_json_path(json)
+    from dllm_rl.evaluation.standalone import evaluate_target
+
+    results = evaluate_target(target, overrides or [], _progress(quiet))
+    Console().print(evaluation_table(str(target), [("", e) for e in results]))
+    write_json(json, {"target": str(target), "evaluations": [e.summary() for e in results]})
+
+
+@app.command()
+def show_config(config: Annotated[Path, typer.Argument(help="YAML file")], overrides: Overrides = None) -> None:
+    """Print the resolved configuration; it is a valid input itself."""
+    from dllm_rl.config.load import dump, load_config
+    from dllm_rl.reports.provenance import provenance
+
+    print(dump(load_config(config, overrides or []).model_copy(update={"provenance": provenance()})), end="")
+
+
+@app.command()
+def check_plugin(
+    kind: Annotated[str | None, typer.Argument(help="algorithms, engines, strategies, rewards or tasks")] = None,
+    name: Annotated[str | None, typer.Argument(help="registered name, or package.module:Name")] = None,
+    options: Annotated[list[str] | None, typer.Argument(help="option=value of the plugin")] = None,
+) -> None:
+    """Run the conformance suite on a plugin; without arguments, list what is registered."""
+    from dllm_rl import registry
+
+    if kind is None:
+        for each in registry.KINDS:
+            print(f"{each}: {', '.join(registry.names(each))}")
+        return
+    if kind not in registry.KINDS:
+        raise ValueError(f"unknown kind of plugin '{kind}'; there are {', '.join(registry.KINDS)}")
+    if name is None:
+        raise ValueError(f"which of the {kind}? registered: {', '.join(registry.names(kind))}")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # a plugin under development lives beside the user
+    from dllm_rl.conformance.suite import check
+
+    failed = 0
+    for result in check(kind, name, _options(options or [])):
+        print(
+            f"{'ok    ' if result.problem is None else 'FAILED'} {result.name}"
+            + (f": {result.problem}" if result.problem else "")
+        )
+        failed += result.problem is not None
+    if failed:
+        raise ValueError(
+            f"{kind} '{name}' fails {failed} check{'s' if failed > 1 else ''} above; see dllm_rl/protocols.py"
+        )
+
+
+@app.command()
+def demo(
+    seed: Annotated[int, typer.Option(min=0, help="seed of everything")] = 0,
+    output: Annotated[Path, typer.Option(help="folder for the two runs")] = Path("runs"),
+    json: JsonPath = None,
+    quiet: Quiet = False,
+) -> None:
+    """Teach a tiny model 4x4 Sudoku, then to decode it in parallel with reinforcement learning (a few minutes)."""
+    from dllm_rl.cli.output import check_json_path
+
+    check_json_path(json)
+    from dllm_rl.cli.demo import run_demo
+
+    run_demo(seed, output, json, _progress(quiet))
+
+
+def _progress(quiet: bool) -> Any:
+    from dllm_rl.cli.progress import RichProgress
+    from dllm_rl.reports.progress import Quiet as Silent
+
+    return Silent() if quiet else RichProgress(Console(stderr=True))
+
+
+def _options(pairs: list[str]) -> dict[str, Any]:
+    import yaml
+
+    for pair in pairs:
+        if "=" not in pair:
+            raise ValueError(f"option '{pair}': expected name=value")
+    return {key: yaml.safe_load(value) for key, _, value in (pair.partition("=") for pair in pairs)}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line.
+
+    Returns:
+        the exit code: 0 done, 2 user error, 1 crash, 130 interrupted.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        result = app(args=arguments, standalone_mode=False)
+    except Exception as error:  # noqa: BLE001 - the one place where every exception becomes an exit code
+        return _usage_error(error)
+    except KeyboardInterrupt as error:
+        return exit_code(error)
+    return result if isinstance(result, int) else 0
+
+
+def _usage_error(error: Exception) -> int:
+    import click
+
+    if isinstance(error, click.exceptions.Abort):
+        return exit_code(KeyboardInterrupt())
+    if isinstance(error, click.ClickException):
+        print(f"error: {error.format_message()}; see dllm-rl --help", file=sys.stderr)
+        return 2
+    return exit_code(error)
+
+
+def entry() -> None:
+    """Console script."""
+    sys.exit(main())

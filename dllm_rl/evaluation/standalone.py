@@ -1,0 +1,57 @@
+"""Evaluation without training: of a configuration's model, or of a run's newest checkpoint."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from dllm_rl import seeding
+from dllm_rl.assembly import assemble
+from dllm_rl.config.load import load_config
+from dllm_rl.evaluation.evaluate import Evaluation, evaluate
+from dllm_rl.learner import checkpoint
+from dllm_rl.reports.progress import Progress
+from dllm_rl.runtime.canary import run_canary
+
+
+def evaluate_target(target: Path, overrides: Sequence[str], progress: Progress) -> list[Evaluation]:
+    """Held-out figures at every speed of evaluate.tokens_per_step.
+
+    Args:
+        target: a YAML file (its model is evaluated as it is), or a run folder (its configuration and the newest
+            checkpoint, which must be intact).
+        overrides: ``a.b=c`` on top of the configuration.
+        progress: where to show progress.
+    Raises:
+        ValueError: no such target, or a task without rewards.
+    """
+    found = None
+    if target.is_dir():
+        if not (target / "config.yaml").is_file():
+            raise ValueError(f"'{target}' is not a run folder: it has no config.yaml")
+        found = checkpoint.find(target / "checkpoints", None)
+    config = load_config(target / "config.yaml" if found else target, overrides)
+    with tempfile.TemporaryDirectory() as scratch:  # a model made from scratch is not kept
+        parts = assemble(config, target if found else Path(scratch))
+        if parts.pool is None:
+            raise ValueError(f"task '{config.data.task.name}' has no rewards: nothing says what counts as solved")
+        with parts.pool as pool:
+            run_canary(pool, parts.task, parts.task.examples("train")[: config.reward_pool.canary])
+            if found is not None:
+                parts.learner.load(found)
+                parts.engine.weights = parts.learner.version()
+            with progress.track("evaluating", len(parts.held_out) * len(parts.eval_samplings)) as advance:
+                return [
+                    evaluate(
+                        parts.engine,
+                        pool,
+                        parts.held_out,
+                        parts.tokenizer,
+                        sampling,
+                        success=parts.task.success,
+                        seed=seeding.derive(config.run.seed, "evaluate"),
+                        advance=advance,
+                    )
+                    for sampling in parts.eval_samplings
+                ]

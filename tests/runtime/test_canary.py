@@ -1,0 +1,64 @@
+"""Training must not start with rewards that do not tell right from wrong."""
+
+import json
+
+import pytest
+
+from dllm_rl.data.countdown import Countdown
+from dllm_rl.data.jsonl import JsonLines
+from dllm_rl.data.math_word import GSM8K
+from dllm_rl.data.sudoku import Sudoku4
+from dllm_rl.runtime.canary import run_canary
+from dllm_rl.runtime.reward_pool import RewardPool, RewardSpec
+
+
+def gsm8k(tmp_path) -> GSM8K:
+    path = tmp_path / "rows.jsonl"
+    rows = [{"question": f"{n}+1?", "answer": f"Count on.\n#### {n + 1}"} for n in range(20)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return GSM8K(GSM8K.Config(train_file=str(path), test_file=str(path)))
+
+
+def jsonl(tmp_path, reward="math_answer") -> JsonLines:
+    path = tmp_path / "own.jsonl"
+    path.write_text('{"prompt": "2+2?", "answer": 4}\n')
+    return JsonLines(JsonLines.Config(train_file=str(path), success=reward))
+
+
+def check(task, *rewards: str, timeout_s: float = 5.0) -> None:
+    specs = [RewardSpec(name=name, timeout_s=timeout_s) for name in rewards or task.rewards]
+    with RewardPool(specs, num_workers=1) as pool:
+        run_canary(pool, task, task.examples("train")[:8])
+
+
+def test_every_task_passes_with_its_own_rewards(tmp_path):
+    check(Sudoku4(Sudoku4.Config(train_puzzles=8)))
+    check(Countdown(Countdown.Config(train_puzzles=8)))
+    check(Countdown(Countdown.Config(train_puzzles=8, chat=True)))
+    check(gsm8k(tmp_path))
+    check(jsonl(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        ("naughty:always_one", "wrong completion '' of example .* scored 1 .* expected less than 1"),
+        ("naughty:always_zero", r"gold completion '\\\\boxed\{4\}' of example .* scored 0 .* expected at least 1"),
+        ("naughty:crashes", "could not be judged: naughty:crashes: error: ZeroDivisionError"),
+        ("naughty:none", "gold completion .* scored nan"),
+    ],
+)
+def test_a_broken_reward_is_refused_in_one_line(naughty, tmp_path, reward, message):
+    with (tmp_path / "naughty.py").open("a") as module:
+        module.write("def crashes(prompts, completions, **columns): return [1 / 0]\n")
+        module.write("def none(prompts, completions, **columns): return [None]\n")
+    with pytest.raises(ValueError, match=f"^reward canary: .*{message}") as caught:
+        check(jsonl(tmp_path, reward))
+    assert "\n" not in str(caught.value)
+
+
+def test_the_reward_that_means_success_must_be_in_the_pool(naughty, tmp_path):
+    with pytest.raises(ValueError, match="counts reward 'math_answer' as success, but rewards lists format"):
+        check(jsonl(tmp_path), "format")
+    with pytest.raises(ValueError, match=r"which of the rewards format means success\? Set data.task.success"):
+        check(jsonl(tmp_path, ""), "format")
