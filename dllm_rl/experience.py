@@ -15,7 +15,7 @@ from dllm_rl.config.schema import Config
 from dllm_rl.data.collate import collate, completion_texts, supervised
 from dllm_rl.reports.measure import rollout_metrics
 from dllm_rl.runtime.judge import judge
-from dllm_rl.types import Prompt, Rewards, RolloutBatch
+from dllm_rl.types import Prompt, Rewards, RewardStatus, RolloutBatch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,5 +94,6 @@ def demonstrate(parts: Parts, prompts: Sequence[Prompt]) -> Collected:
         block_origin=denoiser.block_origin,
     )
     n = len(batch)
-    rewards = Rewards(components={}, total=torch.zeros(n), included=torch.ones(n, dtype=torch.bool), status=("ok",) * n)
+    status: tuple[RewardStatus, ...] = tuple("ok" for _ in range(n))
+    rewards = Rewards(components={}, total=torch.zeros(n), included=torch.ones(n, dtype=torch.bool), status=status)
     return Collected(batch=batch, rewards=rewards, metrics={}, samples=())

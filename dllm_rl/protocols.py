@@ -1,4 +1,4 @@
-"""The contracts between the parts. Docstrings are binding; ``dllm-rl check-plugin`` tests a plugin against them.
+"""The contracts between the parts. Docstrings are binding.
 
 Every plugin class has a nested frozen dataclass ``Config`` (its options, all with defaults unless there is no sensible
 one) and takes one instance of it: ``Plugin(config)``. A Config raises ValueError in ``__post_init__`` for values out

@@ -36,9 +36,8 @@ def run_demo(seed: int, output: Path, json_path: Path | None, progress: Progress
     rl = load_config(_config("sudoku4_rl.yaml"), overrides)
     for config in (sft, rl):
         if (Path(config.run.output) / config.run.name).exists():
-            raise ValueError(
-                f"'{Path(config.run.output) / config.run.name}' is there already; remove it, or use another --seed or --output"
-            )
+            there = Path(config.run.output) / config.run.name
+            raise ValueError(f"'{there}' is there already; remove it, or use another --seed or --output")
     progress.say(f"1/2 masked SFT on 4x4 Sudoku: {sft.run.steps} steps of {sft.data.prompts_per_step} boards")
     taught = train(sft, progress=progress)
     progress.say(

@@ -102,40 +102,6 @@ def show_config(config: Annotated[Path, typer.Argument(help="YAML file")], overr
 
 
 @app.command()
-def check_plugin(
-    kind: Annotated[str | None, typer.Argument(help="algorithms, engines, strategies, rewards or tasks")] = None,
-    name: Annotated[str | None, typer.Argument(help="registered name, or package.module:Name")] = None,
-    options: Annotated[list[str] | None, typer.Argument(help="option=value of the plugin")] = None,
-) -> None:
-    """Run the conformance suite on a plugin; without arguments, list what is registered."""
-    from dllm_rl import registry
-
-    if kind is None:
-        for each in registry.KINDS:
-            print(f"{each}: {', '.join(registry.names(each))}")
-        return
-    if kind not in registry.KINDS:
-        raise ValueError(f"unknown kind of plugin '{kind}'; there are {', '.join(registry.KINDS)}")
-    if name is None:
-        raise ValueError(f"which of the {kind}? registered: {', '.join(registry.names(kind))}")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # a plugin under development lives beside the user
-    from dllm_rl.conformance.suite import check
-
-    failed = 0
-    for result in check(kind, name, _options(options or [])):
-        print(
-            f"{'ok    ' if result.problem is None else 'FAILED'} {result.name}"
-            + (f": {result.problem}" if result.problem else "")
-        )
-        failed += result.problem is not None
-    if failed:
-        raise ValueError(
-            f"{kind} '{name}' fails {failed} check{'s' if failed > 1 else ''} above; see dllm_rl/protocols.py"
-        )
-
-
-@app.command()
 def demo(
     seed: Annotated[int, typer.Option(min=0, help="seed of everything")] = 0,
     output: Annotated[Path, typer.Option(help="folder for the two runs")] = Path("runs"),
@@ -158,15 +124,6 @@ def _progress(quiet: bool) -> Any:
     return Silent() if quiet else RichProgress(Console(stderr=True))
 
 
-def _options(pairs: list[str]) -> dict[str, Any]:
-    import yaml
-
-    for pair in pairs:
-        if "=" not in pair:
-            raise ValueError(f"option '{pair}': expected name=value")
-    return {key: yaml.safe_load(value) for key, _, value in (pair.partition("=") for pair in pairs)}
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line.
 
@@ -176,7 +133,7 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         result = app(args=arguments, standalone_mode=False)
-    except Exception as error:  # noqa: BLE001 - the one place where every exception becomes an exit code
+    except Exception as error:  # the one place where every exception becomes an exit code
         return _usage_error(error)
     except KeyboardInterrupt as error:
         return exit_code(error)

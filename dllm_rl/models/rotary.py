@@ -17,7 +17,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 FLOAT32_ROTARY = "sdpa_float32_rotary"
 
 
-class Float32Rotary(LlamaRotaryEmbedding):  # type: ignore[misc]  # transformers is untyped here
+class Float32Rotary(LlamaRotaryEmbedding):  # transformers is untyped here
     """Cosine and sine (N, L, head width) in float32."""
 
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
