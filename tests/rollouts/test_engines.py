@@ -154,7 +154,7 @@ def test_no_work_is_done_that_no_row_needs(tiny_denoiser, model):
     chunk = 3 * denoiser.vocab_size
     engine = NativeEngine(denoiser, strategy("confidence_threshold"), weights=WEIGHTS, chunk_elements=chunk)
     rows = engine.generate(prompts_of(denoiser), BLOCKS_OF_FOUR, seed=2, samples_per_prompt=8)
-    assert len({t.num_forwards for t in rows}) > 2, "the test needs rows that end at different times"
+    assert len({t.num_forwards for t in rows}) > 1, "the test needs rows that end at different times"
     needed, per_block = 0, []
     for t in rows:
         length, start = len(t.tokens), torch.tensor([t.prompt_length])
