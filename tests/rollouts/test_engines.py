@@ -86,11 +86,12 @@ def test_native_equals_the_oracle(tiny_denoiser, model, sampling):
 
 
 def ending(tiny_denoiser, model):
-    """A model that samples EOS often (its most frequent token is declared to be it); prompts hold EOS too."""
+    """A model that samples EOS now and then: the token nearest to 8% of its samples is declared to be it."""
     denoiser = build(tiny_denoiser, model)
     engine = NativeEngine(denoiser, strategy("random"), weights=WEIGHTS)
     rows = engine.generate(prompts_of(denoiser), BLOCKS_OF_FOUR, seed=0, samples_per_prompt=4)
-    denoiser.eos_id = int(torch.cat([t.events[:, 2] for t in rows]).bincount().argmax())
+    drawn = torch.cat([t.events[:, 2] for t in rows])
+    denoiser.eos_id = int((drawn.bincount() / len(drawn) - 0.08).abs().argmin())
     return denoiser
 
 
