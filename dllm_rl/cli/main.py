@@ -141,12 +141,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _usage_error(error: Exception) -> int:
-    import click
-
-    if isinstance(error, click.exceptions.Abort):
+    if isinstance(error, typer.Abort):
         return exit_code(KeyboardInterrupt())
-    if isinstance(error, click.ClickException):
-        print(f"error: {error.format_message()}; see dllm-rl --help", file=sys.stderr)
+    message = getattr(error, "format_message", None)  # typer's usage errors; their class moves between versions
+    if message is not None:
+        print(f"error: {message()}; see dllm-rl --help", file=sys.stderr)
         return 2
     return exit_code(error)
 
