@@ -29,7 +29,7 @@ class Sudoku4(Task):
 
         min_holes: int = 6
         max_holes: int = 10  # uniqueness needs at least 4 givens
-        train_puzzles: int = 8192
+        train_puzzles: int = 32768
         test_puzzles: int = 1024
         test_fraction: float = 0.2  # share of the 288 grids that is held out
         split_seed: int = 0
