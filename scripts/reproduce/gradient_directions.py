@@ -1,0 +1,141 @@
+"""Why random-mask likelihoods do little for parallel decoding: where each estimator's policy gradient points.
+
+    python scripts/reproduce/gradient_directions.py --model runs/.../model --batches 64
+
+For the same rollouts (temperature 1, 4 tokens per forward) and the same advantages, the gradient of mean_i A log p_i is
+averaged over many batches per estimator. Printed for each: the cosine of one batch's gradient with the average of the
+others (noise), the cosine between the averages (direction), the share of the squared gradient with respect to the
+logits that falls on tokens of failed boards that are right (misplaced blame), and greedy held-out boards after a
+step of a given length along the average (does the direction help at all, noise aside?).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dllm_rl import seeding
+from dllm_rl.assembly import Parts, assemble
+from dllm_rl.config.load import load_config
+from dllm_rl.config.plugins import build
+from dllm_rl.diffusion import advantage, likelihood
+from dllm_rl.evaluation.evaluate import evaluate
+from dllm_rl.experience import roll_out
+from dllm_rl.reports.clock import Clock
+from dllm_rl.types import MaskSample, RolloutBatch
+
+CONFIG = Path(__file__).resolve().parents[2] / "configs" / "sudoku4_rl.yaml"
+ESTIMATORS = {
+    "trajectory (trace_rl)": ("trace_rl", {}),
+    "1 pair (coupled_grpo)": ("coupled_grpo", {}),
+    "4 pairs (coupled_grpo)": ("coupled_grpo", {"pairs": 4}),
+    "fully masked (diffu_grpo)": ("diffu_grpo", {}),
+}
+STEPS = (0.25, 0.5, 1.0, 2.0)
+
+
+def gradient(parts: Parts, batch: RolloutBatch, masks: MaskSample, weight: Tensor) -> Tensor:
+    """Flat float64 gradient of sum_n weight_n sum_i log p(token_i of row n) over the trained parameters."""
+    module = parts.learner.denoiser.module
+    module.zero_grad(set_to_none=True)
+    needed = MaskSample(mask=masks.mask, weight=masks.weight * (weight != 0)[None, :, None])
+    for work in likelihood.plan(batch, needed, 1 << 16):
+        values, pair, _ = likelihood.score(parts.learner.denoiser, batch, needed, work)
+        (values * weight[work.row[pair]]).sum().backward()
+    return torch.cat([p.grad.flatten().double() for _, p in parts.learner.named_weights() if p.grad is not None])
+
+
+def misplaced(
+    parts: Parts, batch: RolloutBatch, masks: MaskSample, weight: Tensor, right: Tensor
+) -> tuple[float, float]:
+    """(on right tokens of failed rows, all): squared norms of the gradient with respect to the chosen tokens' logits.
+
+    d/dlogits of log p(token) is onehot - p; its largest entry is 1 - p(token), which stands for its length here.
+    """
+    blamed = total = 0.0
+    with torch.no_grad():
+        for work in likelihood.plan(batch, masks, 1 << 16):
+            values, pair, position = likelihood.score(parts.learner.denoiser, batch, masks, work)
+            row, draw = work.row[pair], work.draw[pair]
+            scale = masks.weight[draw, row, position]
+            size = (weight[row] * scale * (1 - (values / scale).exp())).square().double()
+            blamed += float(size[(weight[row] < 0) & right[row, position]].sum())
+            total += float(size.sum())
+    return blamed, total
+
+
+def held_out(parts: Parts, direction: Tensor, length: float) -> dict[str, float]:
+    """Greedy board accuracy at each speed after a step of this length; the weights are put back."""
+    weights = [p for _, p in parts.learner.named_weights()]
+    before = [p.detach().clone() for p in weights]
+    pieces = (length * direction / direction.norm()).split([p.numel() for p in weights])
+    with torch.no_grad():
+        for p, piece in zip(weights, pieces, strict=True):
+            p.add_(piece.view_as(p).to(p.dtype))
+    assert parts.pool is not None
+    result = {}
+    for sampling in parts.eval_samplings:
+        e = evaluate(parts.engine, parts.pool, parts.held_out, parts.tokenizer, sampling, success="sudoku", seed=0)
+        result[f"{sampling.tokens_per_step}_per_step"] = e.success
+    with torch.no_grad():
+        for p, old in zip(weights, before, strict=True):
+            p.copy_(old)
+    return result
+
+
+def measure(parts: Parts, config: Any, batches: int) -> dict[str, Any]:
+    """Everything that is printed."""
+    algorithms = {name: build("algorithms", plugin, options) for name, (plugin, options) in ESTIMATORS.items()}
+    gradients: dict[str, list[Tensor]] = {name: [] for name in ESTIMATORS}
+    blame = {name: [0.0, 0.0] for name in ESTIMATORS}
+    for step in range(batches):
+        prompts = parts.source.batch(step)
+        collected = roll_out(parts, config, prompts, step, Clock())
+        batch, rewards = collected.batch, collected.rewards
+        a = advantage.group_mean(rewards.total, batch.group, rewards.included) / len(batch)
+        answers = torch.tensor([parts.tokenizer(p.answer, add_special_tokens=False)["input_ids"] for p in prompts])
+        right = batch.tokens.clone().fill_(-1)
+        right[:, int(batch.prompt_length[0]) :] = answers[batch.group]
+        for name, algorithm in algorithms.items():
+            masks = algorithm.masks(batch, seeding.generator_for(config.run.seed, "masks", name, step))
+            gradients[name].append(gradient(parts, batch, masks, a))
+            for i, value in enumerate(misplaced(parts, batch, masks, a, right == batch.tokens)):
+                blame[name][i] += value
+    mean = {name: torch.stack(g).mean(0) for name, g in gradients.items()}
+    result: dict[str, Any] = {"rows": batches * len(batch), "start": held_out(parts, mean[next(iter(mean))], 0.0)}
+    for name, all_of_it in gradients.items():
+        rest = [(batches * mean[name] - g) / (batches - 1) for g in all_of_it]
+        cosines = [torch.cosine_similarity(g, r, dim=0).item() for g, r in zip(all_of_it, rest, strict=True)]
+        result[name] = {
+            "cosine of one batch with the others": sum(cosines) / batches,
+            "cosine with the trajectory average": torch.cosine_similarity(
+                mean[name], mean[next(iter(mean))], dim=0
+            ).item(),
+            "blame on right tokens": blame[name][0] / blame[name][1],
+            "held-out boards after a step": {length: held_out(parts, mean[name], length) for length in STEPS},
+        }
+    return result
+
+
+def main() -> None:
+    """Measure and print JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="the start: .../checkpoints/step-000300/model")
+    parser.add_argument("--batches", type=int, default=64, help="of 32 x 8 rows")
+    arguments = parser.parse_args()
+    config = load_config(CONFIG, [f"model.path={arguments.model}", "run.name=gradients"])
+    with tempfile.TemporaryDirectory() as folder:
+        parts = assemble(config, Path(folder))
+        assert parts.pool is not None
+        with parts.pool:
+            print(json.dumps(measure(parts, config, arguments.batches), indent=1))
+
+
+if __name__ == "__main__":
+    main()
