@@ -103,8 +103,8 @@ BLOCKS_OF_FOUR = Sampling(max_new_tokens=16, temperature=1.0, tokens_per_step=2,
 def test_rows_end_at_eos_like_the_oracle(tiny_denoiser, model, name):
     denoiser = ending(tiny_denoiser, model)
     prompts = prompts_of(denoiser)
-    # An EOS in the prompt is no end of the completion.
-    prompts[1] = dataclasses.replace(prompts[1], token_ids=(3, denoiser.eos_id, *prompts[1].token_ids[2:]))
+    # An EOS in the prompt is no end of the completion, not even in the block that the completion starts in.
+    prompts[1] = dataclasses.replace(prompts[1], token_ids=(3, denoiser.eos_id, 4, 5, 6, denoiser.eos_id))
     got, want = (
         engine(denoiser, strategy(name), weights=WEIGHTS).generate(
             prompts, BLOCKS_OF_FOUR, seed=1, samples_per_prompt=4
