@@ -135,7 +135,7 @@ def random_uses(path: Path) -> set[str]:
     tree = ast.parse(path.read_text(encoding="utf-8"))
     names = {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     called = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
-    forbidden = ("torch.manual_seed", "torch.random", "torch.seed", "random.", "np.random", "numpy.random")
+    forbidden = ("torch.manual_seed", "torch.random.manual_seed", "torch.seed", "random.", "np.random", "numpy.random")
     return {n for n in names if n.startswith(forbidden) and n != "random.Random"} | (called & {"random.Random"})
 
 

@@ -181,6 +181,19 @@ def test_no_work_is_done_that_no_row_needs(tiny_denoiser, model):
     assert denoiser.commits == left[1:], "a block is committed once, by the rows that go on"
 
 
+@pytest.mark.parametrize("limit", [10, 59, 10_000])
+def test_a_forward_holds_at_most_max_batch_tokens(tiny_denoiser, limit):
+    denoiser = Recorded(build(tiny_denoiser, "tiny"))
+    engine = NativeEngine(denoiser, strategy("low_confidence"), weights=WEIGHTS, max_batch_tokens=limit)
+    settings = Sampling(max_new_tokens=10, temperature=1.0, tokens_per_step=5)
+    prompts = [
+        dataclasses.replace(prompts_of(denoiser)[0], uid=str(i), token_ids=(3 + i % 4, 3 + i // 4)) for i in range(12)
+    ]
+    engine.generate(prompts, settings, seed=0)
+    per_forward = max(1, min(12, limit // 12))  # rows of 12 tokens; one row may exceed the limit
+    assert denoiser.forwards == [per_forward] * (2 * 12 // per_forward)
+
+
 @pytest.mark.parametrize("model", MODELS)
 def test_a_row_does_not_depend_on_its_batch(tiny_denoiser, model):
     denoiser = build(tiny_denoiser, model)
