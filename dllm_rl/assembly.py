@@ -21,6 +21,7 @@ from dllm_rl.models.loading import load_denoiser, save_denoiser
 from dllm_rl.models.lora import add_lora
 from dllm_rl.models.tokenizers import byte_bpe_tokenizer, character_tokenizer
 from dllm_rl.protocols import Algorithm, RolloutEngine, Task
+from dllm_rl.reports.progress import Progress
 from dllm_rl.runtime.reward_pool import RewardPool, RewardSpec
 from dllm_rl.types import Example, Prompt, Sampling
 
@@ -56,12 +57,13 @@ class Parts:
     eval_samplings: Sequence[Sampling]
 
 
-def assemble(config: Config, folder: Path) -> Parts:
+def assemble(config: Config, folder: Path, show: Progress) -> Parts:
     """Build every part.
 
     Args:
         config: the validated configuration.
         folder: the run folder; a model made from scratch is kept in its ``initial`` folder.
+        show: where to show progress.
     Raises:
         ValueError: an option, file or combination that cannot work, in one line.
     """
@@ -88,15 +90,24 @@ def assemble(config: Config, folder: Path) -> Parts:
     limit = min(room, config.data.max_prompt_tokens or room)
 
     def tokenised(examples: Sequence[Example]) -> list[Prompt]:
-        system = config.data.system_prompt
-        return [encode(e, tokenizer, max_prompt_tokens=limit, system_prompt=system) for e in examples]
+        encoded = []
+        with show.track("tokenising", len(examples)) as advance:
+            for example in examples:
+                encoded.append(
+                    encode(example, tokenizer, max_prompt_tokens=limit, system_prompt=config.data.system_prompt)
+                )
+                advance(1, "")
+        return encoded
 
     seed = config.run.seed
     prompts = tokenised(train_examples)
     held_out = _held_out(config, task)
     demonstrations: dict[str, Sequence[int]] = {}
     if algorithm.source == "demonstrations":
-        demonstrations = {e.uid: _demonstration(e, tokenizer) for e in train_examples}
+        with show.track("completions", len(train_examples)) as advance:
+            for example in train_examples:
+                demonstrations[example.uid] = _demonstration(example, tokenizer, sampling.max_new_tokens)
+                advance(1, "")
     engine_class = registry.load("engines", config.engine.name)
     learner = TorchLearner(
         denoiser,
@@ -141,10 +152,15 @@ def _check_source(config: Config, algorithm: Algorithm, task: Task) -> None:
         return
     if not reward_plugins(config, task):
         raise ValueError(f"task '{config.data.task.name}' has no rewards of its own; list some under 'rewards:'")
+    if config.data.samples_per_prompt < algorithm.min_group:
+        raise ValueError(
+            f"data.samples_per_prompt = {config.data.samples_per_prompt}: algorithm '{config.algorithm.name}' compares "
+            f"the samples of a prompt and needs at least {algorithm.min_group}"
+        )
     if config.sampling.temperature == 0 and config.data.samples_per_prompt > 1:
         raise ValueError(
             "sampling.temperature = 0 makes all samples of a prompt the same and every advantage 0; "
-            "set sampling.temperature to 1.0, or data.samples_per_prompt to 1"
+            "set sampling.temperature to 1.0"
         )
 
 
@@ -176,7 +192,7 @@ def _eval_samplings(config: Config, sampling: Sampling) -> list[Sampling]:
 def _model(config: Config, folder: Path, task: Task, examples: Sequence[Example]) -> tuple[TransformersDenoiser, Any]:
     m = config.model
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}[m.dtype]
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if m.device == "auto" else m.device
+    device = _device(m.device)
     initial = folder / "initial"
     if m.init is not None and not initial.exists():
         if m.family is None:
@@ -215,6 +231,18 @@ def _model(config: Config, folder: Path, task: Task, examples: Sequence[Example]
     return denoiser, tokenizer
 
 
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch has no one type for it
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"model.device = '{name}' cannot be used ({reason:.120}); auto, cpu or cuda") from error
+    return device
+
+
 def _tokenizer(kind: str, vocab_size: int, task: Task, examples: Sequence[Example]) -> Any:
     texts = [_text(e.prompt) + (e.completion or "") for e in examples]
     if kind == "characters":
@@ -226,12 +254,18 @@ def _text(prompt: str | list[dict[str, str]]) -> str:
     return prompt if isinstance(prompt, str) else "\n".join(message["content"] for message in prompt)
 
 
-def _demonstration(example: Example, tokenizer: Any) -> Sequence[int]:
+def _demonstration(example: Example, tokenizer: Any, max_new_tokens: int) -> Sequence[int]:
     if example.completion is None:
         raise ValueError(
             f"example '{example.uid}' has no completion to train on; supervised training needs one per row"
         )
-    return encode_completion(example.completion, tokenizer)
+    tokens = encode_completion(example.completion, tokenizer, uid=example.uid, prompt=example.prompt)
+    if not 0 < len(tokens) <= max_new_tokens:  # known now, rather than when its turn comes
+        raise ValueError(
+            f"example '{example.uid}': its completion has {len(tokens)} tokens, sampling.max_new_tokens is "
+            f"{max_new_tokens}; raise it, or shorten the completion"
+        )
+    return tokens
 
 
 def _held_out(config: Config, task: Task) -> Sequence[Example]:

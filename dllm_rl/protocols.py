@@ -109,6 +109,7 @@ class Algorithm:
     Attributes:
         source: "rollouts" trains on fresh samples, "demonstrations" on reference completions, "pairs" on preferences.
         replays_trajectory: True if masks() reads unmask_step; refused with strategies that revise committed tokens.
+        min_group: fewest samples per prompt from which its advantages can learn; 1 if they need no group.
     """
 
     @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,6 +118,7 @@ class Algorithm:
 
     source: ClassVar[Literal["rollouts", "demonstrations", "pairs"]] = "rollouts"
     replays_trajectory: ClassVar[bool] = False
+    min_group: ClassVar[int] = 2
 
     def __init__(self, config: Any) -> None:
         self.config = config

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dllm_rl import seeding
 from dllm_rl.assembly import Parts, assemble
-from dllm_rl.config.load import dump
+from dllm_rl.config.load import dump, resumable
 from dllm_rl.config.schema import Config
 from dllm_rl.evaluation.evaluate import Evaluation, evaluate
 from dllm_rl.experience import Collected, demonstrate, roll_out
@@ -57,11 +57,11 @@ def train(
     """
     show, seed, total_steps = progress or Quiet(), config.run.seed, config.run.steps
     folder = Path(config.run.output) / config.run.name
-    found = _starting_point(folder, resume, from_checkpoint, show)
+    found = _starting_point(config, folder, resume, from_checkpoint, show)
     run, clock = RunFolder(folder), Clock()
     with ExitStack() as stack:
         with clock("setup_s"):
-            parts = assemble(config, folder)
+            parts = assemble(config, folder, show)
             algorithm, learner, pool = parts.algorithm, parts.learner, parts.pool
             if pool is not None:
                 stack.enter_context(pool)
@@ -118,23 +118,30 @@ def train(
     return Summary(folder=folder, steps=learner.step, before=before, after=after, seconds=clock.seconds)
 
 
-def _starting_point(folder: Path, resume: bool, from_checkpoint: str | None, show: Progress) -> Path | None:
+def _starting_point(
+    config: Config, folder: Path, resume: bool, from_checkpoint: str | None, show: Progress
+) -> Path | None:
     root = folder / "checkpoints"
-    if from_checkpoint is not None:
-        return checkpoint.find(root, from_checkpoint)
-    if not resume:
+    if from_checkpoint is None and not resume:
         if (folder / "metrics.jsonl").exists():
             raise ValueError(f"'{folder}' holds a run already; continue it with --resume, or set another run.name")
         return None
-    if not checkpoint.names(root):
+    if from_checkpoint is None and not checkpoint.names(root):
         show.say(f"no checkpoint in '{root}' yet: starting from step 0")
         return None
-    return checkpoint.find(root, None)
+    found = checkpoint.find(root, from_checkpoint)
+    changes = resumable(folder / "config.yaml", config)
+    if changes:
+        show.say(f"going on with another configuration: {'; '.join(changes)}")
+    return found
 
 
 def _hold_out(parts: Parts, run: RunFolder, clock: Clock, seed: int, show: Progress) -> Sequence[Evaluation]:
     if parts.pool is None:
         show.say("no reward functions: held-out evaluation is left out")
+        return ()
+    if not parts.held_out:
+        show.say("the task has no held-out examples: evaluation is left out")
         return ()
     results = []
     with clock("evaluate_s"), show.track("evaluating", len(parts.held_out) * len(parts.eval_samplings)) as advance:

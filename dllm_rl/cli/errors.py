@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dis
 import os
 import sys
 import traceback
@@ -14,8 +15,8 @@ _OURS = ("dllm_rl", "algorithms", "rollouts", "rewards")
 def exit_code(error: BaseException) -> int:
     """Report an exception on stderr and say which exit code it means.
 
-    A ValueError is the user's only if our code (or a plugin's) raised it on purpose; one that comes out of a library is
-    a bug of ours and keeps its traceback.
+    A ValueError is the user's only if a raise statement of our code (or of a plugin) made it; one that comes out of a
+    library, or out of C code that we called, is a bug and keeps its traceback.
     """
     if os.environ.get("DLLM_RL_DEBUG"):
         traceback.print_exception(error)
@@ -35,15 +36,19 @@ def _say(text: str, code: int) -> int:
 
 
 def _is_ours(error: BaseException) -> bool:
-    """Whether the frame that raised belongs to this project or to code outside site-packages (a user's plugin)."""
+    """Whether a raise statement of this project, or of code outside site-packages (a user's plugin), made the error."""
     last: TracebackType | None = error.__traceback__
     while last is not None and last.tb_next is not None:
         last = last.tb_next
     if last is None:
         return False
+    if isinstance(error, OSError):  # the file system says no: the message names the file
+        return True
+    if last.tb_frame.f_code.co_code[last.tb_lasti] != dis.opmap["RAISE_VARARGS"]:
+        return False  # a call into C code failed
     module = str(last.tb_frame.f_globals.get("__name__", ""))
     if module.split(".")[0] in _OURS:
         return True
     path = Path(last.tb_frame.f_code.co_filename)
     standard = Path(os.__file__).parent
-    return isinstance(error, OSError) or not ("site-packages" in path.parts or standard in path.parents)
+    return not ("site-packages" in path.parts or standard in path.parents)

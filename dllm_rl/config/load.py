@@ -46,6 +46,36 @@ def dump(config: Config) -> str:
     return text
 
 
+def resumable(stored: Path, config: Config) -> list[str]:
+    """What a run's new configuration changes, for the user to see.
+
+    Args:
+        stored: config.yaml of the run folder.
+        config: what is asked for now.
+    Returns:
+        one text per changed key, "learner.lr 0.001 -> 0.0001"; the length of the run and where it runs do not count.
+    Raises:
+        ValueError: a changed key that decides what the checkpoint holds.
+    """
+    old, new = (_flat(c.model_dump(mode="json")) for c in (load_config(stored), config))
+    changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+    changed = [key for key in changed if not key.startswith(("provenance", "run.output", "run.steps", "model.device"))]
+    texts = {key: f"{key} {old.get(key)!r} -> {new.get(key)!r}" for key in changed}
+    fixed = [text for key, text in texts.items() if key.startswith("model.") or key == "run.seed"]
+    if fixed:
+        raise ValueError(
+            f"a resumed run keeps its model and seed, but {'; '.join(fixed)}; set another run.name instead"
+        )
+    return list(texts.values())
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    nested = [_flat(inner, f"{prefix}.{key}" if prefix else str(key)) for key, inner in value.items()]
+    return {key: inner for part in nested for key, inner in part.items()}
+
+
 class _UniqueKeyLoader(yaml.SafeLoader):
     """YAML with duplicate keys refused (PyYAML silently keeps the last) and 1e-6 read as a number."""
 

@@ -33,7 +33,7 @@ def evaluate_target(target: Path, overrides: Sequence[str], progress: Progress) 
         found = checkpoint.find(target / "checkpoints", None)
     config = load_config(target / "config.yaml" if found else target, overrides)
     with tempfile.TemporaryDirectory() as scratch:  # a model made from scratch is not kept
-        parts = assemble(config, target if found else Path(scratch))
+        parts = assemble(config, target if found else Path(scratch), progress)
         if parts.pool is None:
             raise ValueError(f"task '{config.data.task.name}' has no rewards: nothing says what counts as solved")
         with parts.pool as pool:

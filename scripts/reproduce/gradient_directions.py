@@ -28,6 +28,7 @@ from dllm_rl.diffusion import advantage, likelihood
 from dllm_rl.evaluation.evaluate import evaluate
 from dllm_rl.experience import roll_out
 from dllm_rl.reports.clock import Clock
+from dllm_rl.reports.progress import Quiet
 from dllm_rl.types import MaskSample, RolloutBatch
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "sudoku4_rl.yaml"
@@ -131,7 +132,7 @@ def main() -> None:
     arguments = parser.parse_args()
     config = load_config(CONFIG, [f"model.path={arguments.model}", "run.name=gradients"])
     with tempfile.TemporaryDirectory() as folder:
-        parts = assemble(config, Path(folder))
+        parts = assemble(config, Path(folder), Quiet())
         assert parts.pool is not None
         with parts.pool:
             print(json.dumps(measure(parts, config, arguments.batches), indent=1))
