@@ -255,8 +255,20 @@ class Learner(Protocol):
     def score(self, batch: RolloutBatch, masks: MaskSample, *, reference: bool = False) -> LikelihoodEstimate:
         """Likelihoods without gradient under the current weights, or the frozen reference."""
 
-    def update(self, experience: Experience, algorithm: Algorithm) -> Mapping[str, float]:
-        """One optimiser step; returns metrics. A non-finite loss or gradient raises and dumps the batch."""
+    def update(
+        self,
+        batch: RolloutBatch,
+        rewards: Rewards,
+        advantage: Tensor,
+        masks: MaskSample,
+        algorithm: Algorithm,
+        *,
+        reference: LikelihoodEstimate | None,
+    ) -> Mapping[str, float]:
+        """Train on one batch; the old policy is the one that enters. Returns metrics.
+
+        A non-finite loss or gradient raises before the weights change, and dumps the batch.
+        """
 
     def version(self) -> WeightsVersion:
         """The current step and a digest of the trainable weights."""

@@ -102,6 +102,23 @@ def show_config(config: Annotated[Path, typer.Argument(help="YAML file")], overr
 
 
 @app.command()
+def check_plugin(
+    kind: Annotated[str | None, typer.Argument(help="algorithms, engines, strategies, rewards or tasks")] = None,
+    name: Annotated[str | None, typer.Argument(help="registered name, or package.module:Name")] = None,
+    options: Annotated[list[str] | None, typer.Argument(help="options of the plugin: name=value")] = None,
+    json: JsonPath = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="show failures only")] = False,
+) -> int:
+    """Hold plugins to their contracts. Example: dllm-rl check-plugin algorithms my_package.my_file:MyMethod."""
+    from dllm_rl.cli.output import check_json_path
+
+    check_json_path(json)
+    from dllm_rl.cli.check import run_checks
+
+    return run_checks(kind, name, options or [], json, quiet)
+
+
+@app.command()
 def demo(
     seed: Annotated[int, typer.Option(min=0, help="seed of everything")] = 0,
     output: Annotated[Path, typer.Option(help="folder for the two runs")] = Path("runs"),

@@ -1,0 +1,1 @@
+"""Checks that hold a plugin to the contracts of dllm_rl.protocols, on small real cases."""

@@ -1,0 +1,300 @@
+"""What every training method must keep to; see dllm_rl.protocols.Algorithm."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import torch
+from torch import Tensor
+
+from dllm_rl import seeding
+from dllm_rl.config.plugins import build
+from dllm_rl.config.schema import LearnerSection
+from dllm_rl.conformance import cases
+from dllm_rl.conformance.violation import require
+from dllm_rl.learner.torch_learner import TorchLearner
+from dllm_rl.models.tokenizers import character_tokenizer
+from dllm_rl.protocols import Algorithm
+from dllm_rl.types import GIVEN, Experience, LikelihoodEstimate, MaskSample, RolloutBatch
+
+REPEATS = 400  # of the six rows: 2,400 draws for the partition of unity
+TOLERANCE = 1e-10
+
+
+class Subject:
+    """An algorithm and the batches it is tried on."""
+
+    def __init__(self, name: str, options: Mapping[str, Any]) -> None:
+        self.algorithm: Algorithm = build("algorithms", name, options)
+
+    @property
+    def rolls_out(self) -> bool:
+        """Whether it learns from rewards."""
+        return self.algorithm.source == "rollouts"
+
+    def batches(self) -> list[RolloutBatch]:
+        """Full attention and block-causal."""
+        return [cases.batch(blocks=blocks, decoded=self.rolls_out) for blocks in (False, True)]
+
+    def masks(self, batch: RolloutBatch, seed: int = 0) -> MaskSample:
+        """Draws of a seed."""
+        return self.algorithm.masks(batch, seeding.generator_for(seed, "conformance", "masks"))
+
+    def experience(self, batch: RolloutBatch) -> Experience:
+        """With an old policy, and a reference if the algorithm says that it needs one."""
+        judged = cases.rewards(cases.MIXED)
+        masks = self.masks(batch)
+        reference = cases.estimate(batch, masks, seed=2) if self.algorithm.needs_reference else None
+        advantage = self.algorithm.advantages(judged, batch)
+        return cases.experience(batch, judged, advantage, masks, cases.estimate(batch, masks, seed=1), reference)
+
+    def gradient(self, experience: Experience, new: LikelihoodEstimate) -> tuple[Tensor, Tensor]:
+        """(loss, d loss / d token_logp)."""
+        leaf = dataclasses.replace(new, token_logp=new.token_logp.clone().requires_grad_())
+        loss = self.algorithm.loss(leaf, experience).value
+        require(loss.dim() == 0 and bool(torch.isfinite(loss)), f"loss is {loss}, expected one finite number")
+        (gradient,) = torch.autograd.grad(loss, leaf.token_logp)
+        return loss.detach(), gradient
+
+
+def declares_itself(subject: Subject) -> None:
+    """Config is a frozen dataclass, and source is one of those that training can feed."""
+    kind = type(subject.algorithm)
+    require(kind.Config.__dataclass_params__.frozen, f"{kind.__name__}.Config is not frozen")  # type: ignore[attr-defined]
+    allowed = get_args(get_args(get_type_hints(Algorithm)["source"])[0])
+    require(subject.algorithm.source in allowed, f"source = {subject.algorithm.source!r}, allowed: {allowed}")
+
+
+def advantages_have_the_shape_of_rows_or_tokens(subject: Subject) -> None:
+    """advantages() gives finite float32 values, (N,) or (N, L)."""
+    for batch in subject.batches():
+        advantage = subject.algorithm.advantages(cases.rewards(cases.MIXED), batch)
+        require(
+            tuple(advantage.shape) in ((len(batch),), tuple(batch.tokens.shape)),
+            f"shape {tuple(advantage.shape)} for {len(batch)} rows of {batch.tokens.shape[1]} tokens",
+        )
+        require(advantage.dtype == torch.float32, f"dtype {advantage.dtype}, expected float32")
+        require(bool(torch.isfinite(advantage).all()), f"not finite: {advantage.tolist()}")
+
+
+def excluded_rows_count_for_nothing(subject: Subject) -> None:
+    """A row whose verifier failed gets advantage 0, and the others' advantages are those of a batch without it."""
+    if not subject.rolls_out:
+        return
+    for batch in subject.batches():
+        for gone in (1, 3):
+            rest = torch.tensor([row for row in range(len(batch)) if row != gone])
+            judged = cases.rewards(cases.MIXED, excluded=gone)
+            whole = subject.algorithm.advantages(judged, batch)
+            alone = subject.algorithm.advantages(judged.select(rest), batch.select(rest))
+            require(not bool(whole[gone].any()), f"excluded row {gone} has advantage {whole[gone].tolist()}")
+            require(
+                torch.allclose(whole[rest], alone, atol=1e-6),
+                f"row {gone} failed: advantages of the others {whole[rest].tolist()}, without it {alone.tolist()}",
+            )
+
+
+def equal_rewards_teach_nothing(subject: Subject) -> None:
+    """A group whose rewards are all equal has advantage 0."""
+    if not subject.rolls_out:
+        return
+    for value in (0.0, 1.0, 0.7):
+        for batch in subject.batches():
+            advantage = subject.algorithm.advantages(cases.rewards([value] * len(batch)), batch)
+            require(float(advantage.abs().max()) < 1e-6, f"all rewards {value}: advantages {advantage.tolist()}")
+
+
+def row_order_does_not_matter(subject: Subject) -> None:
+    """Advantages and kept rows move with their rows."""
+    order = torch.tensor([1, 4, 5, 0, 3, 2])
+    judged = cases.rewards(cases.MIXED)
+    for batch in subject.batches():
+        for method in (subject.algorithm.advantages, subject.algorithm.keep):
+            straight, moved = method(judged, batch)[order], method(judged.select(order), batch.select(order))
+            require(
+                torch.allclose(straight.double(), moved.double(), atol=1e-6),
+                f"{method.__name__}: {straight.tolist()}, reordered {moved.tolist()}",
+            )
+
+
+def masks_are_drawn_from_the_generator_alone(subject: Subject) -> None:
+    """masks() gives (K, N, L) bool and float32; equal generators give equal draws, whatever happened before."""
+    for batch in subject.batches():
+        first, again = subject.masks(batch), subject.masks(batch)
+        shape = (len(first.mask), *batch.tokens.shape)
+        require(tuple(first.mask.shape) == tuple(first.weight.shape) == shape, f"shapes {first.mask.shape}")
+        require(first.mask.dtype == torch.bool and first.weight.dtype == torch.float32, f"dtype {first.weight.dtype}")
+        same = torch.equal(first.mask, again.mask) and torch.equal(first.weight, again.weight)
+        require(same, "two generators of one seed gave different draws")
+
+
+def no_token_is_scored_in_sight(subject: Subject) -> None:
+    """A weight other than 0 is only where the token is hidden in that draw (no peeking)."""
+    for batch in subject.batches():
+        for seed in range(20):
+            masks = subject.masks(batch, seed)
+            seen = ((masks.weight != 0) & ~masks.mask).nonzero()
+            require(not len(seen), f"draw {seen[0].tolist() if len(seen) else ''} (draw, row, position) is not hidden")
+
+
+def only_the_completion_is_scored(subject: Subject) -> None:
+    """Prompt, padding and whatever follows the end have weight 0, and padding is not hidden."""
+    for batch in subject.batches():
+        for seed in range(20):
+            masks = subject.masks(batch, seed)
+            outside = ((masks.weight != 0) & ~batch.completion).nonzero()
+            require(not len(outside), f"weight at {outside[:1].tolist()} (draw, row, position), outside the completion")
+            require(not bool((masks.mask & ~batch.valid).any()), "padding is hidden")
+
+
+def what_follows_the_end_is_not_shown(subject: Subject) -> None:
+    """Positions after the first EOS are hidden in every draw that does not replay the trajectory."""
+    if subject.algorithm.replays_trajectory or not subject.rolls_out:
+        return
+    for batch in subject.batches():
+        require(bool(subject.masks(batch).mask[:, batch.tail].all()), "a draw shows the canvas after EOS")
+
+
+def weights_are_a_partition_of_unity(subject: Subject) -> None:
+    """Every completion token is counted once in expectation: E sum_k weight = 1."""
+    for batch in subject.batches():
+        rows = torch.arange(len(batch)).repeat(REPEATS)
+        total = subject.masks(batch.select(rows), seed=1).weight.double().sum(0)
+        total = total.view(REPEATS, len(batch), -1)[:, batch.completion]
+        error = 5 * total.std(0) / REPEATS**0.5 + 1e-6
+        off = (total.mean(0) - 1).abs()
+        worst = int((off - error).argmax())
+        require(
+            bool((off <= error).all()),
+            f"a token's weights sum to {float(total.mean(0)[worst]):.3f} on average over {REPEATS} draws, expected 1 "
+            f"within {float(error[worst]):.3f}",
+        )
+
+
+def trajectories_are_read_as_declared(subject: Subject) -> None:
+    """replays_trajectory is True exactly if masks() depends on unmask_step."""
+    if not subject.rolls_out:
+        return
+    for batch in subject.batches():
+        later = dataclasses.replace(
+            batch, unmask_step=torch.where(batch.unmask_step == GIVEN, GIVEN, 3 - batch.unmask_step)
+        )
+        a, b = subject.masks(batch), subject.masks(later)
+        depends = a.mask.shape != b.mask.shape or not torch.equal(a.mask, b.mask)
+        declared = subject.algorithm.replays_trajectory
+        require(
+            depends == declared, f"replays_trajectory = {declared}, but masks() {'reads' if depends else 'ignores'} it"
+        )
+
+
+def loss_reads_only_completions(subject: Subject) -> None:
+    """The loss is one finite number, and its gradient is 0 outside the completion."""
+    for batch in subject.batches():
+        experience = subject.experience(batch)
+        _, gradient = subject.gradient(experience, cases.estimate(batch, experience.masks, seed=3))
+        require(bool(torch.isfinite(gradient).all()), "the gradient is not finite")
+        require(bool(gradient[batch.completion].any()), "the gradient is 0 everywhere")
+        require(not bool(gradient[~batch.completion].any()), "tokens outside the completion have a gradient")
+
+
+def loss_does_not_depend_on_sharding(subject: Subject) -> None:
+    """The losses of two halves of the batch, with the global counts, add up to the loss of the whole."""
+    for batch in subject.batches():
+        experience = subject.experience(batch)
+        new = cases.estimate(batch, experience.masks, seed=3)
+        whole, gradient = subject.gradient(experience, new)
+        parts = [torch.tensor([0, 1, 2]), torch.tensor([3, 4, 5])]
+        losses, gradients = zip(
+            *(subject.gradient(cases.shard(experience, rows), cases.select(new, rows)) for rows in parts), strict=True
+        )
+        require(
+            abs(float(sum(losses) - whole)) <= TOLERANCE, f"halves give {float(sum(losses))}, the whole {float(whole)}"
+        )
+        require(torch.allclose(torch.cat(gradients), gradient, atol=TOLERANCE, rtol=0), "the gradients differ")
+
+
+def better_rows_become_likelier(subject: Subject) -> None:
+    """At the old policy, a step down the loss raises rows of positive advantage and lowers rows of negative."""
+    for batch in subject.batches():
+        experience = subject.experience(batch)
+        at_old = dataclasses.replace(experience, reference=None if experience.reference is None else experience.old)
+        _, gradient = subject.gradient(at_old, experience.old)
+        advantage = experience.advantage if experience.advantage.dim() == 1 else experience.advantage.sum(-1)
+        for row, value in enumerate(advantage.tolist()):
+            slope = -float(gradient[row].sum())
+            require(
+                value * slope > 0 or value == slope == 0,
+                f"row {row}: advantage {value:g}, likelihood moves by {slope:g}",
+            )
+
+
+def reference_is_needed_as_declared(subject: Subject) -> None:
+    """needs_reference is True exactly if the loss reads the reference."""
+    if not subject.algorithm.needs_reference:
+        return  # every other check has called loss() without a reference
+    for batch in subject.batches():
+        experience = subject.experience(batch)
+        new = cases.estimate(batch, experience.masks, seed=3)
+        other = dataclasses.replace(experience, reference=cases.estimate(batch, experience.masks, seed=9))
+        same = subject.gradient(experience, new)[0] == subject.gradient(other, new)[0]
+        require(not same, "needs_reference = True, but another reference gives the same loss")
+
+
+def the_batch_is_left_as_it_was(subject: Subject) -> None:
+    """No method changes the batch, the rewards or the draws in place."""
+    for batch in subject.batches():
+        experience = subject.experience(batch)
+        fresh = cases.batch(blocks=batch.blocks is not None, decoded=subject.rolls_out)
+        subject.algorithm.keep(experience.rewards, batch)
+        subject.gradient(experience, cases.estimate(batch, experience.masks, seed=3))
+        for f in dataclasses.fields(RolloutBatch):
+            value, was = getattr(batch, f.name), getattr(fresh, f.name)
+            same = torch.equal(value, was) if isinstance(value, Tensor) else value == was
+            require(same, f"batch.{f.name} was changed")
+        require(torch.equal(experience.rewards.total, cases.rewards(cases.MIXED).total), "rewards.total was changed")
+        require(torch.equal(experience.masks.mask, subject.masks(batch).mask), "the draws were changed")
+
+
+def the_learner_can_train_with_it(subject: Subject) -> None:
+    """One update of a tiny model, full attention and block-causal, gives finite figures and moves the weights."""
+    for family, batch in zip(("tiny", "sdar"), subject.batches(), strict=True):
+        algorithm, judged = subject.algorithm, cases.rewards(cases.MIXED)
+        learner = TorchLearner(
+            cases.denoiser(family),
+            character_tokenizer("0123456789"),
+            LearnerSection(lr=1e-3),
+            total_steps=1,
+            seed=0,
+            keep_reference=algorithm.needs_reference,
+            dump_folder=Path(tempfile.gettempdir()) / "dllm-rl-conformance",
+        )
+        before = learner.version().digest
+        masks = subject.masks(batch)
+        reference = learner.score(batch, masks, reference=True) if algorithm.needs_reference else None
+        learner.update(batch, judged, algorithm.advantages(judged, batch), masks, algorithm, reference=reference)
+        require(learner.version().digest != before, f"{family}: the weights did not move")
+
+
+CHECKS: tuple[Callable[[Subject], None], ...] = (
+    declares_itself,
+    advantages_have_the_shape_of_rows_or_tokens,
+    excluded_rows_count_for_nothing,
+    equal_rewards_teach_nothing,
+    row_order_does_not_matter,
+    masks_are_drawn_from_the_generator_alone,
+    no_token_is_scored_in_sight,
+    only_the_completion_is_scored,
+    what_follows_the_end_is_not_shown,
+    weights_are_a_partition_of_unity,
+    trajectories_are_read_as_declared,
+    loss_reads_only_completions,
+    loss_does_not_depend_on_sharding,
+    better_rows_become_likelier,
+    reference_is_needed_as_declared,
+    the_batch_is_left_as_it_was,
+    the_learner_can_train_with_it,
+)

@@ -1,0 +1,145 @@
+"""Small cases that the checks share: ragged batches with early ends, tiny models."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from dllm_rl.diffusion.layout import block_index
+from dllm_rl.models.create import create_denoiser
+from dllm_rl.models.denoiser import TransformersDenoiser
+from dllm_rl.models.tokenizers import character_tokenizer
+from dllm_rl.seeding import generator_for
+from dllm_rl.types import GIVEN, Experience, LikelihoodEstimate, MaskSample, Rewards, RolloutBatch
+
+CANVAS, BLOCK = 8, 4
+_PROMPTS = (3, 3, 3, 2, 2, 2)
+_COMPLETIONS = (8, 5, 8, 8, 8, 3)  # two rows end early: their canvas has a tail
+
+
+def batch(*, blocks: bool, decoded: bool = True) -> RolloutBatch:
+    """Two groups of three rows, padded, some ended by EOS.
+
+    Args:
+        blocks: as for a block-causal model with blocks of 4 from the response.
+        decoded: with a trajectory that committed two tokens per forward, block by block; else as demonstrations are.
+    """
+    generator = generator_for(0, "conformance", "batch")
+    start = torch.tensor(_PROMPTS)
+    end = start + torch.tensor(_COMPLETIONS)
+    length = max(_PROMPTS) + CANVAS
+    position = torch.arange(length)
+    valid = position < (start + CANVAS if decoded else end)[:, None]
+    canvas = valid & (position >= start[:, None])
+    completion = canvas & (position < end[:, None])
+    step = torch.full(valid.shape, GIVEN)
+    if decoded:
+        for row, first in enumerate(_PROMPTS):
+            order = [torch.randperm(BLOCK, generator=generator) // 2 + 2 * b for b in range(CANVAS // BLOCK)]
+            step[row, first : first + CANVAS] = torch.cat(order)
+    tokens = torch.randint(3, 9, valid.shape, generator=generator)
+    return RolloutBatch(
+        tokens=torch.where(valid, tokens, 0),
+        valid=valid,
+        completion=completion,
+        tail=canvas & ~completion,
+        unmask_step=step,
+        behaviour_logp=-torch.rand(valid.shape, generator=generator) * completion,
+        prompt_length=start,
+        group=torch.tensor([0, 0, 0, 1, 1, 1]),
+        num_forwards=torch.full((len(_PROMPTS),), 4 if decoded else 0),
+        weights_step=torch.zeros(len(_PROMPTS), dtype=torch.int64),
+        blocks=block_index(start, length, BLOCK, "response") if blocks else None,
+        exact=True,
+    ).check()
+
+
+def rewards(total: list[float], excluded: int | None = None) -> Rewards:
+    """Rewards with one component; an excluded row's verifier failed."""
+    value = torch.tensor(total)
+    included = torch.ones(len(total), dtype=torch.bool)
+    if excluded is not None:
+        included[excluded] = False
+    return Rewards(
+        components={"reward": value.masked_fill(~included, float("nan"))},
+        total=value.masked_fill(~included, 0.0),
+        included=included,
+        status=tuple("ok" if keep else "timeout" for keep in included.tolist()),
+    )
+
+
+MIXED = [1.0, 0.0, 0.5, 0.0, 1.0, 0.25]
+
+
+def estimate(rows: RolloutBatch, masks: MaskSample, *, seed: int) -> LikelihoodEstimate:
+    """Plausible float64 log-likelihoods: negative on scored tokens, 0 elsewhere."""
+    noise = torch.rand(rows.tokens.shape, generator=generator_for(seed, "conformance", "logp"), dtype=torch.float64)
+    token = torch.where(rows.completion, -2 * noise, 0.0)
+    draws = torch.zeros(len(masks.mask), len(rows), dtype=torch.float64)
+    return LikelihoodEstimate(token_logp=token, draw_logp=draws + token.sum(-1))
+
+
+def experience(
+    rows: RolloutBatch,
+    judged: Rewards,
+    advantage: Tensor,
+    masks: MaskSample,
+    old: LikelihoodEstimate,
+    reference: LikelihoodEstimate | None,
+) -> Experience:
+    """An Experience whose global counts are the batch's own."""
+    return Experience(
+        batch=rows,
+        rewards=judged,
+        advantage=advantage,
+        masks=masks,
+        old=old,
+        reference=reference,
+        num_tokens=int(rows.completion.sum()),
+        num_rows=len(rows),
+    )
+
+
+def shard(whole: Experience, rows: Tensor) -> Experience:
+    """Some rows of an Experience, as another rank would hold them: the global counts stay."""
+
+    def part(value: LikelihoodEstimate) -> LikelihoodEstimate:
+        return select(value, rows)
+
+    return dataclasses.replace(
+        whole,
+        batch=whole.batch.select(rows),
+        rewards=whole.rewards.select(rows),
+        advantage=whole.advantage[rows],
+        masks=whole.masks.select(rows),
+        old=part(whole.old),
+        reference=None if whole.reference is None else part(whole.reference),
+    )
+
+
+def select(value: LikelihoodEstimate, rows: Tensor) -> LikelihoodEstimate:
+    """Some rows of an estimate."""
+    return LikelihoodEstimate(token_logp=value.token_logp[rows], draw_logp=value.draw_logp[:, rows])
+
+
+def denoiser(family: str) -> TransformersDenoiser:
+    """A random model of a few thousand parameters whose predictions differ visibly from state to state."""
+    made = create_denoiser(
+        family,
+        character_tokenizer("0123456789"),
+        hidden_size=32,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        intermediate_size=48,
+        max_length=64,
+        block_size=BLOCK if family == "sdar" else None,
+        seed=0,
+    )
+    with torch.no_grad():
+        for parameter in made.module.parameters():
+            if parameter.dim() >= 2:
+                parameter.mul_(8)
+    return made

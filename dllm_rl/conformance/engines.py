@@ -1,0 +1,186 @@
+"""What every rollout engine must keep to; see dllm_rl.protocols.RolloutEngine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from dllm_rl import registry
+from dllm_rl.config.plugins import build
+from dllm_rl.conformance import cases
+from dllm_rl.conformance.violation import require
+from dllm_rl.data.collate import collate
+from dllm_rl.diffusion import likelihood, masking
+from dllm_rl.models.denoiser import TransformersDenoiser
+from dllm_rl.protocols import RolloutEngine
+from dllm_rl.types import GIVEN, Prompt, Sampling, Trajectory, WeightsVersion
+
+FAMILIES = ("tiny", "dream", "sdar")  # full attention, shifted predictions, block-causal with a cache
+WEIGHTS = WeightsVersion(step=7, digest="conformance")
+SAMPLED = Sampling(max_new_tokens=8, temperature=1.0, tokens_per_step=2, block_size=cases.BLOCK)
+GREEDY = Sampling(max_new_tokens=8, temperature=0.0, tokens_per_step=2, block_size=cases.BLOCK)
+LOGP_TOLERANCE = 1e-4  # float32
+
+
+class Subject:
+    """An engine class and the prompts it decodes."""
+
+    def __init__(self, name: str, options: Mapping[str, Any]) -> None:
+        if options:
+            raise ValueError(f"engine '{name}' takes no options here, got {', '.join(options)}")
+        self.engine = registry.load("engines", name)
+        self.models = {family: cases.denoiser(family) for family in FAMILIES}
+        for denoiser in self.models.values():
+            # A random model hardly ever says EOS: call a digit that it likes so, and rows end early.
+            said = torch.cat(
+                [t.tokens[t.prompt_length :] for t in self.oracle(denoiser).generate(PROMPTS, SAMPLED, seed=0)]
+            )
+            denoiser.eos_id = int((said.bincount() / len(said) - 0.08).abs().argmin())
+
+    def make(self, denoiser: TransformersDenoiser, strategy: str = "low_confidence") -> RolloutEngine:
+        """The engine under test."""
+        made: RolloutEngine = self.engine(denoiser, build("strategies", strategy, {}), weights=WEIGHTS)
+        return made
+
+    def oracle(self, denoiser: TransformersDenoiser, strategy: str = "low_confidence") -> RolloutEngine:
+        """The reference engine."""
+        kind = registry.load("engines", "reference")
+        made: RolloutEngine = kind(denoiser, build("strategies", strategy, {}), weights=WEIGHTS)
+        return made
+
+
+def _prompt(number: int, length: int) -> Prompt:
+    ids = tuple(3 + (5 * number + 3 * i) % 10 for i in range(length))
+    injected = {1: 4, 6: 5} if number % 2 else {}
+    return Prompt(uid=f"p{number}", token_ids=ids, text="", answer="", task="conformance", injected=injected)
+
+
+PROMPTS = tuple(_prompt(number, length) for number, length in enumerate((3, 6, 1, 5, 8, 2)))
+
+
+def _difference(a: Trajectory, b: Trajectory) -> str | None:
+    for name in ("prompt_uid", "sample", "prompt_length", "completion_length", "num_forwards", "finish"):
+        if getattr(a, name) != getattr(b, name):
+            return f"{name} {getattr(a, name)!r} against {getattr(b, name)!r}"
+    for name in ("tokens", "unmask_step", "events"):
+        x, y = getattr(a, name), getattr(b, name)
+        if not torch.equal(x, y):
+            return f"{name} {x.tolist()} against {y.tolist()}"
+    if not torch.allclose(a.behaviour_logp, b.behaviour_logp, atol=LOGP_TOLERANCE):
+        return f"behaviour_logp {a.behaviour_logp.tolist()} against {b.behaviour_logp.tolist()}"
+    return None
+
+
+def _same(got: Sequence[Trajectory], want: Sequence[Trajectory], what: str) -> None:
+    require(len(got) == len(want), f"{what}: {len(got)} trajectories, expected {len(want)}")
+    for a, b in zip(got, want, strict=True):
+        difference = _difference(a, b)
+        require(difference is None, f"{what}, prompt {b.prompt_uid}, sample {b.sample}: {difference}")
+
+
+def it_decodes_what_the_oracle_decodes(subject: Subject) -> None:
+    """Greedy and sampled, with every way of choosing positions, trajectories are those of the reference engine."""
+    for family, denoiser in subject.models.items():
+        for strategy in ("low_confidence", "random", "confidence_threshold"):
+            for name, sampling in (("greedy", GREEDY), ("sampled", SAMPLED)):
+                got = subject.make(denoiser, strategy).generate(PROMPTS, sampling, seed=3, samples_per_prompt=2)
+                want = subject.oracle(denoiser, strategy).generate(PROMPTS, sampling, seed=3, samples_per_prompt=2)
+                _same(got, want, f"{family}, {strategy}, {name}")
+
+
+def a_trajectory_does_not_depend_on_its_batch(subject: Subject) -> None:
+    """It is a function of weights, prompt, sample index, sampling and seed only; order is prompt-major."""
+    for family, denoiser in subject.models.items():
+        engine = subject.make(denoiser)
+        together = engine.generate(PROMPTS, SAMPLED, seed=5, samples_per_prompt=2)
+        order = [(t.prompt_uid, t.sample) for t in together]
+        require(order == [(p.uid, s) for p in PROMPTS for s in range(2)], f"{family}: order {order}")
+        known = dict(zip(order, together, strict=True))
+        alone = [t for p in PROMPTS for t in engine.generate([p], SAMPLED, seed=5, samples_per_prompt=2)]
+        _same(alone, together, f"{family}, one prompt at a time")
+        turned = engine.generate(PROMPTS[::-1], SAMPLED, seed=5)
+        _same(turned, [known[p.uid, 0] for p in PROMPTS[::-1]], f"{family}, prompts in reverse order")
+
+
+def seeds_decide(subject: Subject) -> None:
+    """One seed gives the same samples again, another seed others."""
+    for family, denoiser in subject.models.items():
+        engine = subject.make(denoiser)
+        first = engine.generate(PROMPTS, SAMPLED, seed=1)
+        _same(engine.generate(PROMPTS, SAMPLED, seed=1), first, f"{family}, the same seed")
+        other = engine.generate(PROMPTS, SAMPLED, seed=2)
+        moved = any(not torch.equal(a.tokens, b.tokens) for a, b in zip(first, other, strict=True))
+        require(moved, f"{family}: seeds 1 and 2 give the same tokens")
+        a, b = engine.generate(PROMPTS[:1], SAMPLED, seed=1, samples_per_prompt=2)
+        require(not torch.equal(a.tokens, b.tokens), f"{family}: two samples of a prompt are the same")
+
+
+def trajectories_are_complete(subject: Subject) -> None:
+    """Events commit every generated position once, in order; given tokens stay; no mask token is left."""
+    for family, denoiser in subject.models.items():
+        for t, prompt in zip(subject.make(denoiser).generate(PROMPTS, SAMPLED, seed=0), PROMPTS, strict=True):
+            where = f"{family}, prompt {t.prompt_uid}"
+            start = len(prompt.token_ids)
+            require(t.prompt_length == start, f"{where}: prompt_length {t.prompt_length}")
+            require(t.tokens[:start].tolist() == list(prompt.token_ids), f"{where}: the prompt was changed")
+            require(len(t.tokens) == start + SAMPLED.max_new_tokens, f"{where}: {len(t.tokens)} tokens")
+            require(denoiser.mask_id not in t.tokens, f"{where}: a mask token is left")
+            for offset, token in prompt.injected.items():
+                kept = t.tokens[start + offset] == token and t.unmask_step[start + offset] == GIVEN
+                require(kept, f"{where}: the injected token at {offset} was generated over")
+            forwards, positions, tokens = t.events.T
+            decoded = (t.unmask_step >= 0) & (t.unmask_step < t.num_forwards)
+            require(bool((forwards.diff() >= 0).all()), f"{where}: events are out of order")
+            require(
+                torch.equal(positions.sort().values, decoded.nonzero().flatten()),
+                f"{where}: events commit {positions.tolist()}, unmask_step says {decoded.nonzero().flatten().tolist()}",
+            )
+            agree = torch.equal(t.unmask_step[positions], forwards) and torch.equal(t.tokens[positions], tokens)
+            require(agree, f"{where}: events contradict tokens or unmask_step")
+            every = forwards.unique().tolist() == list(range(t.num_forwards))
+            require(every, f"{where}: num_forwards {t.num_forwards}, but commits in {forwards.unique().tolist()}")
+            ends = [i for i in positions.sort().values.tolist() if t.tokens[i] == denoiser.eos_id]
+            finish, end = ("eos", ends[0] + 1) if ends else ("length", len(t.tokens))
+            require(
+                (t.finish, t.completion_length) == (finish, end - start), f"{where}: {t.finish}, {t.completion_length}"
+            )
+            require(t.weights == WEIGHTS, f"{where}: weights {t.weights}, the engine was told {WEIGHTS}")
+
+
+def log_probabilities_are_the_learners(subject: Subject) -> None:
+    """Where exact is True, behaviour_logp is what the learner's estimator gives along the trajectory."""
+    for family, denoiser in subject.models.items():
+        rows = [t for t in subject.make(denoiser).generate(PROMPTS, SAMPLED, seed=4) if t.exact]
+        if not rows:
+            continue
+        group = list(range(len(rows)))
+        size, origin = denoiser.block_size, denoiser.block_origin
+        batch = collate(rows, pad_id=denoiser.pad_id, group=group, block_size=size, block_origin=origin)
+        masks = masking.along_trajectory(batch.unmask_step, batch.completion, blocks=batch.blocks)
+        replayed = likelihood.estimate(denoiser, batch, masks).token_logp
+        off = (replayed - torch.where(batch.completion, batch.behaviour_logp, 0.0)).abs()
+        require(float(off.max()) <= LOGP_TOLERANCE, f"{family}: off by up to {float(off.max()):.2g} nats")
+
+
+def what_does_not_fit_is_refused(subject: Subject) -> None:
+    """A prompt that leaves no room for the canvas is a ValueError that names it."""
+    for family, denoiser in subject.models.items():
+        long = Prompt(uid="long", token_ids=(3,) * denoiser.max_length, text="", answer="", task="conformance")
+        try:
+            subject.make(denoiser).generate([long], GREEDY, seed=0)
+        except ValueError as error:
+            require("long" in str(error), f"{family}: the message does not name the prompt: {error}")
+        else:
+            require(False, f"{family}: a prompt of {denoiser.max_length} tokens was decoded")
+
+
+CHECKS: tuple[Callable[[Subject], None], ...] = (
+    it_decodes_what_the_oracle_decodes,
+    a_trajectory_does_not_depend_on_its_batch,
+    seeds_decide,
+    trajectories_are_complete,
+    log_probabilities_are_the_learners,
+    what_does_not_fit_is_refused,
+)

@@ -1,0 +1,94 @@
+"""What every reward function must keep to; see dllm_rl.protocols.Reward. It runs in the real worker processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from dllm_rl import registry
+from dllm_rl.config.plugins import build
+from dllm_rl.conformance.violation import require
+from dllm_rl.runtime.reward_pool import RewardPool, RewardSpec
+from dllm_rl.types import Example, Rewards
+
+HOSTILE = (
+    "",
+    " \n\t ",
+    "\x00",
+    "42",
+    "-1e309",
+    "44**19**35",
+    "\\boxed{" * 200,
+    "\\frac{1}{0}",
+    "(" * 2000,
+    "9" * 5000,
+    "é你好\u202e🙂",
+    "None",
+    "x" * 20_000,
+    "<answer></answer>",
+)
+TIMEOUT_S = 5.0
+
+
+class Subject:
+    """A reward function in a pool of two workers, and rows to judge."""
+
+    def __init__(self, name: str, options: Mapping[str, Any]) -> None:
+        self.columns = _columns(name)
+        self.pool = RewardPool([RewardSpec(name=name, options=options, timeout_s=TIMEOUT_S)])
+
+    def close(self) -> None:
+        """End the workers."""
+        self.pool.close()
+
+    def score(self, texts: list[str]) -> Rewards:
+        """Judge texts as completions of one example."""
+        columns = {key: [value] * len(texts) for key, value in self.columns.items()}
+        columns["completion_tokens"] = [max(1, len(text)) for text in texts]
+        return self.pool.score(["prompt"] * len(texts), texts, columns)
+
+
+def _columns(reward: str) -> dict[str, Any]:
+    """The columns of an example of the tasks that make their own data, those that use this reward last."""
+    columns: dict[str, Any] = {"answer": "42"}
+    made = [build("tasks", name, {}) for name in registry.names("tasks") if not reads_files(name)]
+    for task in sorted(made, key=lambda task: reward in task.rewards):
+        example: Example = task.examples("test")[0]
+        columns |= {**example.columns, "answer": example.answer}
+    return columns
+
+
+def reads_files(task: str) -> bool:
+    """Whether a task reads data files or the hub instead of making its examples."""
+    return "train_file" in getattr(registry.load("tasks", task).Config, "__dataclass_fields__", {})
+
+
+def every_text_gets_a_verdict(subject: Subject) -> None:
+    """No text makes it raise, hang, miss a row or give infinity: what it cannot judge is a low reward or None."""
+    for begin in range(0, len(HOSTILE), 4):
+        texts = list(HOSTILE[begin : begin + 4])
+        judged = subject.score(texts)
+        for row, text in enumerate(texts):
+            failure = next((str(f) for f in subject.pool.failures if f.completion == text), "")
+            require(bool(judged.included[row]), f"{judged.status[row]} on {text[:40]!r}: {failure:.200}")
+
+
+def equal_texts_get_equal_rewards(subject: Subject) -> None:
+    """The reward of a completion does not depend on when it is judged, nor on the rows beside it."""
+    texts = list(HOSTILE)
+    together = subject.score(texts)
+    turned = subject.score(texts[::-1])
+    alone = [subject.score([text]) for text in texts]
+    for name, values in together.components.items():
+        for row, text in enumerate(texts):
+            seen = [values[row], turned.components[name][-1 - row], alone[row].components[name][0]]
+            numbers = {"none" if value.isnan() else value.item() for value in seen}
+            require(
+                len(numbers) == 1, f"{text[:40]!r} got {[v.item() for v in seen]} in a batch, in reverse, and alone"
+            )
+
+
+CHECKS: tuple[Callable[[Subject], None], ...] = (
+    every_text_gets_a_verdict,
+    equal_texts_get_equal_rewards,
+)

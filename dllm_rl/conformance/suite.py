@@ -1,0 +1,70 @@
+"""Runs every check of a kind against one plugin."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dllm_rl.conformance import algorithms, engines, rewards, strategies, tasks
+from dllm_rl.conformance.violation import Violation
+from dllm_rl.registry import Kind
+
+SUBJECTS: Mapping[Kind, Callable[[str, Mapping[str, Any]], Any]] = {
+    "algorithms": algorithms.Subject,
+    "strategies": strategies.Subject,
+    "engines": engines.Subject,
+    "rewards": rewards.Subject,
+    "tasks": tasks.Subject,
+}
+CHECKS: Mapping[Kind, tuple[Callable[[Any], None], ...]] = {
+    "algorithms": algorithms.CHECKS,
+    "strategies": strategies.CHECKS,
+    "engines": engines.CHECKS,
+    "rewards": rewards.CHECKS,
+    "tasks": tasks.CHECKS,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """The result of one check.
+
+    Attributes:
+        check: its name.
+        law: what has to hold, in one sentence.
+        problem: how the plugin breaks it, or None.
+    """
+
+    check: str
+    law: str
+    problem: str | None
+
+
+def check_plugin(kind: Kind, name: str, options: Mapping[str, Any]) -> Iterator[Finding]:
+    """Hold one plugin to its contract, one finding after the other.
+
+    Args:
+        kind: what it is.
+        name: entry-point name or "package.module:Name".
+        options: fields of its Config.
+    Raises:
+        ValueError: an unknown plugin, or options that its Config refuses.
+    """
+    subject = SUBJECTS[kind](name, options)
+    try:
+        for check in CHECKS[kind]:
+            law = " ".join((inspect.getdoc(check) or "").split())
+            try:
+                check(subject)
+            except Violation as violation:
+                yield Finding(check.__name__, law, str(violation))
+            except Exception as error:  # a plugin may fail in any way; that is what the suite is there to report
+                yield Finding(check.__name__, law, f"raised {type(error).__name__}: {error}")
+            else:
+                yield Finding(check.__name__, law, None)
+    finally:
+        close = getattr(subject, "close", None)
+        if close is not None:
+            close()
