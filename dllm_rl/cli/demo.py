@@ -8,9 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
-from dllm_rl.cli.output import evaluation_table, write_json
+from dllm_rl.cli.output import evaluation_table, stdout, write_json
 from dllm_rl.config.load import load_config
 from dllm_rl.config.schema import Config
 from dllm_rl.evaluation.evaluate import Evaluation
@@ -83,7 +81,7 @@ def _result(seed: int, config: Config, taught: Summary, learned: Summary, second
 
 
 def _show(result: dict[str, Any], learned: Summary, json_path: Path) -> None:
-    console = Console()
+    console = stdout()
     rows: list[tuple[str, Evaluation]] = []
     phases: Sequence[tuple[str, Sequence[Evaluation]]] = (("before RL", learned.before), ("after RL", learned.after))
     for phase, evaluations in phases:

@@ -50,7 +50,7 @@ def train(
     quiet: Quiet = False,
 ) -> None:
     """Train. Example: dllm-rl train configs/sudoku4_rl.yaml run.seed=1 learner.lr=3e-5."""
-    from dllm_rl.cli.output import check_json_path, evaluation_table, write_json
+    from dllm_rl.cli.output import check_json_path, evaluation_table, stdout, write_json
     from dllm_rl.config.load import load_config
 
     check_json_path(json)
@@ -60,7 +60,7 @@ def train(
     summary = run(loaded, resume=resume, from_checkpoint=from_checkpoint, progress=_progress(quiet))
     evaluations = [("before", e) for e in summary.before] + [("after", e) for e in summary.after]
     if evaluations:
-        Console().print(evaluation_table("held-out", evaluations))
+        stdout().print(evaluation_table("held-out", evaluations))
     print(f"{summary.steps} steps; everything is in {summary.folder}")
     write_json(
         json,
@@ -82,13 +82,13 @@ def evaluate(
     quiet: Quiet = False,
 ) -> None:
     """Evaluate on held-out examples. Example: dllm-rl eval runs/sudoku4-rl evaluate.limit=1000."""
-    from dllm_rl.cli.output import check_json_path, evaluation_table, write_json
+    from dllm_rl.cli.output import check_json_path, evaluation_table, stdout, write_json
 
     check_json_path(json)
     from dllm_rl.evaluation.standalone import evaluate_target
 
     results = evaluate_target(target, overrides or [], _progress(quiet))
-    Console().print(evaluation_table(str(target), [("", e) for e in results]))
+    stdout().print(evaluation_table(str(target), [("", e) for e in results]))
     write_json(json, {"target": str(target), "evaluations": [e.summary() for e in results]})
 
 
@@ -152,8 +152,8 @@ def main(arguments: list[str] | None = None) -> int:
         result = app(args=arguments, standalone_mode=False)
     except Exception as error:  # the one place where every exception becomes an exit code
         return _usage_error(error)
-    except KeyboardInterrupt as error:
-        return exit_code(error)
+    if result == 130:  # typer turns Ctrl-C into this
+        return exit_code(KeyboardInterrupt())
     return result if isinstance(result, int) else 0
 
 

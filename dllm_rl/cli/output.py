@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 
 from dllm_rl.evaluation.evaluate import Evaluation
+
+
+def stdout() -> Console:
+    """Standard output: as wide as the terminal, or wide enough for a table when it goes to a file."""
+    return Console(width=None if sys.stdout.isatty() else 160)
 
 
 def check_json_path(path: Path | None) -> None:
