@@ -41,6 +41,14 @@ def test_draws_follow_the_distribution(settings, want):
     assert not (token == 0).any(), "the mask token was sampled"
 
 
+@pytest.mark.parametrize("settings", [{"top_k": 3}, {"top_p": 0.7}])
+def test_a_tie_at_the_edge_keeps_the_lower_ids(settings):
+    logits = torch.tensor([0.0, 0.4, 0.2, 0.2, 0.2]).log().expand(DRAWS, -1)  # 0.4 + 0.2 + half of the next is 0.7
+    noise = uniform(torch.arange(DRAWS), 0, 0)
+    token = propose(logits, Sampling(max_new_tokens=1, **settings), noise, mask_id=0).token
+    assert set(token.tolist()) == {1, 2, 3}
+
+
 def test_figures_are_those_of_the_untempered_distribution():
     for settings in ({"temperature": 0.5}, {"top_k": 1}, {"temperature": 0.0}):
         p = drawn(**settings)
