@@ -12,14 +12,13 @@ def learning_rate(step: int, total_steps: int, config: LearnerSection) -> float:
 
     Args:
         step: 0-based optimiser step.
-        total_steps: length of the run; the cosine reaches its end at the last step.
+        total_steps: length of the run; the cosine ends one step after the last, so that no step is taken at rate 0.
         config: lr, schedule, warmup_steps, min_lr_ratio.
     """
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     if config.schedule == "constant":
         return config.lr
-    span = max(1, total_steps - 1 - config.warmup_steps)  # a run of warm-up alone never gets here
-    progress = min(1.0, (step - config.warmup_steps) / span)
+    progress = (step - config.warmup_steps) / (total_steps - config.warmup_steps)
     floor = config.min_lr_ratio
     return config.lr * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))

@@ -38,7 +38,7 @@ ESTIMATORS = {
     "4 pairs (coupled_grpo)": ("coupled_grpo", {"pairs": 4}),
     "fully masked (diffu_grpo)": ("diffu_grpo", {}),
 }
-STEPS = (0.25, 0.5, 1.0, 2.0)
+STEPS = (0.01, 0.02, 0.05, 0.1)
 
 
 def gradient(parts: Parts, batch: RolloutBatch, masks: MaskSample, weight: Tensor) -> Tensor:

@@ -240,7 +240,7 @@ def test_loading_another_models_checkpoint_is_refused(tiny_denoiser, tmp_path):
 def test_schedules_by_hand():
     config = LearnerSection(lr=1.0, schedule="cosine", warmup_steps=2, min_lr_ratio=0.1)
     rates = [learning_rate(step, 7, config) for step in range(7)]
-    cosine = [0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * k / 4)) for k in range(5)]
+    cosine = [0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * k / 5)) for k in range(5)]
     assert rates == pytest.approx([0.5, 1.0, *cosine])
     constant = LearnerSection(lr=1.0, schedule="constant")
     assert [learning_rate(step, 3, constant) for step in range(3)] == [1.0, 1.0, 1.0]
