@@ -4,9 +4,8 @@
 
 For the same rollouts (temperature 1, 4 tokens per forward) and the same advantages, the gradient of mean_i A log p_i is
 averaged over many batches per estimator. Printed for each: the cosine of one batch's gradient with the average of the
-others (noise), the cosine between the averages (direction), the share of the squared gradient with respect to the
-logits that falls on tokens of failed boards that are right (misplaced blame), and greedy held-out boards after a
-step of a given length along the average (does the direction help at all, noise aside?).
+others (noise), the cosine between the averages (direction), and the share of the squared gradient with respect to the
+logits that falls on tokens of failed boards that are right (misplaced blame).
 """
 
 from __future__ import annotations
@@ -25,7 +24,6 @@ from dllm_rl.assembly import Parts, assemble
 from dllm_rl.config.load import load_config
 from dllm_rl.config.plugins import build
 from dllm_rl.diffusion import advantage, likelihood
-from dllm_rl.evaluation.evaluate import evaluate
 from dllm_rl.experience import roll_out
 from dllm_rl.reports.clock import Clock
 from dllm_rl.reports.progress import Quiet
@@ -38,7 +36,6 @@ ESTIMATORS = {
     "4 pairs (coupled_grpo)": ("coupled_grpo", {"pairs": 4}),
     "fully masked (diffu_grpo)": ("diffu_grpo", {}),
 }
-STEPS = (0.01, 0.02, 0.05, 0.1)
 
 
 def gradient(parts: Parts, batch: RolloutBatch, masks: MaskSample, weight: Tensor) -> Tensor:
@@ -71,25 +68,6 @@ def misplaced(
     return blamed, total
 
 
-def held_out(parts: Parts, direction: Tensor, length: float) -> dict[str, float]:
-    """Greedy board accuracy at each speed after a step of this length; the weights are put back."""
-    weights = [p for _, p in parts.learner.named_weights()]
-    before = [p.detach().clone() for p in weights]
-    pieces = (length * direction / direction.norm()).split([p.numel() for p in weights])
-    with torch.no_grad():
-        for p, piece in zip(weights, pieces, strict=True):
-            p.add_(piece.view_as(p).to(p.dtype))
-    assert parts.pool is not None
-    result = {}
-    for sampling in parts.eval_samplings:
-        e = evaluate(parts.engine, parts.pool, parts.held_out, parts.tokenizer, sampling, success="sudoku", seed=0)
-        result[f"{sampling.tokens_per_step}_per_step"] = e.success
-    with torch.no_grad():
-        for p, old in zip(weights, before, strict=True):
-            p.copy_(old)
-    return result
-
-
 def measure(parts: Parts, config: Any, batches: int) -> dict[str, Any]:
     """Everything that is printed."""
     algorithms = {name: build("algorithms", plugin, options) for name, (plugin, options) in ESTIMATORS.items()}
@@ -109,7 +87,7 @@ def measure(parts: Parts, config: Any, batches: int) -> dict[str, Any]:
             for i, value in enumerate(misplaced(parts, batch, masks, a, right == batch.tokens)):
                 blame[name][i] += value
     mean = {name: torch.stack(g).mean(0) for name, g in gradients.items()}
-    result: dict[str, Any] = {"rows": batches * len(batch), "start": held_out(parts, mean[next(iter(mean))], 0.0)}
+    result: dict[str, Any] = {"rows": batches * len(batch)}
     for name, all_of_it in gradients.items():
         rest = [(batches * mean[name] - g) / (batches - 1) for g in all_of_it]
         cosines = [torch.cosine_similarity(g, r, dim=0).item() for g, r in zip(all_of_it, rest, strict=True)]
@@ -119,7 +97,6 @@ def measure(parts: Parts, config: Any, batches: int) -> dict[str, Any]:
                 mean[name], mean[next(iter(mean))], dim=0
             ).item(),
             "blame on right tokens": blame[name][0] / blame[name][1],
-            "held-out boards after a step": {length: held_out(parts, mean[name], length) for length in STEPS},
         }
     return result
 

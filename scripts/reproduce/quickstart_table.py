@@ -33,17 +33,37 @@ ROWS: dict[str, list[str]] = {
     "coupled_grpo, 4 pairs": ["algorithm={name: coupled_grpo, pairs: 4}"],
     "coupled_grpo, credited tokens": ['algorithm={name: "controls:CreditedCoupledGRPO"}'],
 }
-STARTS: dict[str, list[str]] = {"quickstart": [], "annealed": ["learner.schedule=cosine"]}
+STARTS: dict[str, list[str]] = {
+    "quickstart": [],
+    "annealed": ["learner.schedule=cosine"],
+    "supervised": [],  # the quickstart's start after the masked_sft row
+}
 
 
 def start(name: str, seed: int, output: Path, progress: RichProgress) -> Path:
-    """The model of the SFT phase, trained if it is not there."""
+    """The model that the rows begin with, trained if it is not there."""
+    if name == "supervised":
+        config = row_config("masked_sft", "quickstart", seed, output, progress)
+        run(config, progress)
+        return output / config.run.name / "checkpoints" / f"step-{config.run.steps:06d}" / "model"
     common = [f"run.seed={seed}", f"run.output={output}", f"run.name=start-{name}-seed{seed}"]
     config = load_config(CONFIGS / "sudoku4_sft.yaml", [*common, *STARTS[name]])
     model = output / config.run.name / "checkpoints" / f"step-{config.run.steps:06d}" / "model"
     if not model.exists():
         train(config, progress=progress)
     return model
+
+
+def row_config(row: str, start_name: str, seed: int, output: Path, progress: RichProgress) -> Config:
+    """The configuration of one run of the table."""
+    slug = "".join(c if c.isalnum() else "-" for c in row).replace("--", "-")
+    overrides = [
+        f"run.seed={seed}",
+        f"run.output={output}",
+        f"run.name={start_name}-{slug}-seed{seed}",
+        f"model.path={start(start_name, seed, output, progress)}",
+    ]
+    return load_config(CONFIGS / "sudoku4_rl.yaml", [*overrides, *ROWS[row]])
 
 
 def run(config: Config, progress: RichProgress) -> dict[str, Any]:
@@ -90,23 +110,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
     parser.add_argument("--start", default="quickstart", choices=list(STARTS))
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further overrides of every run")
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
     progress = RichProgress(Console(stderr=True))
     table: dict[str, list[dict[str, Any]]] = {}
     for seed in arguments.seeds:
-        model = start(arguments.start, seed, arguments.output, progress)
         for row in arguments.rows:
-            slug = "".join(c if c.isalnum() else "-" for c in row).replace("--", "-")
-            overrides = [
-                f"run.seed={seed}",
-                f"run.output={arguments.output}",
-                f"run.name={arguments.start}-{slug}-seed{seed}",
-                f"model.path={model}",
-            ]
-            config = load_config(CONFIGS / "sudoku4_rl.yaml", [*overrides, *ROWS[row], *arguments.set])
             progress.say(f"{row}, seed {seed}")
+            config = row_config(row, arguments.start, seed, arguments.output, progress)
             table.setdefault(row, []).append(run(config, progress))
     write_json(arguments.output / f"table-{arguments.start}.json", table)
     print("| algorithm | boards at 4 per forward, % | gain, points [95%] | boards at 1, % | cells at 4 | train s |")
