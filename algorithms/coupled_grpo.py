@@ -2,20 +2,24 @@
 
     M ~ Bernoulli(t) per completion token,  t ~ U[t_min, t_max]
     l_i(theta) = 1/2 ( 1[i in M]/t + 1[i not in M]/(1-t) ) log p_theta(x_i | x with its own half hidden)
+                 averaged over pairs, and with the fully masked view if ``full_view``
     J = mean_i [ min(r_i A, clip(r_i, 1-eps, 1+eps) A) - beta k3(l_i, l_ref_i) ],   r_i = exp(l_i - l_old_i)
     A = R - mean of the other rows of its group
 
 Source: Gong et al. 2025 (DiffuCoder), arXiv:2506.20639.
-Deviation: the released code adds a fully masked view; its weights then average 3/2, not 1.
+Deviation: the released code adds the fully masked view to one pair and divides by 2, so that its weights average 3/2:
+that is ``paper_exact: true``; ``full_view: true`` has the same views with weights that average 1.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from dllm_rl.config import ranges
 from dllm_rl.diffusion import advantage, masking, surrogate
 from dllm_rl.protocols import Algorithm
 from dllm_rl.types import Experience, LikelihoodEstimate, Loss, MaskSample, Rewards, RolloutBatch
@@ -31,15 +35,18 @@ class CoupledGRPO(Algorithm):
         pairs: int = 1  # independent complementary pairs, each weighs 1/pairs
         t_min: float = 0.2  # masking rates are drawn from U[t_min, t_max]
         t_max: float = 0.8
+        full_view: bool = False  # add a copy with the whole completion hidden; each copy weighs the same
+        paper_exact: bool = False  # the released estimator: one pair and the full view, weighted 3/2 in all
         epsilon: float = 0.5  # clip half-width of the ratio, dimensionless
         beta: float = 0.01  # weight of KL(new || reference), nats per token
         reduction: surrogate.Reduction = "token_mean"
 
         def __post_init__(self) -> None:
-            if self.epsilon <= 0:
-                raise ValueError(f"epsilon = {self.epsilon}: must be > 0")
-            if self.beta < 0:
-                raise ValueError(f"beta = {self.beta}: must be >= 0 (0 = no reference model)")
+            ranges.positive(epsilon=self.epsilon)
+            ranges.not_negative(beta=self.beta)
+            ranges.at_least_one(pairs=self.pairs)
+            if self.paper_exact and self.pairs != 1:
+                raise ValueError(f"pairs = {self.pairs}: the released code has 1 pair; drop paper_exact")
             if not 0 < self.t_min <= self.t_max < 1:
                 raise ValueError(f"t_min = {self.t_min}, t_max = {self.t_max}: need 0 < t_min <= t_max < 1")
 
@@ -58,8 +65,15 @@ class CoupledGRPO(Algorithm):
         """Each token is scored once per pair, in the view that hides it."""
         c = self.config
         sample = masking.complementary_pair(
-            batch.completion, t_min=c.t_min, t_max=c.t_max, pairs=c.pairs, generator=generator
+            batch.completion,
+            t_min=c.t_min,
+            t_max=c.t_max,
+            pairs=c.pairs,
+            full_view=c.full_view or c.paper_exact,
+            generator=generator,
         )
+        if c.paper_exact:
+            sample = dataclasses.replace(sample, weight=1.5 * sample.weight)
         return sample.hiding(batch.tail)
 
     def loss(self, new: LikelihoodEstimate, experience: Experience) -> Loss:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dllm_rl.config import ranges
 from dllm_rl.diffusion import advantage, masking, surrogate
 from dllm_rl.protocols import Algorithm
 from dllm_rl.types import Experience, LikelihoodEstimate, Loss, MaskSample, Rewards, RolloutBatch
@@ -34,10 +35,8 @@ class DiffuGRPO(Algorithm):
         reduction: surrogate.Reduction = "token_mean"
 
         def __post_init__(self) -> None:
-            if self.epsilon <= 0:
-                raise ValueError(f"epsilon = {self.epsilon}: must be > 0")
-            if self.beta < 0:
-                raise ValueError(f"beta = {self.beta}: must be >= 0 (0 = no reference model)")
+            ranges.positive(epsilon=self.epsilon)
+            ranges.not_negative(beta=self.beta)
             if not 0 <= self.prompt_mask_rate < 1:
                 raise ValueError(f"prompt_mask_rate = {self.prompt_mask_rate}: must be in [0, 1)")
 

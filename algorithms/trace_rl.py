@@ -5,7 +5,10 @@
     J = mean_i [ min(r_i A, clip(r_i, 1-eps, 1+eps) A) - beta k3(l_i, l_old_i) ],   r_i = exp(l_i - l_old_i)
     A = (R - mean_group(R)) / std_group(R)
 
-Source: Wang et al. 2025, arXiv:2509.06949, without the value model and without merging steps (shrink s = 1).
+With ``shrink: s``, s consecutive steps (of the row, or of each block) are scored in the state before the first of them:
+1/s of the forwards, with more hidden than the sampler saw.
+
+Source: Wang et al. 2025, arXiv:2509.06949, without the value model.
 Deviation: the divergence is taken to the old policy, as released; it anchors within a step only. The released code
 falls back to a left-to-right trajectory when the step map is missing; here that is an error.
 """
@@ -18,6 +21,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from dllm_rl.config import ranges
 from dllm_rl.diffusion import advantage, masking, surrogate
 from dllm_rl.protocols import Algorithm
 from dllm_rl.types import Experience, LikelihoodEstimate, Loss, MaskSample, Rewards, RolloutBatch
@@ -34,15 +38,19 @@ class TraceRL(Algorithm):
         beta: float = 0.01  # weight of KL(new || old), nats per token; acts when updates_per_step > 1
         advantage: Literal["z_score", "group_mean"] = "z_score"
         reduction: surrogate.Reduction = "token_mean"
+        shrink: int = 1  # consecutive decoding steps that share a forward
 
         def __post_init__(self) -> None:
-            if self.epsilon <= 0:
-                raise ValueError(f"epsilon = {self.epsilon}: must be > 0")
-            if self.beta < 0:
-                raise ValueError(f"beta = {self.beta}: must be >= 0 (0 = no divergence term)")
+            ranges.positive(epsilon=self.epsilon)
+            ranges.not_negative(beta=self.beta)
+            ranges.at_least_one(shrink=self.shrink)
 
-    replays_trajectory = True
     config: Config
+
+    @property
+    def replays_trajectory(self) -> bool:
+        """Always."""
+        return True
 
     def advantages(self, rewards: Rewards, batch: RolloutBatch) -> Tensor:
         """Normalised within the group; groups of equal rewards give 0."""
@@ -51,7 +59,9 @@ class TraceRL(Algorithm):
 
     def masks(self, batch: RolloutBatch, generator: torch.Generator) -> MaskSample:
         """One draw per decoding step; for block-causal models one draw holds a step of every block."""
-        return masking.along_trajectory(batch.unmask_step, batch.completion, blocks=batch.blocks)
+        return masking.along_trajectory(
+            batch.unmask_step, batch.completion, blocks=batch.blocks, merge=self.config.shrink
+        )
 
     def loss(self, new: LikelihoodEstimate, experience: Experience) -> Loss:
         """-J and the mean divergence from the old policy."""

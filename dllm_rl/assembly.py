@@ -20,7 +20,7 @@ from dllm_rl.models.denoiser import TransformersDenoiser
 from dllm_rl.models.loading import load_denoiser, save_denoiser
 from dllm_rl.models.lora import add_lora
 from dllm_rl.models.tokenizers import byte_bpe_tokenizer, character_tokenizer
-from dllm_rl.protocols import Algorithm, RolloutEngine, Task
+from dllm_rl.protocols import Algorithm, Plan, RolloutEngine, Task
 from dllm_rl.reports.progress import Progress
 from dllm_rl.runtime.reward_pool import RewardPool, RewardSpec
 from dllm_rl.types import Example, Prompt, Sampling
@@ -34,11 +34,13 @@ class Parts:
         task: the task.
         tokenizer: of the model.
         engine: shares the learner's denoiser in one process.
+        eval_engine: decodes held-out completions, with the same weights and the strategy of evaluation.
         algorithm: the method.
         learner: owns the weights.
         pool: reward workers, or None for supervised training on a task without rewards.
         source: prompts of each step.
-        demonstrations: uid -> reference completion tokens, for algorithms that train on them.
+        demonstrations: uid -> tokens of its completions, for algorithms that train on them: the reference completion,
+            or the chosen and the rejected one.
         held_out: prompts for evaluation.
         sampling: decoding while training.
         eval_samplings: decoding of each held-out evaluation.
@@ -47,14 +49,19 @@ class Parts:
     task: Task
     tokenizer: Any
     engine: RolloutEngine
+    eval_engine: RolloutEngine
     algorithm: Algorithm
     learner: TorchLearner
     pool: RewardPool | None
     source: PromptSource[Prompt]
-    demonstrations: Mapping[str, Sequence[int]]
+    demonstrations: Mapping[str, Sequence[Sequence[int]]]
     held_out: Sequence[Prompt]
     sampling: Sampling
     eval_samplings: Sequence[Sampling]
+
+    def hand_over(self) -> None:
+        """Tell the engines which weights they hold now."""
+        self.engine.weights = self.eval_engine.weights = self.learner.version()
 
 
 def assemble(config: Config, folder: Path, show: Progress) -> Parts:
@@ -73,6 +80,8 @@ def assemble(config: Config, folder: Path, show: Progress) -> Parts:
     strategy = build("strategies", config.sampling.strategy.name, config.sampling.strategy.options)
     task: Task = build("tasks", config.data.task.name, config.data.task.options)
     _check_source(config, algorithm, task)
+    held_out_strategy = config.evaluate.strategy or config.sampling.strategy
+    eval_strategy = build("strategies", held_out_strategy.name, held_out_strategy.options)
     if algorithm.replays_trajectory and strategy.revises:
         raise ValueError(
             f"algorithm '{config.algorithm.name}' replays trajectories, but strategy '{config.sampling.strategy.name}' "
@@ -80,6 +89,14 @@ def assemble(config: Config, folder: Path, show: Progress) -> Parts:
         )
     sampling = _sampling(config)
     train_examples = task.examples("train")
+    algorithm.check_plan(
+        Plan(
+            sampling=sampling,
+            strategy=config.sampling.strategy.name,
+            examples=train_examples,
+            task=config.data.task.name,
+        )
+    )
     denoiser, tokenizer = _model(config, folder, task, train_examples)
     room = denoiser.max_length - sampling.max_new_tokens
     if room < 1:
@@ -102,11 +119,14 @@ def assemble(config: Config, folder: Path, show: Progress) -> Parts:
     seed = config.run.seed
     prompts = tokenised(train_examples)
     held_out = _held_out(config, task)
-    demonstrations: dict[str, Sequence[int]] = {}
-    if algorithm.source == "demonstrations":
+    demonstrations: dict[str, Sequence[Sequence[int]]] = {}
+    if algorithm.source != "rollouts":
+        wanted = _demonstration if algorithm.source == "demonstrations" else _pair
         with show.track("completions", len(train_examples)) as advance:
             for example in train_examples:
-                demonstrations[example.uid] = _demonstration(example, tokenizer, sampling.max_new_tokens)
+                demonstrations[example.uid] = [
+                    _completion(text, example, tokenizer, sampling.max_new_tokens) for text in wanted(example)
+                ]
                 advance(1, "")
     engine_class = registry.load("engines", config.engine.name)
     learner = TorchLearner(
@@ -118,13 +138,12 @@ def assemble(config: Config, folder: Path, show: Progress) -> Parts:
         keep_reference=algorithm.needs_reference,
         dump_folder=folder / "dumps",
     )
-    engine = engine_class(
-        denoiser, strategy, weights=learner.version(), max_batch_tokens=config.engine.max_batch_tokens
-    )
+    limits = {"weights": learner.version(), "max_batch_tokens": config.engine.max_batch_tokens}
     return Parts(
         task=task,
         tokenizer=tokenizer,
-        engine=engine,
+        engine=engine_class(denoiser, strategy, **limits),
+        eval_engine=engine_class(denoiser, eval_strategy, **limits),
         algorithm=algorithm,
         learner=learner,
         pool=_pool(config, task),
@@ -144,10 +163,6 @@ def reward_plugins(config: Config, task: Task) -> list[RewardPlugin]:
 
 
 def _check_source(config: Config, algorithm: Algorithm, task: Task) -> None:
-    if algorithm.source == "pairs":
-        raise ValueError(
-            f"algorithm '{config.algorithm.name}' trains on preference pairs, which train does not feed yet"
-        )
     if algorithm.source != "rollouts":
         return
     if not reward_plugins(config, task):
@@ -244,7 +259,7 @@ def _device(name: str) -> torch.device:
 
 
 def _tokenizer(kind: str, vocab_size: int, task: Task, examples: Sequence[Example]) -> Any:
-    texts = [_text(e.prompt) + (e.completion or "") for e in examples]
+    texts = [_text(e.prompt) + "".join(filter(None, (e.completion, e.chosen, e.rejected))) for e in examples]
     if kind == "characters":
         return character_tokenizer("".join(sorted({c for text in texts for c in text} | set(task.characters))))
     return byte_bpe_tokenizer(texts, vocab_size)
@@ -254,12 +269,29 @@ def _text(prompt: str | list[dict[str, str]]) -> str:
     return prompt if isinstance(prompt, str) else "\n".join(message["content"] for message in prompt)
 
 
-def _demonstration(example: Example, tokenizer: Any, max_new_tokens: int) -> Sequence[int]:
+def _demonstration(example: Example) -> Sequence[str]:
     if example.completion is None:
         raise ValueError(
             f"example '{example.uid}' has no completion to train on; supervised training needs one per row"
         )
-    tokens = encode_completion(example.completion, tokenizer, uid=example.uid, prompt=example.prompt)
+    return [example.completion]
+
+
+def _pair(example: Example) -> Sequence[str]:
+    if example.chosen is None or example.rejected is None:
+        raise ValueError(
+            f"example '{example.uid}' is not a preference pair; this algorithm needs a chosen and a rejected completion"
+        )
+    if example.chosen == example.rejected:
+        raise ValueError(
+            f"example '{example.uid}': its chosen and its rejected completion are the same, so there is nothing to "
+            f"prefer; remove the row"
+        )
+    return [example.chosen, example.rejected]
+
+
+def _completion(text: str, example: Example, tokenizer: Any, max_new_tokens: int) -> Sequence[int]:
+    tokens = encode_completion(text, tokenizer, uid=example.uid, prompt=example.prompt)
     if not 0 < len(tokens) <= max_new_tokens:  # known now, rather than when its turn comes
         raise ValueError(
             f"example '{example.uid}': its completion has {len(tokens)} tokens, sampling.max_new_tokens is "
@@ -280,4 +312,4 @@ def _pool(config: Config, task: Task) -> RewardPool | None:
     if not plugins:
         return None
     specs = [RewardSpec(name=p.name, weight=p.weight, timeout_s=p.timeout_s, options=p.options) for p in plugins]
-    return RewardPool(specs, num_workers=config.reward_pool.workers)
+    return RewardPool(specs, num_workers=config.reward_pool.workers, success=task.success)

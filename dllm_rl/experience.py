@@ -76,16 +76,18 @@ def roll_out(
         }
         for row, (prompt, text) in enumerate(zip(repeated, texts, strict=True))
     ]
-    metrics = rollout_metrics(batch, rewards, parts.task.success)
+    metrics = rollout_metrics(batch, rewards)
     return Collected(batch=batch, rewards=rewards, metrics=metrics, samples=samples)
 
 
 def demonstrate(parts: Parts, prompts: Sequence[Prompt]) -> Collected:
-    """The reference completions of the prompts, with no reward."""
+    """The reference completions of the prompts with reward 1; of pairs, the chosen one with 1, the rejected with 0."""
     denoiser = parts.learner.denoiser
+    completions = [parts.demonstrations[prompt.uid] for prompt in prompts]
     batch = supervised(
-        prompts,
-        [parts.demonstrations[prompt.uid] for prompt in prompts],
+        [prompt for prompt, texts in zip(prompts, completions, strict=True) for _ in texts],
+        [text for texts in completions for text in texts],
+        group=[number for number, texts in enumerate(completions) for _ in texts],
         eos_id=denoiser.eos_id,
         pad_id=denoiser.pad_id,
         max_new_tokens=parts.sampling.max_new_tokens,
@@ -95,5 +97,7 @@ def demonstrate(parts: Parts, prompts: Sequence[Prompt]) -> Collected:
     )
     n = len(batch)
     status: tuple[RewardStatus, ...] = tuple("ok" for _ in range(n))
-    rewards = Rewards(components={}, total=torch.zeros(n), included=torch.ones(n, dtype=torch.bool), status=status)
+    total = torch.tensor([float(place == 0) for texts in completions for place in range(len(texts))])
+    included = torch.ones(n, dtype=torch.bool)
+    rewards = Rewards(components={}, total=total, included=included, solved=total >= 1, status=status)
     return Collected(batch=batch, rewards=rewards, metrics={}, samples=())

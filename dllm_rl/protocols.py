@@ -103,12 +103,29 @@ class Denoiser(Protocol):
         """
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What an algorithm may look at before anything starts, to refuse what cannot work.
+
+    Attributes:
+        sampling: decoding while training.
+        strategy: name of the unmasking strategy while training.
+        examples: the training rows.
+        task: name of the task.
+    """
+
+    sampling: Sampling
+    strategy: str
+    examples: Sequence[Example]
+    task: str
+
+
 class Algorithm:
     """A training method: which noised copies are scored, how rewards become advantages, and the loss.
 
     Attributes:
-        source: "rollouts" trains on fresh samples, "demonstrations" on reference completions, "pairs" on preferences.
-        replays_trajectory: True if masks() reads unmask_step; refused with strategies that revise committed tokens.
+        source: "rollouts" trains on fresh samples, "demonstrations" on reference completions, "pairs" on preferences:
+            rows 2j and 2j + 1 are then the chosen and the rejected completion of pair j, with rewards 1 and 0.
         min_group: fewest samples per prompt from which its advantages can learn; 1 if they need no group.
     """
 
@@ -117,7 +134,6 @@ class Algorithm:
         """Options of the algorithm."""
 
     source: ClassVar[Literal["rollouts", "demonstrations", "pairs"]] = "rollouts"
-    replays_trajectory: ClassVar[bool] = False
     min_group: ClassVar[int] = 2
 
     def __init__(self, config: Any) -> None:
@@ -127,6 +143,14 @@ class Algorithm:
     def needs_reference(self) -> bool:
         """Whether loss() reads experience.reference."""
         return False
+
+    @property
+    def replays_trajectory(self) -> bool:
+        """Whether masks() reads unmask_step; then refused with strategies that revise committed tokens."""
+        return False
+
+    def check_plan(self, plan: Plan) -> None:
+        """Raise ValueError, in one line, if the algorithm cannot work with this plan."""
 
     def keep(self, rewards: Rewards, batch: RolloutBatch) -> Tensor:
         """(N,) bool: rows to train on. Groups dropped here cost no learner time."""
@@ -269,6 +293,9 @@ class Learner(Protocol):
 
         A non-finite loss or gradient raises before the weights change, and dumps the batch.
         """
+
+    def skip(self) -> Mapping[str, float]:
+        """Count a step without an update: the algorithm kept no row. Returns no metrics."""
 
     def version(self) -> WeightsVersion:
         """The current step and a digest of the trainable weights."""

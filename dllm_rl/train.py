@@ -68,7 +68,7 @@ def train(
                 run_canary(pool, parts.task, parts.task.examples("train")[: config.reward_pool.canary])
             if found is not None:
                 learner.load(found)
-                parts.engine.weights = learner.version()
+                parts.hand_over()
             run.rewind(-1 if found is None else learner.step)
             run.write_config(dump(config.model_copy(update={"provenance": provenance()})))
         before: Sequence[Evaluation] = ()
@@ -82,28 +82,28 @@ def train(
             timer = Clock()
             with timer("step_s"):
                 prompts = parts.source.batch(step)
-                if algorithm.source == "demonstrations":
-                    collected = demonstrate(parts, prompts)
-                else:
+                if algorithm.source == "rollouts":
                     collected = roll_out(parts, config, prompts, step, timer)
+                else:
+                    collected = demonstrate(parts, prompts)
                 batch, rewards = collected.batch, collected.rewards
                 advantage = algorithm.advantages(rewards, batch)
                 keep = algorithm.keep(rewards, batch).nonzero().flatten()
+                kept = {"kept_rows": len(keep) / len(batch)}
                 if len(keep) == 0:
-                    raise RuntimeError(
-                        f"step {step}: the algorithm kept none of {len(batch)} rows, nothing to learn from"
-                    )
-                batch, rewards, advantage = batch.select(keep), rewards.select(keep), advantage[keep]
-                masks = algorithm.masks(batch, seeding.generator_for(seed, "masks", step))
-                reference = None
-                if algorithm.needs_reference:
-                    with timer("score_s"):
-                        reference = learner.score(batch, masks, reference=True)
-                with timer("update_s"):
-                    learned = learner.update(batch, rewards, advantage, masks, algorithm, reference=reference)
-                parts.engine.weights = learner.version()
+                    learned = learner.skip()
+                else:
+                    batch, rewards, advantage = batch.select(keep), rewards.select(keep), advantage[keep]
+                    masks = algorithm.masks(batch, seeding.generator_for(seed, "masks", step))
+                    reference = None
+                    if algorithm.needs_reference:
+                        with timer("score_s"):
+                            reference = learner.score(batch, masks, reference=True)
+                    with timer("update_s"):
+                        learned = learner.update(batch, rewards, advantage, masks, algorithm, reference=reference)
+                    parts.hand_over()
 
-            run.log(learner.step, collected.metrics | learned | timer.seconds)
+            run.log(learner.step, collected.metrics | kept | learned | timer.seconds)
             run.log_samples(learner.step, collected.samples[: config.run.log_samples])
             clock.add(timer)
             advance(1, _note(collected, learned))
@@ -147,12 +147,11 @@ def _hold_out(parts: Parts, run: RunFolder, clock: Clock, seed: int, show: Progr
     with clock("evaluate_s"), show.track("evaluating", len(parts.held_out) * len(parts.eval_samplings)) as advance:
         for sampling in parts.eval_samplings:
             result = evaluate(
-                parts.engine,
+                parts.eval_engine,
                 parts.pool,
                 parts.held_out,
                 parts.tokenizer,
                 sampling,
-                success=parts.task.success,
                 seed=seeding.derive(seed, "evaluate"),
                 advance=advance,
             )
@@ -167,4 +166,6 @@ def _due(step: int, every: int | None) -> bool:
 
 def _note(collected: Collected, learned: Mapping[str, float]) -> str:
     reward = collected.metrics.get("reward")
-    return f"loss {learned['loss']:.4f}" if reward is None else f"reward {reward:.3f}"
+    if reward is not None:
+        return f"reward {reward:.3f}" + ("" if "loss" in learned else ", no row kept")
+    return f"loss {learned['loss']:.4f}"

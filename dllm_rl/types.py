@@ -194,6 +194,11 @@ class RolloutBatch:
     def __len__(self) -> int:
         return self.tokens.shape[0]
 
+    @property
+    def tokens_per_forward(self) -> Tensor:
+        """(N,) float32: completion tokens per denoising forward (TPF)."""
+        return self.completion.sum(-1) / self.num_forwards.clamp(min=1)
+
     def check(self) -> RolloutBatch:
         """Return self after checking shapes and the relations between the fields.
 
@@ -240,12 +245,14 @@ class Rewards:
         components: name -> (N,) float32; NaN where the verifier failed or did not apply.
         total: (N,) float32 weighted sum; 0 where excluded (never read there).
         included: (N,) bool; False where any verifier failed (timeout, error): out of the group, never scored 0.
+        solved: (N,) bool; the task's success component reached 1.
         status: per row, the worst status over components.
     """
 
     components: Mapping[str, Tensor]
     total: Tensor
     included: Tensor
+    solved: Tensor
     status: tuple[RewardStatus, ...]
 
     def select(self, rows: Tensor) -> Rewards:
@@ -255,6 +262,7 @@ class Rewards:
             components={name: value[rows] for name, value in self.components.items()},
             total=self.total[rows],
             included=self.included[rows],
+            solved=self.solved[rows],
             status=tuple(self.status[i] for i in index.tolist()),
         )
 

@@ -220,6 +220,8 @@ class EvaluateSection(Section):
     """0 = greedy."""
     tokens_per_step: list[int] | None = Field(default=None, min_length=1)
     """Speeds to evaluate at; null = the training one."""
+    strategy: Plugin | None = None
+    """Which positions to commit; null = as in training."""
     at_start: bool = True
     """Evaluate before the first step."""
     at_end: bool = True

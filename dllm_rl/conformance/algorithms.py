@@ -19,7 +19,7 @@ from dllm_rl.conformance.violation import require
 from dllm_rl.learner.torch_learner import TorchLearner
 from dllm_rl.models.tokenizers import character_tokenizer
 from dllm_rl.protocols import Algorithm
-from dllm_rl.types import GIVEN, Experience, LikelihoodEstimate, MaskSample, RolloutBatch
+from dllm_rl.types import GIVEN, Experience, LikelihoodEstimate, MaskSample, Rewards, RolloutBatch
 
 REPEATS = 400  # of the six rows: 2,400 draws for the partition of unity
 TOLERANCE = 1e-10
@@ -38,7 +38,16 @@ class Subject:
 
     def batches(self) -> list[RolloutBatch]:
         """Full attention and block-causal."""
-        return [cases.batch(blocks=blocks, decoded=self.rolls_out) for blocks in (False, True)]
+        return [self.batch(blocks) for blocks in (False, True)]
+
+    def batch(self, blocks: bool) -> RolloutBatch:
+        """Rollouts in groups of three, demonstrations, or pairs."""
+        size = {"rollouts": 3, "demonstrations": 1, "pairs": 2}[self.algorithm.source]
+        return cases.batch(blocks=blocks, decoded=self.rolls_out, group_size=size)
+
+    def judged(self) -> Rewards:
+        """Rewards that differ within every group."""
+        return cases.rewards(cases.PAIRS if self.algorithm.source == "pairs" else cases.MIXED)
 
     def masks(self, batch: RolloutBatch, seed: int = 0) -> MaskSample:
         """Draws of a seed."""
@@ -46,7 +55,7 @@ class Subject:
 
     def experience(self, batch: RolloutBatch) -> Experience:
         """With an old policy, and a reference if the algorithm says that it needs one."""
-        judged = cases.rewards(cases.MIXED)
+        judged = self.judged()
         masks = self.masks(batch)
         reference = cases.estimate(batch, masks, seed=2) if self.algorithm.needs_reference else None
         advantage = self.algorithm.advantages(judged, batch)
@@ -72,7 +81,7 @@ def declares_itself(subject: Subject) -> None:
 def advantages_have_the_shape_of_rows_or_tokens(subject: Subject) -> None:
     """advantages() gives finite float32 values, (N,) or (N, L)."""
     for batch in subject.batches():
-        advantage = subject.algorithm.advantages(cases.rewards(cases.MIXED), batch)
+        advantage = subject.algorithm.advantages(subject.judged(), batch)
         require(
             tuple(advantage.shape) in ((len(batch),), tuple(batch.tokens.shape)),
             f"shape {tuple(advantage.shape)} for {len(batch)} rows of {batch.tokens.shape[1]} tokens",
@@ -99,11 +108,12 @@ def excluded_rows_count_for_nothing(subject: Subject) -> None:
 
 
 def equal_rewards_teach_nothing(subject: Subject) -> None:
-    """A group whose rewards are all equal has advantage 0."""
+    """A group whose rewards, and whose speeds, are all equal has advantage 0."""
     if not subject.rolls_out:
         return
     for value in (0.0, 1.0, 0.7):
         for batch in subject.batches():
+            batch = dataclasses.replace(batch, num_forwards=batch.completion.sum(-1))
             advantage = subject.algorithm.advantages(cases.rewards([value] * len(batch)), batch)
             require(float(advantage.abs().max()) < 1e-6, f"all rewards {value}: advantages {advantage.tolist()}")
 
@@ -111,7 +121,7 @@ def equal_rewards_teach_nothing(subject: Subject) -> None:
 def row_order_does_not_matter(subject: Subject) -> None:
     """Advantages and kept rows move with their rows."""
     order = torch.tensor([1, 4, 5, 0, 3, 2])
-    judged = cases.rewards(cases.MIXED)
+    judged = subject.judged()
     for batch in subject.batches():
         for method in (subject.algorithm.advantages, subject.algorithm.keep):
             straight, moved = method(judged, batch)[order], method(judged.select(order), batch.select(order))
@@ -207,7 +217,8 @@ def loss_does_not_depend_on_sharding(subject: Subject) -> None:
         experience = subject.experience(batch)
         new = cases.estimate(batch, experience.masks, seed=3)
         whole, gradient = subject.gradient(experience, new)
-        parts = [torch.tensor([0, 1, 2]), torch.tensor([3, 4, 5])]
+        cut = 4 if subject.algorithm.source == "pairs" else 3
+        parts = [torch.arange(cut), torch.arange(cut, len(batch))]
         losses, gradients = zip(
             *(subject.gradient(cases.shard(experience, rows), cases.select(new, rows)) for rows in parts), strict=True
         )
@@ -248,21 +259,21 @@ def the_batch_is_left_as_it_was(subject: Subject) -> None:
     """No method changes the batch, the rewards or the draws in place."""
     for batch in subject.batches():
         experience = subject.experience(batch)
-        fresh = cases.batch(blocks=batch.blocks is not None, decoded=subject.rolls_out)
+        fresh = subject.batch(batch.blocks is not None)
         subject.algorithm.keep(experience.rewards, batch)
         subject.gradient(experience, cases.estimate(batch, experience.masks, seed=3))
         for f in dataclasses.fields(RolloutBatch):
             value, was = getattr(batch, f.name), getattr(fresh, f.name)
             same = torch.equal(value, was) if isinstance(value, Tensor) else value == was
             require(same, f"batch.{f.name} was changed")
-        require(torch.equal(experience.rewards.total, cases.rewards(cases.MIXED).total), "rewards.total was changed")
+        require(torch.equal(experience.rewards.total, subject.judged().total), "rewards.total was changed")
         require(torch.equal(experience.masks.mask, subject.masks(batch).mask), "the draws were changed")
 
 
 def the_learner_can_train_with_it(subject: Subject) -> None:
     """One update of a tiny model, full attention and block-causal, gives finite figures and moves the weights."""
     for family, batch in zip(("tiny", "sdar"), subject.batches(), strict=True):
-        algorithm, judged = subject.algorithm, cases.rewards(cases.MIXED)
+        algorithm, judged = subject.algorithm, subject.judged()
         learner = TorchLearner(
             cases.denoiser(family),
             character_tokenizer("0123456789"),

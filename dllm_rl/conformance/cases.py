@@ -19,12 +19,13 @@ _PROMPTS = (3, 3, 3, 2, 2, 2)
 _COMPLETIONS = (8, 5, 8, 8, 8, 3)  # two rows end early: their canvas has a tail
 
 
-def batch(*, blocks: bool, decoded: bool = True) -> RolloutBatch:
-    """Two groups of three rows, padded, some ended by EOS.
+def batch(*, blocks: bool, decoded: bool = True, group_size: int = 3) -> RolloutBatch:
+    """Six rows in groups, padded, some ended by EOS.
 
     Args:
         blocks: as for a block-causal model with blocks of 4 from the response.
         decoded: with a trajectory that committed two tokens per forward, block by block; else as demonstrations are.
+        group_size: rows per group.
     """
     generator = generator_for(0, "conformance", "batch")
     start = torch.tensor(_PROMPTS)
@@ -48,7 +49,7 @@ def batch(*, blocks: bool, decoded: bool = True) -> RolloutBatch:
         unmask_step=step,
         behaviour_logp=-torch.rand(valid.shape, generator=generator) * completion,
         prompt_length=start,
-        group=torch.tensor([0, 0, 0, 1, 1, 1]),
+        group=torch.arange(len(_PROMPTS)) // group_size,
         num_forwards=torch.full((len(_PROMPTS),), 4 if decoded else 0),
         weights_step=torch.zeros(len(_PROMPTS), dtype=torch.int64),
         blocks=block_index(start, length, BLOCK, "response") if blocks else None,
@@ -66,11 +67,13 @@ def rewards(total: list[float], excluded: int | None = None) -> Rewards:
         components={"reward": value.masked_fill(~included, float("nan"))},
         total=value.masked_fill(~included, 0.0),
         included=included,
+        solved=(value >= 1) & included,
         status=tuple("ok" if keep else "timeout" for keep in included.tolist()),
     )
 
 
 MIXED = [1.0, 0.0, 0.5, 0.0, 1.0, 0.25]
+PAIRS = [1.0, 0.0, 1.0, 0.0, 1.0, 0.0]
 
 
 def estimate(rows: RolloutBatch, masks: MaskSample, *, seed: int) -> LikelihoodEstimate:

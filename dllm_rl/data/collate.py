@@ -56,6 +56,7 @@ def supervised(
     prompts: Sequence[Prompt],
     completions: Sequence[Sequence[int]],
     *,
+    group: Sequence[int],
     eos_id: int,
     pad_id: int,
     max_new_tokens: int,
@@ -71,6 +72,7 @@ def supervised(
     Args:
         prompts: one per row.
         completions: tokens without EOS, one per row.
+        group: group number of each row; the completions of a pair share it.
         eos_id: end token.
         pad_id: padding token.
         max_new_tokens: canvas length.
@@ -106,7 +108,7 @@ def supervised(
         unmask_step=torch.full(valid.shape, GIVEN),
         behaviour_logp=torch.zeros(valid.shape),
         prompt_length=start,
-        group=torch.arange(len(rows)),
+        group=torch.tensor(group),
         num_forwards=zeros,
         weights_step=zeros,
         blocks=None if block_size is None else block_index(start, width, block_size, block_origin),

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from random import Random
 from typing import Literal
 
 from dllm_rl.protocols import Task
@@ -21,6 +22,7 @@ class Sudoku4(Task):
 
     The prompt is the grid in reading order with "." for a hole, then "="; the completion is all 16 digits. Only 288
     grids exist, so puzzles are split by their solution: no grid occurs in both splits.
+    For preferences, the solution is chosen and a board with one to three wrong cells is rejected.
     """
 
     @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +80,8 @@ class Sudoku4(Task):
                     answer=grid,
                     task="sudoku4",
                     completion=grid,
+                    chosen=grid,
+                    rejected=_spoil(grid, sorted(emptied), python_random(c.split_seed, "sudoku4", "rejected", puzzle)),
                     columns={"puzzle": puzzle, "holes": holes},
                 )
         return list(found.values())
@@ -129,6 +133,14 @@ def _differences(grid: str) -> tuple[int, ...]:
 
 def _mask(cells: Iterable[int]) -> int:
     return sum(1 << cell for cell in cells)
+
+
+def _spoil(grid: str, holes: Sequence[int], draw: Random) -> str:
+    """The solution with some of the holes filled wrongly."""
+    cells = list(grid)
+    for hole in draw.sample(holes, min(len(holes), draw.randint(1, 3))):
+        cells[hole] = draw.choice([digit for digit in "1234" if digit != grid[hole]])
+    return "".join(cells)
 
 
 def _dig(grid: str, holes: frozenset[int]) -> str:

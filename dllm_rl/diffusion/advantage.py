@@ -57,6 +57,22 @@ def per_component(
     return total
 
 
+def any_of_group(flag: Tensor, group: Tensor) -> Tensor:
+    """(N,) bool: whether the flag (N,) holds for some row of the row's group."""
+    return _group_sum(flag.to(torch.float32), group) > 0
+
+
+def spread_of_group(value: Tensor, group: Tensor, included: Tensor) -> Tensor:
+    """(N,) float32: the largest minus the smallest value (N,) among the included rows of the row's group."""
+    size = int(group.max()) + 1
+    value = value.to(torch.float32)
+    high = torch.full((size,), float("-inf"), device=value.device)
+    high = high.scatter_reduce(0, group, value.masked_fill(~included, float("-inf")), "amax")
+    low = torch.full((size,), float("inf"), device=value.device)
+    low = low.scatter_reduce(0, group, value.masked_fill(~included, float("inf")), "amin")
+    return (high - low).clamp(min=0.0)[group]  # a group without included rows has no spread
+
+
 def zero_variance_groups(reward: Tensor, group: Tensor, included: Tensor) -> Tensor:
     """(N,) bool: True for rows whose group gives no signal (all its included rewards are equal, or fewer than two)."""
     return _group_sum((z_score(reward, group, included) != 0).to(torch.float32), group) == 0

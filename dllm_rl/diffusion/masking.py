@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dllm_rl.types import MaskSample
+from dllm_rl.types import GIVEN, MaskSample
 
 
 def fully_masked(
@@ -94,22 +94,31 @@ def uniform_count(completion: Tensor, *, draws: int = 1, generator: torch.Genera
 
 
 def complementary_pair(
-    completion: Tensor, *, t_min: float = 0.2, t_max: float = 0.8, pairs: int = 1, generator: torch.Generator
+    completion: Tensor,
+    *,
+    t_min: float = 0.2,
+    t_max: float = 0.8,
+    pairs: int = 1,
+    full_view: bool = False,
+    generator: torch.Generator,
 ) -> MaskSample:
     """Hide M ~ Bernoulli(t) in one copy and its complement in the other: every token is scored exactly once a pair.
 
         l_i = 1/2 ( 1[i in M]/t + 1[i not in M]/(1 - t) ) log p(x_i | x with its own half hidden),  t ~ U[t_min, t_max]
 
+    With the full view, each of the 2 pairs + 1 copies weighs the same: l_i = (phi_i + 2 sum_pairs l_i) / (2 pairs + 1).
+
     Args:
         completion: (N, L) bool.
         t_min: smallest masking rate, > 0.
         t_max: largest masking rate, < 1.
-        pairs: number of independent pairs; each weighs 1/pairs.
+        pairs: number of independent pairs; each weighs 1/pairs (rates are stratified over them).
+        full_view: add a copy with the whole completion hidden.
         generator: CPU generator.
     Returns:
-        MaskSample with K = 2 * pairs; draws 2j and 2j + 1 are complements.
-    Source: Gong et al. 2025 (DiffuCoder, coupled-GRPO), arXiv:2506.20639. The released code adds a fully masked view,
-        whose weights then average 3/2, not 1.
+        MaskSample with K = 2 * pairs (+ 1, the last); draws 2j and 2j + 1 are complements.
+    Source: Gong et al. 2025 (DiffuCoder, coupled-GRPO), arXiv:2506.20639. The released code adds the full view to one
+        pair and divides by 2, so that its weights average 3/2, not 1.
     """
     _check(completion, pairs)
     _check_rates(t_min, t_max)
@@ -119,11 +128,44 @@ def complementary_pair(
     first = completion & (_rand(completion.expand(pairs, *completion.shape), generator) < t)
     second = completion & ~first
     mask = torch.stack([first, second], dim=1).flatten(0, 1)
-    weight = torch.stack([first / t, second / (1 - t)], dim=1).flatten(0, 1) / (2 * pairs)
-    return MaskSample(mask=mask, weight=weight.float())
+    weight = torch.stack([first / t, second / (1 - t)], dim=1).flatten(0, 1)
+    if full_view:
+        mask = torch.cat([mask, completion[None]])
+        weight = torch.cat([weight, completion[None].to(weight.dtype)])
+    return MaskSample(mask=mask, weight=(weight / len(mask)).float())
 
 
-def quadrature(completion: Tensor, *, nodes: int, draws: int = 1, generator: torch.Generator) -> MaskSample:
+def complementary_count(completion: Tensor, *, pairs: int = 1, generator: torch.Generator) -> MaskSample:
+    """Hide n ~ U{0..C} uniformly chosen tokens in one copy, the others in its twin: two anti-correlated ELBO samples.
+
+        l_i = 1/2 ( 1[i in M] (C+1)/n + 1[i not in M] (C+1)/(C-n) ) log p(x_i | x with its own half hidden)
+
+    Each half alone is unbiased for the any-order ELBO: n = 0 and n = C are drawn, and leave one copy empty.
+
+    Args:
+        completion: (N, L) bool.
+        pairs: number of pairs; counts are stratified over them, each weighs 1/pairs.
+        generator: CPU generator.
+    Returns:
+        MaskSample with K = 2 * pairs; draws 2j and 2j + 1 are complements.
+    Source: Ou et al. 2025 (ESPO), arXiv:2512.03759. Differs from the released code: counts are stratified over the
+        draws of a row, not over the rows of a batch.
+    """
+    _check(completion, pairs)
+    length = completion.sum(-1, keepdim=True)  # (N, 1)
+    count = (_stratified(completion, pairs, generator) * (length + 1)).floor().long().clamp(max=length)  # (P, N, 1)
+    first = completion & (_random_rank(completion, pairs, generator) < count)
+    second = completion & ~first
+    weight = torch.stack(
+        [first * (length + 1) / count.clamp(min=1), second * (length + 1) / (length - count).clamp(min=1)], dim=1
+    )
+    mask = torch.stack([first, second], dim=1).flatten(0, 1)
+    return MaskSample(mask=mask, weight=(weight.flatten(0, 1) / (2 * pairs)).float())
+
+
+def quadrature(
+    completion: Tensor, *, nodes: int, draws: int = 1, floor: bool = False, generator: torch.Generator
+) -> MaskSample:
     """Hide round(t_q C) completion tokens at each Gauss-Legendre node t_q: t is integrated, only the mask is random.
 
         int_0^1 (1/t) E[ sum_{i in M_t} log p(x_i | x_M) ] dt  ~=  sum_q w_q (C/n_q) sum_{i in M_q} log p(x_i | x_{M_q})
@@ -132,13 +174,14 @@ def quadrature(completion: Tensor, *, nodes: int, draws: int = 1, generator: tor
         completion: (N, L) bool.
         nodes: number of Gauss-Legendre nodes on [0, 1], 1..5.
         draws: masks per node; each weighs 1/draws.
+        floor: hide floor(t_q C) tokens and weigh them by 1/t_q, as the released code does: weights then sum to less
+            than 1, by floor(t_q C)/(t_q C).
         generator: CPU generator.
     Returns:
         MaskSample with K = nodes * draws, node-major.
     Raises:
         ValueError: nodes outside 1..5, or a row without completion tokens.
-    Source: Rojas et al. 2025 (GDPO), arXiv:2510.08554. Differs from the released code: the weight uses the realised
-        count n_q, not t_q, which is biased by floor(t_q C)/(t_q C).
+    Source: Rojas et al. 2025 (GDPO), arXiv:2510.08554. Differs from the released code as said under ``floor``.
     """
     _check(completion, draws)
     if not 1 <= nodes <= 5:
@@ -147,13 +190,31 @@ def quadrature(completion: Tensor, *, nodes: int, draws: int = 1, generator: tor
     t = torch.from_numpy((x + 1) / 2).repeat_interleave(draws).view(-1, 1, 1)  # (K, 1, 1)
     node_weight = torch.from_numpy(w / 2).repeat_interleave(draws).view(-1, 1, 1) / draws
     length = completion.sum(-1, keepdim=True)
-    count = (t.to(completion.device) * length).round().long().clamp(min=1)  # (K, N, 1)
+    t = t.to(completion.device)
+    count = ((t * length).floor() if floor else (t * length).round()).long().clamp(min=1)  # (K, N, 1)
     mask = completion & (_random_rank(completion, len(t), generator) < count)
-    weight = mask * (length / count) * node_weight.to(completion.device)
+    weight = mask * (1 / t if floor else length / count) * node_weight.to(completion.device)
     return MaskSample(mask=mask, weight=weight.float())
 
 
-def along_trajectory(unmask_step: Tensor, completion: Tensor, *, blocks: Tensor | None = None) -> MaskSample:
+def left_to_right(canvas: Tensor, completion: Tensor, *, blocks: Tensor | None = None) -> MaskSample:
+    """Hide token i and everything after it: the exact conditionals of left-to-right decoding, one draw per token.
+
+    Block-causal models score a token of every block per draw (K = block size): blocks do not see each other's noise.
+
+    Args:
+        canvas: (N, L) bool; positions that decoding had to fill (given tokens stay visible).
+        completion: (N, L) bool, the scored positions, a subset of canvas.
+        blocks: (N, L) int64 block numbers for block-causal models, None for full attention.
+    Source: Ni et al. 2026 (JustGRPO), arXiv:2601.15165.
+    """
+    position = torch.arange(canvas.shape[1], device=canvas.device).expand(canvas.shape)
+    return along_trajectory(position.masked_fill(~canvas, GIVEN), completion, blocks=blocks)
+
+
+def along_trajectory(
+    unmask_step: Tensor, completion: Tensor, *, blocks: Tensor | None = None, merge: int = 1
+) -> MaskSample:
     """Replay a rollout: token i is scored in the state right before the forward that committed it.
 
     Full attention: draw k hides what was still hidden at the k-th distinct step. Block-causal models: blocks do not see
@@ -163,19 +224,23 @@ def along_trajectory(unmask_step: Tensor, completion: Tensor, *, blocks: Tensor 
         unmask_step: (N, L) int64; negative where given, larger than every step where never decoded.
         completion: (N, L) bool, the scored positions.
         blocks: (N, L) int64 block numbers for block-causal models, None for full attention.
+        merge: consecutive steps that share a draw (the paper's shrink s): 1/merge of the forwards, but a token is then
+            scored in the state before the earliest of them, with more hidden than the sampler saw.
     Returns:
-        MaskSample with K = the largest number of distinct steps (in any block) over the batch; the weight is one at
-        the committing step, so every completion token is scored exactly once and sum_k weight = 1 without noise.
-    Source: Wang et al. 2025 (TraceRL), arXiv:2509.06949, without merged steps.
+        MaskSample with K = the largest number of distinct (merged) steps (in any block) over the batch; the weight is
+        one at the committing step, so every completion token is scored exactly once and sum_k weight = 1 without noise.
+    Source: Wang et al. 2025 (TraceRL), arXiv:2509.06949.
     """
     _check(completion, 1)
+    if merge < 1:
+        raise ValueError(f"merge = {merge}: must be at least 1")
     if bool((completion & (unmask_step < 0)).any()):
         raise ValueError(
             "along_trajectory: a completion token has no unmask step; the batch does not come from rollouts"
         )
     # Only scored steps make a draw. Hidden but unscored positions (the tail after EOS) join the last one before them.
     scope = torch.zeros_like(unmask_step) if blocks is None else blocks
-    rank = _dense_rank(unmask_step, completion, scope)
+    rank = _dense_rank(unmask_step, completion, scope).div(merge, rounding_mode="floor")
     num_draws = int(rank[completion].max()) + 1
     step = torch.arange(num_draws, device=completion.device)[:, None, None]
     generated = unmask_step >= 0

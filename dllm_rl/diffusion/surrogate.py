@@ -15,6 +15,7 @@ from dllm_rl.types import Experience, LikelihoodEstimate, Loss
 
 Divergence = Literal["k1", "k2", "k3"]
 Reduction = Literal["token_mean", "sequence_mean", "sequence_sum"]
+Norm = Literal["none", "length"]
 
 
 def clipped(log_ratio: Tensor, advantage: Tensor, epsilon_low: float, epsilon_high: float | None = None) -> Tensor:
@@ -125,3 +126,53 @@ def clipped_loss(
         metrics["kl"] = mean(kl.detach())
         gain = gain - beta * kl
     return Loss(-mean(gain, reduction), metrics)
+
+
+def sequence_logp(estimate: LikelihoodEstimate, experience: Experience) -> Tensor:
+    """(N,) nats: the estimate summed over each row's completion."""
+    return torch.where(experience.batch.completion, estimate.token_logp, torch.zeros_like(estimate.token_logp)).sum(-1)
+
+
+def sequence_clipped_loss(
+    new: LikelihoodEstimate,
+    experience: Experience,
+    *,
+    epsilon: float,
+    beta: float,
+    ratio_norm: Norm,
+    loss_norm: Norm = "none",
+    kind: Divergence = "k2",
+) -> Loss:
+    """The sequence-level GRPO loss: a completion is one action, its likelihood one number B = sum_i l_i.
+
+        loss = - sum_rows 1/c_out [ min(r A, clip(r, 1 - epsilon, 1 + epsilon) A) ] / num_rows
+               + beta sum_rows 1/C D(B_new, B_ref) / num_rows,          r = exp((B_new - B_old) / c_in)
+
+    Args:
+        new: current policy.
+        experience: old policy, reference, (N,) advantages, counts.
+        epsilon: clip half-width; ratios of normalised likelihoods stay within 1e-2 of 1, where 0.2 never clips.
+        beta: weight of the divergence, per token; 0 = the reference is not read.
+        ratio_norm: c_in; "length" = the row's number of scored tokens C, "none" = 1.
+        loss_norm: c_out, likewise.
+        kind: divergence, taken on the raw sums and divided by C.
+    """
+    where = experience.batch.completion
+    length = where.sum(-1)
+    advantage = experience.advantage
+    assert advantage.dim() == 1, "one advantage per row: the sequence is one action"
+
+    bound = sequence_logp(new, experience)
+    log_ratio = (bound - sequence_logp(experience.old, experience)) / (length if ratio_norm == "length" else 1)
+    gain = clipped(log_ratio, advantage, epsilon) / (length if loss_norm == "length" else 1)
+    metrics = {
+        "clip_fraction": clip_active(log_ratio, advantage, epsilon).float().sum() / experience.num_rows,
+        "log_ratio_mean": log_ratio.detach().sum() / experience.num_rows,
+        "log_ratio_square": log_ratio.detach().square().sum() / experience.num_rows,
+    }
+    if beta > 0:
+        assert experience.reference is not None, "beta > 0 means needs_reference"
+        kl = divergence(bound, sequence_logp(experience.reference, experience), kind) / length
+        metrics["kl"] = kl.detach().sum() / experience.num_rows
+        gain = gain - beta * kl
+    return Loss(-gain.sum() / experience.num_rows, metrics)

@@ -67,7 +67,6 @@ def evaluate(
     tokenizer: Any,
     sampling: Sampling,
     *,
-    success: str,
     seed: int,
     chunk: int = 128,
     advance: Callable[[int, str], None] = lambda done, note: None,
@@ -80,7 +79,6 @@ def evaluate(
         prompts: held-out prompts.
         tokenizer: to decode completions.
         sampling: temperature 0 for greedy.
-        success: the component that means "solved" when it reaches 1.
         seed: for sampled decoding.
         chunk: prompts per call of the engine.
         advance: told how many prompts have finished.
@@ -101,7 +99,7 @@ def evaluate(
         tokens += sum(t.completion_length for t in trajectories)
         forwards += sum(t.num_forwards for t in trajectories)
         for row, included in enumerate(rewards.included.tolist()):
-            solved.append(int(rewards.components[success][row] >= 1) if included else None)
+            solved.append(int(rewards.solved[row]) if included else None)
             for name, value in rewards.components.items():
                 if included and not value[row].isnan():
                     values.setdefault(name, []).append(value[row].item())

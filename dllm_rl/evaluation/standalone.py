@@ -40,16 +40,15 @@ def evaluate_target(target: Path, overrides: Sequence[str], progress: Progress) 
             run_canary(pool, parts.task, parts.task.examples("train")[: config.reward_pool.canary])
             if found is not None:
                 parts.learner.load(found)
-                parts.engine.weights = parts.learner.version()
+                parts.hand_over()
             with progress.track("evaluating", len(parts.held_out) * len(parts.eval_samplings)) as advance:
                 return [
                     evaluate(
-                        parts.engine,
+                        parts.eval_engine,
                         pool,
                         parts.held_out,
                         parts.tokenizer,
                         sampling,
-                        success=parts.task.success,
                         seed=seeding.derive(config.run.seed, "evaluate"),
                         advance=advance,
                     )

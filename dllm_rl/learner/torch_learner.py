@@ -139,6 +139,11 @@ class TorchLearner:
         self.step += 1
         return metrics
 
+    def skip(self) -> dict[str, float]:
+        """A step from which the algorithm kept no row: counted, weights untouched, no metrics."""
+        self.step += 1
+        return {}
+
     def _current(self, batch: RolloutBatch, masks: MaskSample) -> tuple[LikelihoodEstimate, bool]:
         """The current policy's estimate, and whether its graph reaches the weights (one micro-batch) or is a leaf."""
         work = likelihood.plan(batch, masks, self._config.tokens_per_microbatch)

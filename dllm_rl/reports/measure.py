@@ -9,13 +9,12 @@ from dllm_rl.diffusion.advantage import zero_variance_groups
 from dllm_rl.types import Rewards, RolloutBatch
 
 
-def rollout_metrics(batch: RolloutBatch, rewards: Rewards, success: str) -> dict[str, float]:
+def rollout_metrics(batch: RolloutBatch, rewards: Rewards) -> dict[str, float]:
     """Means over rows of what was generated and how it was judged.
 
     Args:
         batch: all rows, judged or not.
         rewards: their rewards.
-        success: the component that means "solved" when it reaches 1, or "".
     """
     ok = rewards.included
     length = batch.completion.sum(-1).float()
@@ -28,14 +27,13 @@ def rollout_metrics(batch: RolloutBatch, rewards: Rewards, success: str) -> dict
         "behaviour_logp": _mean(batch.behaviour_logp[batch.completion]),
     }
     if bool(ok.any()):
+        metrics["success"] = _mean(rewards.solved[ok].float())
         metrics["reward"] = _mean(rewards.total[ok])
         metrics["reward_deviation"] = _mean(_group_deviation(rewards.total[ok], batch.group[ok]))
     for name, value in rewards.components.items():
         applies = ok & ~value.isnan()
         if bool(applies.any()):
             metrics[f"reward/{name}"] = _mean(value[applies])
-            if name == success:
-                metrics["success"] = _mean((value[applies] >= 1).float())
     return metrics
 
 

@@ -102,12 +102,13 @@ class RewardPool:
         failures: the latest failed verifications, newest last.
     """
 
-    def __init__(self, specs: Sequence[RewardSpec], *, num_workers: int = 2) -> None:
+    def __init__(self, specs: Sequence[RewardSpec], *, num_workers: int = 2, success: str = "") -> None:
         """Start the workers; they load their rewards while the caller goes on.
 
         Args:
             specs: the reward functions; names must differ.
             num_workers: processes.
+            success: the reward whose value >= 1 means that a row is solved; "" = none.
         Raises:
             ValueError: an unknown reward, one that is listed twice, or an option that it does not take.
         """
@@ -117,7 +118,7 @@ class RewardPool:
                 raise ValueError(f"reward '{spec.name}' is listed twice; give it one entry and one weight")
             configure("rewards", spec.name, spec.options)  # here, so that a typing error costs no model load
         self.failures: deque[Failure] = deque(maxlen=20)
-        self._specs = tuple(specs)
+        self._specs, self._success = tuple(specs), success
         self._workers = [_Worker(self._specs) for _ in range(num_workers)]
 
     def __enter__(self) -> Self:
@@ -169,10 +170,14 @@ class RewardPool:
             for worker in [w for w in self._workers if w.rows]:
                 self._replace(worker)
         weight = torch.tensor([spec.weight for spec in self._specs])
+        solved = torch.zeros(n, dtype=torch.bool)
+        if self._success in self.names:
+            solved = (values[self.names.index(self._success)] >= 1) & ~failed
         return Rewards(
             components={spec.name: values[i] for i, spec in enumerate(self._specs)},
             total=torch.where(failed, 0.0, (weight[:, None] * values.nan_to_num(0.0)).sum(0)),
             included=~failed,
+            solved=solved,
             status=tuple(_SEVERITY[w] for w in worst),
         )
 

@@ -36,6 +36,16 @@ def jsonl(path: str, **more: Any) -> dict[str, Any]:
     }
 
 
+def revising_strategy(folder):
+    """The place of a strategy that says that it changes its mind."""
+    (folder / "undecided.py").write_text(
+        "from rollouts.strategies.low_confidence import LowConfidence\n\n"
+        "class Undecided(LowConfidence):\n    revises = True\n"
+    )
+    sys.path.insert(0, str(folder))
+    return "undecided:Undecided"
+
+
 # name: (changes of the configuration, or a function of tmp_path that makes the files they need and returns them;
 #        words of the message)
 CONFIGURATIONS: dict[str, tuple[dict[str, Any] | Callable[[Path], dict[str, Any]], list[str]]] = {
@@ -122,6 +132,33 @@ CONFIGURATIONS: dict[str, tuple[dict[str, Any] | Callable[[Path], dict[str, Any]
     ),
     "greedy rollouts": ({"sampling.temperature": 0.0}, ["sampling.temperature = 0", "every advantage 0"]),
     "a group of one": ({"data.samples_per_prompt": 1}, ["data.samples_per_prompt = 1", "at least 2"]),
+    "a quadrature that has no table": (
+        {"algorithm": {"name": "gdpo", "nodes": 6}},
+        ["algorithm.nodes = 6: must be 1..5"],
+    ),
+    "left-to-right likelihoods of other rollouts": (
+        {"algorithm": {"name": "just_grpo"}},
+        ["just_grpo", "sampling.strategy.name=left_to_right"],
+    ),
+    "a replay of a strategy that revises": (
+        lambda tmp: {"sampling.strategy": {"name": revising_strategy(tmp)}},
+        ["'trace_rl' replays trajectories", "revises committed tokens"],
+    ),
+    "preferences without pairs": (
+        lambda tmp: jsonl(rows(tmp / "a.jsonl", {"prompt": "a", "answer": "x"}), algorithm={"name": "vrpo"}),
+        ["a.jsonl-0", "not a preference pair"],
+    ),
+    "a pair of equals": (
+        lambda tmp: jsonl(
+            rows(
+                tmp / "a.jsonl",
+                {"prompt": "a", "chosen": "x", "rejected": "y"},
+                {"prompt": "b", "chosen": "x", "rejected": "x"},
+            ),
+            algorithm={"name": "vrpo"},
+        ),
+        ["a.jsonl-1", "are the same", "remove the row"],
+    ),
     "no rewards": (
         lambda tmp: jsonl(
             rows(tmp / "a.jsonl", {"prompt": "a", "answer": "x"}),

@@ -88,7 +88,9 @@ class ShowsTheTail(CoupledGRPO):
 
 
 class HidesItsReplay(TraceRL):
-    replays_trajectory = False
+    @property
+    def replays_trajectory(self):
+        return False
 
 
 class CountsFailuresAsZero(TraceRL):

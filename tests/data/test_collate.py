@@ -67,25 +67,27 @@ def test_blocks_follow_the_origin():
 
 def test_supervised_ends_in_eos_and_can_fill_the_canvas():
     prompts, completions = [prompt("a", [5]), prompt("b", [5, 6])], [[7, 8], [9]]
-    plain = supervised(prompts, completions, eos_id=EOS, pad_id=PAD, max_new_tokens=4)
+    plain = supervised(prompts, completions, group=range(len(prompts)), eos_id=EOS, pad_id=PAD, max_new_tokens=4)
     assert plain.tokens.tolist() == [[5, 7, 8, EOS], [5, 6, 9, EOS]]
     assert plain.completion.tolist() == [[False, True, True, True], [False, False, True, True]]
-    filled = supervised(prompts, completions, eos_id=EOS, pad_id=PAD, max_new_tokens=4, pad_to_canvas=True)
+    filled = supervised(
+        prompts, completions, group=range(len(prompts)), eos_id=EOS, pad_id=PAD, max_new_tokens=4, pad_to_canvas=True
+    )
     assert filled.tokens.tolist() == [[5, 7, 8, EOS, EOS, PAD], [5, 6, 9, EOS, EOS, EOS]]
     assert filled.completion.sum(-1).tolist() == [4, 4]
     assert filled.group.tolist() == [0, 1] and not filled.tail.any()
 
 
 def test_a_completion_that_fills_the_canvas_needs_no_eos():
-    batch = supervised([prompt("a", [5])], [[7, 8]], eos_id=EOS, pad_id=PAD, max_new_tokens=2)
+    batch = supervised([prompt("a", [5])], [[7, 8]], group=[0], eos_id=EOS, pad_id=PAD, max_new_tokens=2)
     assert batch.tokens.tolist() == [[5, 7, 8]]
 
 
 def test_a_completion_that_does_not_fit_is_refused_never_cut():
     with pytest.raises(ValueError, match=r"'b': its completion has 3 tokens, sampling\.max_new_tokens is 2"):
-        supervised([prompt("b", [5])], [[7, 8, 9]], eos_id=EOS, pad_id=PAD, max_new_tokens=2)
+        supervised([prompt("b", [5])], [[7, 8, 9]], group=[0], eos_id=EOS, pad_id=PAD, max_new_tokens=2)
     with pytest.raises(ValueError, match="'b': its completion is empty"):
-        supervised([prompt("b", [5])], [[]], eos_id=EOS, pad_id=PAD, max_new_tokens=2)
+        supervised([prompt("b", [5])], [[]], group=[0], eos_id=EOS, pad_id=PAD, max_new_tokens=2)
 
 
 def test_texts_end_before_eos_and_hide_nothing():

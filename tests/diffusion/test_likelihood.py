@@ -103,6 +103,17 @@ def test_does_not_depend_on_microbatch_padding_or_row_order(tiny_denoiser, famil
     assert not got[:, -5:].any()
 
 
+def any_order_bound(denoiser, batch):
+    """Mean over all orders of the exact chain rule, for one row of 2 prompt and 4 completion tokens."""
+    total, orders = 0.0, list(itertools.permutations(range(2, 6)))
+    for order in orders:
+        replay = torch.full((1, 6), -1)
+        replay[0, list(order)] = torch.arange(4)
+        one = masking.along_trajectory(replay, batch.completion)
+        total += likelihood.estimate(denoiser, batch, one).sequence_logp.item()
+    return total / len(orders)
+
+
 def test_count_estimator_is_the_any_order_bound_exactly(tiny_denoiser):
     """Enumerating every mask with its probability gives the mean over all 4! orders of the exact chain rule."""
     denoiser = tiny_denoiser(dtype=torch.float64)
@@ -115,14 +126,43 @@ def test_count_estimator_is_the_any_order_bound_exactly(tiny_denoiser):
         mask[k, 0, list(subset)] = True
         weight[k, 0, list(subset)] = 1 / 4 / math.comb(4, n) * 4 / n  # P(n) P(subset | n) times the weight C/n
     got = likelihood.estimate(denoiser, batch, MaskSample(mask=mask, weight=weight)).sequence_logp.item()
-    orders = list(itertools.permutations(range(2, 6)))
-    total = 0.0
-    for order in orders:
-        replay = torch.full((1, 6), -1)
-        replay[0, list(order)] = torch.arange(4)
-        one = masking.along_trajectory(replay, batch.completion)
-        total += likelihood.estimate(denoiser, batch, one).sequence_logp.item()
-    assert got == pytest.approx(total / len(orders), abs=ATOL_F64)
+    assert got == pytest.approx(any_order_bound(denoiser, batch), abs=ATOL_F64)
+
+
+def test_complementary_counts_are_the_any_order_bound_exactly(tiny_denoiser):
+    """Both halves of the pair, every mask with its probability: 1/2 (C+1)/n each, counts 0..C."""
+    denoiser = tiny_denoiser(dtype=torch.float64)
+    batch = rollouts(denoiser, ((2, 4),))
+    everything = range(2, 6)
+    subsets = [s for n in range(5) for s in itertools.combinations(everything, n)]
+    mask = torch.zeros(2 * len(subsets), 1, 6, dtype=torch.bool)
+    weight = torch.zeros(2 * len(subsets), 1, 6, dtype=torch.float64)
+    for k, subset in enumerate(subsets):
+        probability = 1 / 5 / math.comb(4, len(subset))
+        for half, members in enumerate((subset, tuple(set(everything) - set(subset)))):
+            mask[2 * k + half, 0, list(members)] = True
+            weight[2 * k + half, 0, list(members)] = probability * 5 / max(1, len(members)) / 2
+    got = likelihood.estimate(denoiser, batch, MaskSample(mask=mask, weight=weight)).sequence_logp.item()
+    assert got == pytest.approx(any_order_bound(denoiser, batch), abs=ATOL_F64)
+
+
+@pytest.mark.parametrize("family", ["tiny", "dream", "sdar"])
+@pytest.mark.parametrize("kind", ["left_to_right", "trajectory"])
+def test_exact_likelihoods_are_distributions(tiny_denoiser, family, kind):
+    """Over all completions of 3 tokens, left-to-right and fixed-order likelihoods sum to one."""
+    denoiser = tiny_denoiser(family, dtype=torch.float64, characters="01")
+    clean = [token for token in range(denoiser.vocab_size) if token != denoiser.mask_id]
+    every = torch.tensor(list(itertools.product(clean, repeat=3)))
+    one = rollouts(denoiser, ((2, 3),))
+    batch = one.select(torch.zeros(len(every), dtype=torch.int64))
+    batch.tokens[:, 2:] = every
+    if kind == "left_to_right":
+        masks = masking.left_to_right(batch.completion, batch.completion, blocks=batch.blocks)
+    else:
+        step = torch.tensor([[-1, -1, 2, 0, 1]]).expand(len(every), -1)
+        masks = masking.along_trajectory(step, batch.completion, blocks=batch.blocks)
+    logp = likelihood.estimate(denoiser, batch, masks).sequence_logp
+    assert logp.exp().sum().item() == pytest.approx(1.0, abs=ATOL_F64)
 
 
 @pytest.mark.parametrize("draws", [1, 4])

@@ -46,6 +46,18 @@ EXACT = {
             {s: (0.7 ** len(s) * 0.3 ** (LENGTH - len(s)), 0.5 / 0.7) for s in SUBSETS},
         ],
     ),
+    "complementary_pair with the full view at t=0.3": (
+        lambda c, g: masking.complementary_pair(c, t_min=0.3, t_max=0.3, full_view=True, generator=g),
+        [
+            {s: (0.3 ** len(s) * 0.7 ** (LENGTH - len(s)), 1 / 0.3 / 3) for s in SUBSETS},
+            {s: (0.7 ** len(s) * 0.3 ** (LENGTH - len(s)), 1 / 0.7 / 3) for s in SUBSETS},
+            {(0, 1, 2): (1.0, 1 / 3)},
+        ],
+    ),
+    "complementary_count": (  # counts 0..3, each with probability 1/4
+        lambda c, g: masking.complementary_count(c, generator=g),
+        [{s: (_uniform_subset(len(s)) / 4, 4 / max(1, len(s)) / 2) for s in SUBSETS}] * 2,
+    ),
     "quadrature, 2 nodes": (  # t = 0.211, 0.789 of 3 tokens: 1 and 2 tokens
         lambda c, g: masking.quadrature(c, nodes=2, generator=g),
         [
@@ -104,6 +116,9 @@ SAMPLERS = {
     "bernoulli": lambda c, g: masking.bernoulli(c, draws=3, t_min=0.1, generator=g),
     "uniform_count": lambda c, g: masking.uniform_count(c, draws=3, generator=g),
     "complementary_pair": lambda c, g: masking.complementary_pair(c, pairs=2, generator=g),
+    "complementary_pair, full view": lambda c, g: masking.complementary_pair(c, pairs=2, full_view=True, generator=g),
+    "complementary_count": lambda c, g: masking.complementary_count(c, pairs=2, generator=g),
+    "left_to_right": lambda c, g: masking.left_to_right(c, c),
     "quadrature": lambda c, g: masking.quadrature(c, nodes=3, draws=2, generator=g),
     "along_trajectory": lambda c, g: masking.along_trajectory(
         torch.where(c, torch.randint(0, 4, c.shape, generator=g), -1), c
@@ -189,6 +204,37 @@ def test_trajectory_of_a_block_model_replays_all_blocks_side_by_side():
     sample = masking.along_trajectory(step, step >= 0, blocks=blocks)
     assert sample.mask[:, 0].int().tolist() == [[0, 0, 1, 1, 1, 1, 1, 1], [0, 0, 1, 0, 1, 0, 1, 0]]
     assert sample.weight[:, 0].int().tolist() == [[0, 0, 0, 1, 0, 1, 0, 1], [0, 0, 1, 0, 1, 0, 1, 0]]
+
+
+def test_merged_steps_share_the_state_before_the_first_of_them():
+    step = torch.tensor([[-1, 0, 3, 1, 6, 4, 9]])  # distinct steps 0 1 | 3 4 | 6, the tail is never decoded
+    completion = torch.tensor([[False, True, True, True, True, True, False]])
+    sample = masking.along_trajectory(step, completion, merge=2)
+    assert sample.mask[:, 0].int().tolist() == [[0, 1, 1, 1, 1, 1, 1], [0, 0, 1, 0, 1, 1, 1], [0, 0, 0, 0, 1, 0, 1]]
+    assert sample.weight[:, 0].int().tolist() == [[0, 1, 0, 1, 0, 0, 0], [0, 0, 1, 0, 0, 1, 0], [0, 0, 0, 0, 1, 0, 0]]
+    with pytest.raises(ValueError, match="merge = 0: must be at least 1"):
+        masking.along_trajectory(step, completion, merge=0)
+
+
+def test_left_to_right_hides_a_token_and_what_follows_but_not_what_was_given():
+    canvas = torch.tensor([[False, True, False, True, True]])  # position 2 is an injected token, 4 the tail
+    completion = torch.tensor([[False, True, False, True, False]])
+    sample = masking.left_to_right(canvas, completion)
+    assert sample.mask[:, 0].int().tolist() == [[0, 1, 0, 1, 1], [0, 0, 0, 1, 1]]
+    assert sample.weight[:, 0].int().tolist() == [[0, 1, 0, 0, 0], [0, 0, 0, 1, 0]]
+    blocks = torch.tensor([[-1, 0, 0, 1, 1]])
+    sample = masking.left_to_right(blocks >= 0, blocks >= 0, blocks=blocks)
+    assert sample.mask[:, 0].int().tolist() == [[0, 1, 1, 1, 1], [0, 0, 1, 0, 1]]
+    assert sample.weight[:, 0].int().tolist() == [[0, 1, 0, 1, 0], [0, 0, 1, 0, 1]]
+
+
+def test_released_quadrature_weights_lose_what_the_floor_cuts_off():
+    """t = 0.211, 0.789 of 4 tokens: counts floor to 1 (never 0) and 3 with weights 1/t, where 4/1 and 4/3 are right."""
+    completion = torch.ones(1, 4, dtype=torch.bool)
+    t = (1 - 3**-0.5) / 2
+    sample = masking.quadrature(completion, nodes=2, floor=True, generator=generator_for(0))
+    assert sample.mask.sum(-1).flatten().tolist() == [1, 3]
+    assert sample.weight.amax(-1).flatten().tolist() == pytest.approx([0.5 / t, 0.5 / (1 - t)])
 
 
 def test_hiding_adds_positions_without_scoring_them():

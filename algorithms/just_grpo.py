@@ -1,0 +1,68 @@
+"""JustGRPO: GRPO with exact left-to-right likelihoods; parallel decoding is left to test time.
+
+    l_i(theta) = log p_theta(x_i | x with i and everything after it hidden)
+    J = mean_i [ min(r_i A, clip(r_i, 1-eps, 1+eps) A) ],   r_i = exp(l_i - l_old_i)
+    A = (R - mean_group(R)) / std_group(R)
+
+Source: "The Flexibility Trap", arXiv:2601.15165. Rollouts are decoded left to right, one token per forward
+(``sampling: {strategy: {name: left_to_right}, tokens_per_step: 1}``); other rollouts are refused.
+Deviation: tokens after EOS are not trained, where the released code trains the whole canvas. On full attention a
+likelihood costs one forward per token; block-causal models score a token of every block per forward.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dllm_rl.config import ranges
+from dllm_rl.diffusion import advantage, masking, surrogate
+from dllm_rl.protocols import Algorithm, Plan
+from dllm_rl.types import Experience, LikelihoodEstimate, Loss, MaskSample, Rewards, RolloutBatch
+
+
+class JustGRPO(Algorithm):
+    """GRPO as for a causal model."""
+
+    @dataclass(frozen=True, slots=True, kw_only=True)
+    class Config:
+        """Options."""
+
+        epsilon: float = 0.2  # clip half-width of the ratio, dimensionless
+        beta: float = 0.0  # weight of KL(new || reference), nats per token
+        reduction: surrogate.Reduction = "sequence_sum"  # released: over the canvas length, a constant
+
+        def __post_init__(self) -> None:
+            ranges.positive(epsilon=self.epsilon)
+            ranges.not_negative(beta=self.beta)
+
+    config: Config
+
+    @property
+    def needs_reference(self) -> bool:
+        """Only the KL term reads it."""
+        return self.config.beta > 0
+
+    def check_plan(self, plan: Plan) -> None:
+        """Its likelihoods are those of left-to-right rollouts only."""
+        if plan.strategy != "left_to_right" or plan.sampling.tokens_per_step != 1:
+            raise ValueError(
+                "algorithm 'just_grpo' scores left-to-right decoding; set sampling.strategy.name=left_to_right and "
+                "sampling.tokens_per_step=1 (evaluate.strategy and evaluate.tokens_per_step are those of test time)"
+            )
+
+    def advantages(self, rewards: Rewards, batch: RolloutBatch) -> Tensor:
+        """Normalised within the group; groups of equal rewards give 0."""
+        return advantage.z_score(rewards.total, batch.group, rewards.included)
+
+    def masks(self, batch: RolloutBatch, generator: torch.Generator) -> MaskSample:
+        """One draw per token; for block-causal models one draw holds a token of every block."""
+        sample = masking.left_to_right(batch.completion | batch.tail, batch.completion, blocks=batch.blocks)
+        return sample.hiding(batch.tail)
+
+    def loss(self, new: LikelihoodEstimate, experience: Experience) -> Loss:
+        """-J."""
+        c = self.config
+        return surrogate.clipped_loss(new, experience, epsilon=c.epsilon, beta=c.beta, reduction=c.reduction)
