@@ -59,7 +59,7 @@ class JustGRPO(Algorithm):
 
     def masks(self, batch: RolloutBatch, generator: torch.Generator) -> MaskSample:
         """One draw per token; for block-causal models one draw holds a token of every block."""
-        sample = masking.left_to_right(batch.completion | batch.tail, batch.completion, blocks=batch.blocks)
+        sample = masking.left_to_right(batch.generated | batch.tail, batch.generated, blocks=batch.blocks)
         return sample.hiding(batch.tail)
 
     def loss(self, new: LikelihoodEstimate, experience: Experience) -> Loss:

@@ -75,7 +75,7 @@ class LightningRL(Algorithm):
         """The states that the sampler visited."""
         if self.config.paper_exact:
             return masking.fully_masked(batch.completion).hiding(batch.tail)
-        return masking.along_trajectory(batch.unmask_step, batch.completion, blocks=batch.blocks)
+        return masking.along_trajectory(batch.unmask_step, batch.generated, blocks=batch.blocks)
 
     def loss(self, new: LikelihoodEstimate, experience: Experience) -> Loss:
         """-J with its parts."""

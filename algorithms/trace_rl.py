@@ -60,7 +60,7 @@ class TraceRL(Algorithm):
     def masks(self, batch: RolloutBatch, generator: torch.Generator) -> MaskSample:
         """One draw per decoding step; for block-causal models one draw holds a step of every block."""
         return masking.along_trajectory(
-            batch.unmask_step, batch.completion, blocks=batch.blocks, merge=self.config.shrink
+            batch.unmask_step, batch.generated, blocks=batch.blocks, merge=self.config.shrink
         )
 
     def loss(self, new: LikelihoodEstimate, experience: Experience) -> Loss:

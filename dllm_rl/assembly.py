@@ -111,7 +111,13 @@ def assemble(config: Config, folder: Path, show: Progress) -> Parts:
         with show.track("tokenising", len(examples)) as advance:
             for example in examples:
                 encoded.append(
-                    encode(example, tokenizer, max_prompt_tokens=limit, system_prompt=config.data.system_prompt)
+                    encode(
+                        example,
+                        tokenizer,
+                        max_prompt_tokens=limit,
+                        system_prompt=config.data.system_prompt,
+                        with_trace=algorithm.gives_hints,
+                    )
                 )
                 advance(1, "")
         return encoded

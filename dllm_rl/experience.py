@@ -15,7 +15,7 @@ from dllm_rl.config.schema import Config
 from dllm_rl.data.collate import collate, completion_texts, supervised
 from dllm_rl.reports.measure import rollout_metrics
 from dllm_rl.runtime.judge import judge
-from dllm_rl.types import Prompt, Rewards, RewardStatus, RolloutBatch
+from dllm_rl.types import Prompt, Rewards, RewardStatus, RolloutBatch, Trajectory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +28,17 @@ class Collected:
     samples: Sequence[dict[str, Any]]
 
 
+@dataclass(frozen=True, slots=True)
+class _Drawn:
+    """Judged rollouts before they are a batch; one entry per row."""
+
+    trajectories: list[Trajectory]
+    prompts: list[Prompt]
+    texts: list[str]
+    group: list[int]
+    rewards: Rewards
+
+
 def roll_out(
     parts: Parts,
     config: Config,
@@ -35,49 +46,85 @@ def roll_out(
     step: int,
     timer: Callable[[str], AbstractContextManager[None]],
 ) -> Collected:
-    """Decode samples_per_prompt completions per prompt and judge them.
+    """Decode samples_per_prompt completions per prompt and judge them; then those that the algorithm gives hints for.
 
     Raises:
         RuntimeError: more than reward_pool.max_failure_fraction of the rows could not be judged.
     """
-    assert parts.pool is not None, "assemble() refuses rollouts without rewards"
-    size = config.data.samples_per_prompt
-    with timer("rollout_s"):
-        seed = seeding.derive(config.run.seed, "rollout", step)
-        trajectories = parts.engine.generate(prompts, parts.sampling, seed=seed, samples_per_prompt=size)
-    group = [row // size for row in range(len(trajectories))]
-    denoiser = parts.learner.denoiser
-    batch = collate(
-        trajectories,
-        pad_id=denoiser.pad_id,
-        group=group,
-        block_size=denoiser.block_size,
-        block_origin=denoiser.block_origin,
-    )
-    repeated = [prompts[g] for g in group]
-    texts = completion_texts(trajectories, parts.tokenizer)
-    with timer("reward_s"):
-        rewards = judge(parts.pool, repeated, texts, [t.completion_length for t in trajectories])
-    failed = 1 - rewards.included.float().mean().item()
+    seed, size = config.run.seed, config.data.samples_per_prompt
+    group = list(range(len(prompts)))
+    drawn = _draw(parts, prompts, group, size, seeding.derive(seed, "rollout", step), timer)
+    failed = 1 - drawn.rewards.included.float().mean().item()
     if failed > config.reward_pool.max_failure_fraction:
+        assert parts.pool is not None, "it has just judged"
         raise RuntimeError(
             f"step {step}: {failed:.0%} of the completions could not be judged (reward_pool.max_failure_fraction = "
             f"{config.reward_pool.max_failure_fraction}); last failure: {parts.pool.failures[-1]}"
         )
+    batch, rewards = _collate(parts, drawn), drawn.rewards
+    metrics = rollout_metrics(batch, rewards)
+    rows = list(range(len(batch)))
+    if parts.algorithm.gives_hints:
+        generator = seeding.generator_for(seed, "hints", step)
+        canvas = parts.sampling.max_new_tokens
+        further = parts.algorithm.hints(prompts, rewards, batch, canvas=canvas, generator=generator)
+        if further:
+            groups, hinted_prompts = [g for g, _ in further], [p for _, p in further]
+            more = _draw(parts, hinted_prompts, groups, 1, seeding.derive(seed, "hinted", step), timer)
+            drawn = _Drawn(
+                drawn.trajectories + more.trajectories,
+                drawn.prompts + more.prompts,
+                drawn.texts + more.texts,
+                drawn.group + more.group,
+                Rewards.join(drawn.rewards, more.rewards),
+            )
+            everything = _collate(parts, drawn)
+            hinted = torch.arange(len(everything)) >= len(batch)
+            chosen = parts.algorithm.mix(hinted, drawn.rewards, everything, generator)
+            batch, rewards, rows = everything.select(chosen), drawn.rewards.select(chosen), chosen.tolist()
+            metrics |= {f"guided/{name}": value for name, value in rollout_metrics(batch, rewards).items()}
     samples = [
         {
-            "uid": prompt.uid,
-            "prompt": prompt.text,
-            "completion": text,
-            "answer": prompt.answer,
-            "reward": rewards.total[row].item(),
-            "status": rewards.status[row],
-            "num_forwards": trajectories[row].num_forwards,
+            "uid": drawn.prompts[row].uid,
+            "prompt": drawn.prompts[row].text,
+            "completion": drawn.texts[row],
+            "answer": drawn.prompts[row].answer,
+            "reward": drawn.rewards.total[row].item(),
+            "status": drawn.rewards.status[row],
+            "num_forwards": drawn.trajectories[row].num_forwards,
         }
-        for row, (prompt, text) in enumerate(zip(repeated, texts, strict=True))
+        for row in rows
     ]
-    metrics = rollout_metrics(batch, rewards)
     return Collected(batch=batch, rewards=rewards, metrics=metrics, samples=samples)
+
+
+def _draw(
+    parts: Parts,
+    prompts: Sequence[Prompt],
+    group: Sequence[int],
+    samples: int,
+    seed: int,
+    timer: Callable[[str], AbstractContextManager[None]],
+) -> _Drawn:
+    assert parts.pool is not None, "assemble() refuses rollouts without rewards"
+    with timer("rollout_s"):
+        trajectories = parts.engine.generate(prompts, parts.sampling, seed=seed, samples_per_prompt=samples)
+    repeated = [prompt for prompt in prompts for _ in range(samples)]
+    texts = completion_texts(trajectories, parts.tokenizer)
+    with timer("reward_s"):
+        rewards = judge(parts.pool, repeated, texts, [t.completion_length for t in trajectories])
+    return _Drawn(trajectories, repeated, texts, [g for g in group for _ in range(samples)], rewards)
+
+
+def _collate(parts: Parts, drawn: _Drawn) -> RolloutBatch:
+    denoiser = parts.learner.denoiser
+    return collate(
+        drawn.trajectories,
+        pad_id=denoiser.pad_id,
+        group=drawn.group,
+        block_size=denoiser.block_size,
+        block_origin=denoiser.block_origin,
+    )
 
 
 def demonstrate(parts: Parts, prompts: Sequence[Prompt]) -> Collected:

@@ -149,8 +149,53 @@ class Algorithm:
         """Whether masks() reads unmask_step; then refused with strategies that revise committed tokens."""
         return False
 
+    @property
+    def needs_entropy(self) -> bool:
+        """Whether loss() reads experience.entropy."""
+        return False
+
+    @property
+    def gives_hints(self) -> bool:
+        """Whether hints() may ask for further rollouts; prompts then carry the tokens of their trace."""
+        return False
+
     def check_plan(self, plan: Plan) -> None:
         """Raise ValueError, in one line, if the algorithm cannot work with this plan."""
+
+    def hints(
+        self,
+        prompts: Sequence[Prompt],
+        rewards: Rewards,
+        batch: RolloutBatch,
+        *,
+        canvas: int,
+        generator: torch.Generator,
+    ) -> Sequence[tuple[int, Prompt]]:
+        """Further rollouts to make, in view of the ordinary ones.
+
+        Args:
+            prompts: of the groups; group g of the batch belongs to prompts[g].
+            rewards: of the ordinary rollouts.
+            batch: the ordinary rollouts.
+            canvas: tokens of the completion canvas.
+            generator: CPU generator.
+        Returns:
+            (group, prompt with injected tokens) for each, to be decoded once.
+        """
+        return ()
+
+    def mix(self, hinted: Tensor, rewards: Rewards, batch: RolloutBatch, generator: torch.Generator) -> Tensor:
+        """Which rows to learn from, once the further rollouts are there.
+
+        Args:
+            hinted: (N,) bool; the rows that hints() asked for, at the end.
+            rewards: of all rows.
+            batch: all rows.
+            generator: CPU generator.
+        Returns:
+            int64 row numbers.
+        """
+        return (~hinted).nonzero().flatten()
 
     def keep(self, rewards: Rewards, batch: RolloutBatch) -> Tensor:
         """(N,) bool: rows to train on. Groups dropped here cost no learner time."""

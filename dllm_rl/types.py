@@ -32,6 +32,7 @@ class Example:
         completion: reference completion for supervised training (text), or None.
         chosen: preferred completion (preference data), or None.
         rejected: dispreferred completion (preference data), or None.
+        trace: reference reasoning that leads to the answer, without the answer itself, or None; hints are cut from it.
         columns: further columns handed to reward functions as keyword arguments.
     """
 
@@ -42,6 +43,7 @@ class Example:
     completion: str | None = None
     chosen: str | None = None
     rejected: str | None = None
+    trace: str | None = None
     columns: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -57,6 +59,7 @@ class Prompt:
         task: name of the task.
         columns: further columns for reward functions.
         injected: completion offset -> token that is given, not generated (never hidden, never re-masked).
+        trace: tokens of the reference reasoning, for algorithms that give hints; else empty.
     """
 
     uid: str
@@ -66,6 +69,7 @@ class Prompt:
     task: str
     columns: Mapping[str, Any] = field(default_factory=dict)
     injected: Mapping[int, int] = field(default_factory=dict)
+    trace: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,7 +170,8 @@ class RolloutBatch:
     Attributes:
         tokens: (N, L) int64.
         valid: (N, L) bool; False on padding.
-        completion: (N, L) bool; the scored tokens: generated, up to and including the first EOS.
+        completion: (N, L) bool; the scored tokens: the canvas up to and including the first EOS.
+        hint: (N, L) bool; completion tokens that were given (Prompt.injected), not generated.
         tail: (N, L) bool; canvas positions after the first EOS: hidden from random-mask estimators, never scored.
         unmask_step: (N, L) int64; see Trajectory; GIVEN on padding.
         behaviour_logp: (N, L) float32 nats.
@@ -181,6 +186,7 @@ class RolloutBatch:
     tokens: Tensor
     valid: Tensor
     completion: Tensor
+    hint: Tensor
     tail: Tensor
     unmask_step: Tensor
     behaviour_logp: Tensor
@@ -195,9 +201,14 @@ class RolloutBatch:
         return self.tokens.shape[0]
 
     @property
+    def generated(self) -> Tensor:
+        """(N, L) bool: the completion without its hints."""
+        return self.completion & ~self.hint
+
+    @property
     def tokens_per_forward(self) -> Tensor:
-        """(N,) float32: completion tokens per denoising forward (TPF)."""
-        return self.completion.sum(-1) / self.num_forwards.clamp(min=1)
+        """(N,) float32: generated completion tokens per denoising forward (TPF)."""
+        return self.generated.sum(-1) / self.num_forwards.clamp(min=1)
 
     def check(self) -> RolloutBatch:
         """Return self after checking shapes and the relations between the fields.
@@ -215,6 +226,8 @@ class RolloutBatch:
                 raise ValueError(f"RolloutBatch.{f.name} has shape {tuple(value.shape)}, expected {want}")
         if bool((self.completion & ~self.valid).any()):
             raise ValueError("RolloutBatch.completion marks padding")
+        if bool((self.hint & ~self.completion).any()):
+            raise ValueError("RolloutBatch.hint marks more than the completion")
         if bool((self.completion & self.tail).any()):
             raise ValueError("RolloutBatch.tail overlaps completion")
         if not bool(self.completion.any(-1).all()):
@@ -254,6 +267,17 @@ class Rewards:
     included: Tensor
     solved: Tensor
     status: tuple[RewardStatus, ...]
+
+    @staticmethod
+    def join(first: Rewards, second: Rewards) -> Rewards:
+        """The rewards of first's rows, then of second's, by the same reward functions."""
+        return Rewards(
+            components={name: torch.cat([value, second.components[name]]) for name, value in first.components.items()},
+            total=torch.cat([first.total, second.total]),
+            included=torch.cat([first.included, second.included]),
+            solved=torch.cat([first.solved, second.solved]),
+            status=first.status + second.status,
+        )
 
     def select(self, rows: Tensor) -> Rewards:
         """The rewards restricted to rows (int64 indices or a bool mask over N)."""
@@ -320,6 +344,8 @@ class Experience:
         masks: the draws shared by old, reference and current policy.
         old: likelihood under the policy at the start of the update.
         reference: likelihood under the frozen reference, or None if the algorithm needs none.
+        entropy: (N, L) float32 nats; the old policy's predictive entropy at scored positions, averaged over the draws
+            that score them, or None if the algorithm needs none.
         num_tokens: scored tokens over the whole global batch (all ranks); losses divide by it, never by a local count.
         num_rows: rows over the whole global batch.
     """
@@ -332,6 +358,7 @@ class Experience:
     reference: LikelihoodEstimate | None
     num_tokens: int
     num_rows: int
+    entropy: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

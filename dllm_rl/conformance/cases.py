@@ -45,6 +45,7 @@ def batch(*, blocks: bool, decoded: bool = True, group_size: int = 3) -> Rollout
         tokens=torch.where(valid, tokens, 0),
         valid=valid,
         completion=completion,
+        hint=torch.zeros_like(valid),
         tail=canvas & ~completion,
         unmask_step=step,
         behaviour_logp=-torch.rand(valid.shape, generator=generator) * completion,
@@ -59,7 +60,7 @@ def batch(*, blocks: bool, decoded: bool = True, group_size: int = 3) -> Rollout
 
 def rewards(total: list[float], excluded: int | None = None) -> Rewards:
     """Rewards with one component; an excluded row's verifier failed."""
-    value = torch.tensor(total)
+    value = torch.tensor(total, dtype=torch.float32)
     included = torch.ones(len(total), dtype=torch.bool)
     if excluded is not None:
         included[excluded] = False
@@ -102,6 +103,7 @@ def experience(
         reference=reference,
         num_tokens=int(rows.completion.sum()),
         num_rows=len(rows),
+        entropy=torch.rand(rows.tokens.shape, generator=generator_for(4, "conformance", "entropy")),
     )
 
 
@@ -119,6 +121,7 @@ def shard(whole: Experience, rows: Tensor) -> Experience:
         masks=whole.masks.select(rows),
         old=part(whole.old),
         reference=None if whole.reference is None else part(whole.reference),
+        entropy=None if whole.entropy is None else whole.entropy[rows],
     )
 
 

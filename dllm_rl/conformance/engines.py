@@ -158,9 +158,9 @@ def log_probabilities_are_the_learners(subject: Subject) -> None:
         group = list(range(len(rows)))
         size, origin = denoiser.block_size, denoiser.block_origin
         batch = collate(rows, pad_id=denoiser.pad_id, group=group, block_size=size, block_origin=origin)
-        masks = masking.along_trajectory(batch.unmask_step, batch.completion, blocks=batch.blocks)
+        masks = masking.along_trajectory(batch.unmask_step, batch.generated, blocks=batch.blocks)
         replayed = likelihood.estimate(denoiser, batch, masks).token_logp
-        off = (replayed - torch.where(batch.completion, batch.behaviour_logp, 0.0)).abs()
+        off = (replayed - torch.where(batch.generated, batch.behaviour_logp, 0.0)).abs()
         require(float(off.max()) <= LOGP_TOLERANCE, f"{family}: off by up to {float(off.max()):.2g} nats")
 
 

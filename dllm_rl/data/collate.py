@@ -36,10 +36,12 @@ def collate(
     valid = position < torch.tensor([len(t.tokens) for t in trajectories])[:, None]
     step = _padded([t.unmask_step for t in trajectories], width, GIVEN)
     canvas = valid & (position >= start[:, None])
+    completion = canvas & (position < end[:, None])
     return RolloutBatch(
         tokens=_padded([t.tokens for t in trajectories], width, pad_id),
         valid=valid,
-        completion=canvas & (position < end[:, None]) & (step != GIVEN),
+        completion=completion,
+        hint=completion & (step == GIVEN),
         tail=canvas & (position >= end[:, None]),
         unmask_step=step,
         behaviour_logp=_padded([t.behaviour_logp for t in trajectories], width, 0.0),
@@ -104,6 +106,7 @@ def supervised(
         tokens=_padded(rows, width, pad_id),
         valid=valid,
         completion=valid & (position >= start[:, None]),
+        hint=torch.zeros_like(valid),
         tail=torch.zeros_like(valid),
         unmask_step=torch.full(valid.shape, GIVEN),
         behaviour_logp=torch.zeros(valid.shape),

@@ -31,6 +31,7 @@ class JsonLines(Task):
         test_file: str | None = None  # null = no held-out evaluation
         prompt: str = "prompt"  # name of the prompt column
         answer: str = "answer"  # name of the column that verifiers compare with; it may be missing
+        trace: str = ""  # name of the column with the reasoning before the answer, for algorithms that give hints
         success: str = ""  # reward whose value >= 1 counts as solved, e.g. math_answer; also the default reward
         gold: str = "\\boxed{{answer}}"  # what must score full before training starts; {answer} is filled in
         limit: int | None = None  # only the first rows of each file
@@ -89,7 +90,9 @@ class JsonLines(Task):
             for name in ("completion", "chosen", "rejected")
             if name in row
         }
-        columns = {k: v for k, v in row.items() if k not in (c.prompt, c.answer, *texts)}
+        columns = {k: v for k, v in row.items() if k not in (c.prompt, c.answer, c.trace, *texts)}
+        if c.trace and not (isinstance(row.get(c.trace), str) and row[c.trace]):
+            raise ValueError(f"{where}: column '{c.trace}' is {row.get(c.trace)!r:.60}, expected the reasoning as text")
         for name in _RESERVED:
             if name in columns:
                 raise ValueError(f"{where}: column '{name}' has the name of an argument of reward functions; rename it")
@@ -98,6 +101,7 @@ class JsonLines(Task):
             prompt=prompt,
             answer=_answer(row[c.answer], f"{where}: column '{c.answer}'") if c.answer in row else "",
             task="jsonl",
+            trace=row[c.trace] if c.trace else None,
             columns=columns,
             **texts,
         )

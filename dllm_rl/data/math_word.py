@@ -75,7 +75,7 @@ class _WordProblems(Task):
         return f"\\boxed{{{example.answer}}}", f"\\boxed{{{_WRONG}}}"
 
     def _example(self, uid: str, row: dict[str, Any], where: str) -> Example:
-        question, answer, completion = self._read(row, where)
+        question, answer, completion, trace = self._read(row, where)
         text = f"{question}\n\n{INSTRUCTION}"
         return Example(
             uid=uid,
@@ -83,10 +83,11 @@ class _WordProblems(Task):
             answer=answer,
             task=self.name,
             completion=completion,
+            trace=trace,
         )
 
-    def _read(self, row: dict[str, Any], where: str) -> tuple[str, str, str]:
-        """(question, answer, completion) of a row."""
+    def _read(self, row: dict[str, Any], where: str) -> tuple[str, str, str, str | None]:
+        """(question, answer, completion, reasoning before the answer) of a row."""
         raise NotImplementedError
 
 
@@ -108,13 +109,14 @@ class GSM8K(_WordProblems):
     name = "gsm8k"
     hub_configuration = "main"  # the other one asks the same questions
 
-    def _read(self, row: dict[str, Any], where: str) -> tuple[str, str, str]:
+    def _read(self, row: dict[str, Any], where: str) -> tuple[str, str, str, str | None]:
         question, solution = field(row, "question", where), field(row, "answer", where)
         reasoning, marker, final = solution.rpartition("####")
         answer = final.strip().replace(",", "")
         if not marker or not answer:
             raise ValueError(f"{where}: column 'answer' does not end in '#### <number>': {solution[-40:]!r}")
-        return question, answer, f"{_CALCULATION.sub('', reasoning).strip()}\n\\boxed{{{answer}}}"
+        trace = _CALCULATION.sub("", reasoning).strip()
+        return question, answer, f"{trace}\n\\boxed{{{answer}}}", trace or None
 
 
 class MATH(_WordProblems):
@@ -134,7 +136,7 @@ class MATH(_WordProblems):
 
     name = "math"
 
-    def _read(self, row: dict[str, Any], where: str) -> tuple[str, str, str]:
+    def _read(self, row: dict[str, Any], where: str) -> tuple[str, str, str, str | None]:
         question = field(row, "problem", where)
         solution = field(row, "solution", where) if "solution" in row else None
         if "answer" in row:
@@ -145,7 +147,8 @@ class MATH(_WordProblems):
             raise ValueError(f"{where}: neither 'answer' nor 'solution'; the row has {', '.join(row)}")
         if not answer:
             raise ValueError(f"{where}: column 'solution' has no \\boxed{{}} answer: {str(solution)[-40:]!r}")
-        return question, answer.strip(), solution or f"\\boxed{{{answer.strip()}}}"
+        before = solution[: max(solution.rfind("\\boxed"), solution.rfind("\\fbox"), 0)].rstrip() if solution else ""
+        return question, answer.strip(), solution or f"\\boxed{{{answer.strip()}}}", before or None
 
 
 def _last_boxed(text: str) -> str | None:

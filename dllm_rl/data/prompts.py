@@ -9,7 +9,12 @@ from dllm_rl.types import Example, Prompt
 
 
 def encode(
-    example: Example, tokenizer: Any, *, max_prompt_tokens: int | None = None, system_prompt: str | None = None
+    example: Example,
+    tokenizer: Any,
+    *,
+    max_prompt_tokens: int | None = None,
+    system_prompt: str | None = None,
+    with_trace: bool = False,
 ) -> Prompt:
     """Tokenise the prompt of an example.
 
@@ -21,6 +26,7 @@ def encode(
         tokenizer: a transformers tokenizer.
         max_prompt_tokens: longest prompt allowed.
         system_prompt: put before every prompt, as a system message.
+        with_trace: tokenise the reference reasoning too.
     Raises:
         ValueError: a prompt that is too long, cannot be represented, or needs a chat template that is not there.
     """
@@ -40,6 +46,9 @@ def encode(
         answer=example.answer,
         task=example.task,
         columns=example.columns,
+        trace=tuple(_tokens(example.trace, tokenizer, f"trace of example '{example.uid}'"))
+        if with_trace and example.trace
+        else (),
     )
 
 

@@ -22,7 +22,8 @@ class Sudoku4(Task):
 
     The prompt is the grid in reading order with "." for a hole, then "="; the completion is all 16 digits. Only 288
     grids exist, so puzzles are split by their solution: no grid occurs in both splits.
-    For preferences, the solution is chosen and a board with one to three wrong cells is rejected.
+    Hints are cells of the solution. For preferences, the solution is chosen and a board with one to three wrong cells
+    is rejected.
     """
 
     @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +81,7 @@ class Sudoku4(Task):
                     answer=grid,
                     task="sudoku4",
                     completion=grid,
+                    trace=grid,
                     chosen=grid,
                     rejected=_spoil(grid, sorted(emptied), python_random(c.split_seed, "sudoku4", "rejected", puzzle)),
                     columns={"puzzle": puzzle, "holes": holes},

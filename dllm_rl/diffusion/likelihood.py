@@ -118,6 +118,19 @@ def score(denoiser: Denoiser, batch: RolloutBatch, masks: MaskSample, work: Work
         (values, pair, position): values (M,) = weight * log p in nats; pair (M,) indexes work.draw / work.row;
         position (M,) is the position in the row.
     """
+    rows, pair, position = _scored(denoiser, batch, masks, work)
+    logp = token_logp(
+        denoiser.unembed,
+        rows,
+        batch.tokens[work.row, : work.length].to(rows.device)[pair, position],
+        vocab_size=denoiser.vocab_size,
+        mask_id=denoiser.mask_id,
+    )
+    return masks.weight[work.draw, work.row, : work.length].to(rows.device)[pair, position] * logp, pair, position
+
+
+def _scored(denoiser: Denoiser, batch: RolloutBatch, masks: MaskSample, work: Work) -> tuple[Tensor, Tensor, Tensor]:
+    """(hidden states (M, D), pair, position) of the positions that a micro-batch scores."""
     device = denoiser.device
     cut = slice(0, work.length)
     draw, row = work.draw[work.example], work.row[work.example]
@@ -129,14 +142,7 @@ def score(denoiser: Denoiser, batch: RolloutBatch, masks: MaskSample, work: Work
     )
     weight = masks.weight[work.draw, work.row, cut].to(device)
     pair, position = (weight != 0).nonzero(as_tuple=True)
-    logp = token_logp(
-        denoiser.unembed,
-        hidden[work.copy.to(device)[pair], position],
-        batch.tokens[work.row, cut].to(device)[pair, position],
-        vocab_size=denoiser.vocab_size,
-        mask_id=denoiser.mask_id,
-    )
-    return weight[pair, position] * logp, pair, position
+    return hidden[work.copy.to(device)[pair], position], pair, position
 
 
 def estimate(
@@ -166,6 +172,35 @@ def estimate(
     assert token is not None and draw is not None, "samplers refuse rows without completion"
     device = batch.tokens.device
     return LikelihoodEstimate(token_logp=token.to(device), draw_logp=num_draws * draw.to(device))
+
+
+def entropy(
+    denoiser: Denoiser, batch: RolloutBatch, masks: MaskSample, *, tokens_per_microbatch: int = 1 << 14
+) -> Tensor:
+    """Predictive entropy at the scored positions, averaged over the draws that score them, without gradient.
+
+    Args:
+        denoiser: the network.
+        batch: rows.
+        masks: draws, for the same rows.
+        tokens_per_microbatch: bound on padded tokens per forward.
+    Returns:
+        (N, L) nats, of the distribution without the mask token; 0 where nothing is scored.
+    """
+    total = torch.zeros(batch.tokens.shape, device=denoiser.device)
+    size = max(1, CHUNK_ELEMENTS // denoiser.vocab_size)
+    with torch.no_grad():
+        for work in plan(batch, masks, tokens_per_microbatch):
+            rows, pair, position = _scored(denoiser, batch, masks, work)
+            pieces = []
+            for part in torch.split(rows, size):
+                logits = denoiser.unembed(part).float()
+                logits = logits.index_fill(-1, torch.tensor([denoiser.mask_id], device=logits.device), float("-inf"))
+                pieces.append(torch.special.entr(logits.softmax(-1)).sum(-1))
+            row = work.row.to(rows.device)[pair]
+            total.index_put_((row, position), torch.cat(pieces), accumulate=True)
+    count = (masks.weight != 0).sum(0).clamp(min=1)
+    return total.to(batch.tokens.device) / count
 
 
 def _forwards(

@@ -109,6 +109,11 @@ class TorchLearner:
             group["lr"] = lr
         metrics: dict[str, float] = {}
         old: LikelihoodEstimate | None = None
+        entropy: Tensor | None = None
+        if algorithm.needs_entropy:
+            with _evaluating(self.denoiser):
+                budget = self._config.tokens_per_microbatch
+                entropy = likelihood.entropy(self.denoiser, batch, masks, tokens_per_microbatch=budget)
         for _ in range(self._config.updates_per_step):
             self._optimizer.zero_grad(set_to_none=True)
             new, alive = self._current(batch, masks)
@@ -123,6 +128,7 @@ class TorchLearner:
                 reference=reference,
                 num_tokens=int(batch.completion.sum()),
                 num_rows=len(batch),
+                entropy=entropy,
             )
             loss = algorithm.loss(new, experience)
             self._require_finite("loss", loss.value, experience)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dllm_rl.diffusion.advantage import zero_variance_groups
+from dllm_rl.diffusion.advantage import any_of_group, zero_variance_groups
 from dllm_rl.types import Rewards, RolloutBatch
 
 
@@ -21,9 +21,11 @@ def rollout_metrics(batch: RolloutBatch, rewards: Rewards) -> dict[str, float]:
     metrics = {
         "failed_rows": _mean((~ok).float()),
         "zero_variance_groups": _share_of_groups(zero_variance_groups(rewards.total, batch.group, ok), batch.group),
+        "all_wrong_groups": _share_of_groups(~any_of_group(rewards.solved, batch.group), batch.group),
+        "hinted_rows": _mean(batch.hint.any(-1).float()),
         "unique_completions": _unique_share(batch),
         "completion_tokens": _mean(length),
-        "tokens_per_forward": _mean(length / batch.num_forwards.clamp(min=1)),
+        "tokens_per_forward": _mean(batch.tokens_per_forward),
         "behaviour_logp": _mean(batch.behaviour_logp[batch.completion]),
     }
     if bool(ok.any()):

@@ -21,6 +21,7 @@ BY_HAND = [
     ("coupled_grpo", {}, lambda A, C, T, N, s: -A / T),
     ("coupled_grpo", {"reduction": "sequence_sum", "full_view": True}, lambda A, C, T, N, s: -A / N),
     ("trace_rl", {}, lambda A, C, T, N, s: -A / T),
+    ("igpo", {}, lambda A, C, T, N, s: -A / T),  # the ratio of a row is in each of its C terms, each with slope 1/C
     ("just_grpo", {}, lambda A, C, T, N, s: -A / N),
     ("espo", {}, lambda A, C, T, N, s: -A / (C * N)),
     ("gdpo", {"beta": 0.1}, lambda A, C, T, N, s: -A / (C * N)),

@@ -136,6 +136,14 @@ CONFIGURATIONS: dict[str, tuple[dict[str, Any] | Callable[[Path], dict[str, Any]
         {"algorithm": {"name": "gdpo", "nodes": 6}},
         ["algorithm.nodes = 6: must be 1..5"],
     ),
+    "hints without a trace": (
+        {"algorithm": {"name": "igpo"}, "data.task": {"name": "countdown", "train_puzzles": 8, "test_puzzles": 4}},
+        ["'igpo' cuts hints from a reference trace", "of task 'countdown' has none"],
+    ),
+    "hints without room": (
+        {"algorithm": {"name": "igpo"}},
+        ["algorithm.reserve = 30", "sampling.max_new_tokens = 16"],
+    ),
     "left-to-right likelihoods of other rollouts": (
         {"algorithm": {"name": "just_grpo"}},
         ["just_grpo", "sampling.strategy.name=left_to_right"],

@@ -52,9 +52,11 @@ def test_collate_pads_on_the_right_and_splits_completion_from_tail():
     assert batch.exact is False and batch.blocks is None
 
 
-def test_given_positions_of_the_canvas_are_not_scored():
+def test_given_positions_of_the_canvas_are_hints():
     batch = collate([trajectory([5], [6, 7, EOS], length=3, steps=[0, GIVEN, 1])], pad_id=PAD, group=[0])
-    assert batch.completion.tolist() == [[False, True, False, True]]
+    assert batch.completion.tolist() == [[False, True, True, True]]
+    assert batch.hint.tolist() == [[False, False, True, False]]
+    assert batch.tokens_per_forward.tolist() == pytest.approx([2 / 3])
 
 
 def test_blocks_follow_the_origin():

@@ -39,6 +39,7 @@ def rollouts(denoiser, lengths=((2, 4), (3, 3), (1, 5), (4, 1)), *, seed=0, extr
         tokens=tokens,
         valid=valid,
         completion=completion,
+        hint=torch.zeros_like(valid),
         tail=torch.zeros_like(valid),
         unmask_step=step,
         behaviour_logp=torch.zeros(n, width),

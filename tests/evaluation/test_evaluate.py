@@ -60,9 +60,8 @@ def even(prompts, completions, **columns):
 @pytest.fixture
 def pool(monkeypatch, request):
     monkeypatch.syspath_prepend(str(request.path.parent))
-    with RewardPool(
-        [RewardSpec(name="test_evaluate:even"), RewardSpec(name="length", options={"max_tokens": 6, "margin": 2})]
-    ) as made:
+    specs = [RewardSpec(name="test_evaluate:even"), RewardSpec(name="length", options={"max_tokens": 6, "margin": 2})]
+    with RewardPool(specs, success="test_evaluate:even") as made:
         yield made
 
 

@@ -43,6 +43,7 @@ def make_batch(denoiser, *, extra=0, order=None) -> RolloutBatch:
         tokens=tokens,
         valid=valid,
         completion=completion,
+        hint=torch.zeros_like(tail),
         tail=tail,
         unmask_step=torch.where(completion | tail, step, -1),
         behaviour_logp=torch.zeros(n, width),

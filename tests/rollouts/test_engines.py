@@ -230,6 +230,7 @@ def test_trajectories_replay_to_their_own_log_probabilities(tiny_denoiser, model
             tokens=t.tokens[None],
             valid=torch.ones(1, length, dtype=torch.bool),
             completion=completion[None],
+            hint=torch.zeros(1, length, dtype=torch.bool),
             tail=torch.zeros(1, length, dtype=torch.bool),
             unmask_step=t.unmask_step[None],
             behaviour_logp=t.behaviour_logp[None],

@@ -1,0 +1,146 @@
+"""IGPO: groups that are all wrong are decoded again around pieces of a reference trace.
+
+    hint      the trace, cut into chunks; a random share eta of them is injected, spread over the canvas
+    replace   up to half of such a group by hinted rollouts that turned out right;  A = R - mean_group(R)
+    phi_i     log p_theta(x_i | completion fully hidden),   r = exp( mean_i [phi_i - phi_old_i] ) for all of a row
+    J = 1/T sum_{i in F} [ min(r A, clip(r, 1-eps, 1+eps) A) - beta k3(phi_i, phi_ref_i) ]
+    F         generated tokens, and of a row's hint tokens the share tau that the old policy was least sure of
+
+Source: IGPO, arXiv:2509.10396.
+Deviation: traces come without the answer, and no chunk is revealed for certain; the released code leaves the answer in
+and always reveals the last chunk (``paper_exact: true`` does the latter; the answer stays out).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from dllm_rl.config import ranges
+from dllm_rl.diffusion import advantage, hints, masking, surrogate
+from dllm_rl.protocols import Algorithm, Plan
+from dllm_rl.types import Experience, LikelihoodEstimate, Loss, MaskSample, Prompt, Rewards, RolloutBatch
+
+
+class IGPO(Algorithm):
+    """GRPO with hints where nothing was right."""
+
+    @dataclass(frozen=True, slots=True, kw_only=True)
+    class Config:
+        """Options."""
+
+        shares: tuple[float, float] = (0.2, 0.6)  # eta ~ U: share of the trace's chunks that a hint reveals
+        chunk: tuple[int, int] = (5, 10)  # tokens per chunk, drawn uniformly, both ends included
+        reserve: int = 30  # canvas tokens at the end that hints leave free
+        max_gap: int = 100  # tokens between two revealed chunks at most
+        replaced: float = 0.5  # share of a group that hinted rollouts may replace
+        hint_tokens: float = 0.2  # tau, share of a row's hint tokens that are trained on
+        epsilon: float = 0.2  # clip half-width of the ratio
+        beta: float = 0.01  # weight of KL(new || reference), nats per token
+        paper_exact: bool = False  # always reveal the last chunk
+
+        def __post_init__(self) -> None:
+            if not 0 < self.shares[0] <= self.shares[1] <= 1:
+                raise ValueError(f"shares = {self.shares}: need 0 < low <= high <= 1")
+            if not 1 <= self.chunk[0] <= self.chunk[1]:
+                raise ValueError(f"chunk = {self.chunk}: need 1 <= low <= high")
+            if not 0 < self.replaced <= 0.5:
+                raise ValueError(f"replaced = {self.replaced}: must be in (0, 0.5]")
+            ranges.positive(epsilon=self.epsilon, hint_tokens=self.hint_tokens)
+            ranges.not_negative(beta=self.beta, reserve=self.reserve)
+            ranges.at_least_one(max_gap=self.max_gap)
+
+    gives_hints = True
+    needs_entropy = True
+    config: Config
+
+    @property
+    def needs_reference(self) -> bool:
+        """Only the KL term reads it."""
+        return self.config.beta > 0
+
+    def check_plan(self, plan: Plan) -> None:
+        """Hints need a trace in every row and room on the canvas."""
+        missing = next((e.uid for e in plan.examples if not e.trace), None)
+        if missing is not None:
+            raise ValueError(
+                f"algorithm 'igpo' cuts hints from a reference trace, row '{missing}' of task '{plan.task}' has none; "
+                f"use gsm8k, math, or jsonl with data.task.trace, or another algorithm"
+            )
+        if self.config.reserve >= plan.sampling.max_new_tokens:
+            raise ValueError(
+                f"algorithm.reserve = {self.config.reserve}: must be less than sampling.max_new_tokens = "
+                f"{plan.sampling.max_new_tokens}, or there is no room for hints"
+            )
+
+    def hints(
+        self,
+        prompts: Sequence[Prompt],
+        rewards: Rewards,
+        batch: RolloutBatch,
+        *,
+        canvas: int,
+        generator: torch.Generator,
+    ) -> Sequence[tuple[int, Prompt]]:
+        """As many hints as samples, for every group without a solved row; from short to long."""
+        c, wanted = self.config, []
+        wrong = ~advantage.any_of_group(rewards.solved, batch.group) & advantage.any_of_group(
+            rewards.included, batch.group
+        )
+        for group in batch.group[wrong].unique().tolist():
+            size = int((batch.group == group).sum())
+            low, high = c.shares
+            shares = low + (high - low) * torch.rand(size, generator=generator).sort().values
+            for number, share in enumerate(shares.tolist()):
+                prompt = prompts[group]
+                given = hints.cut(
+                    prompt.trace,
+                    share=share,
+                    chunk=c.chunk,
+                    room=canvas - c.reserve,
+                    max_gap=c.max_gap,
+                    reveal_last=c.paper_exact,
+                    generator=generator,
+                )
+                wanted.append((group, replace(prompt, uid=f"{prompt.uid}#hint{number}", injected=given)))
+        return wanted
+
+    def mix(self, hinted: Tensor, rewards: Rewards, batch: RolloutBatch, generator: torch.Generator) -> Tensor:
+        """Right hinted rows take the places of the first rows of their group, at most a share of it."""
+        rows: list[int] = []
+        for group in batch.group.unique().tolist():
+            own = (~hinted & (batch.group == group)).nonzero().flatten()
+            right = (hinted & rewards.solved & (batch.group == group)).nonzero().flatten()
+            right = right[torch.randperm(len(right), generator=generator)][: int(len(own) * self.config.replaced)]
+            rows += [*own[len(right) :].tolist(), *right.tolist()]
+        return torch.tensor(rows)
+
+    def advantages(self, rewards: Rewards, batch: RolloutBatch) -> Tensor:
+        """A = R - mean of the group, not divided by the deviation."""
+        return advantage.group_mean(rewards.total, batch.group, rewards.included)
+
+    def masks(self, batch: RolloutBatch, generator: torch.Generator) -> MaskSample:
+        """One view: the whole completion hidden, hints too."""
+        return masking.fully_masked(batch.completion).hiding(batch.tail)
+
+    def loss(self, new: LikelihoodEstimate, experience: Experience) -> Loss:
+        """-J and the mean KL."""
+        c, batch, counts = self.config, experience.batch, (experience.num_tokens, experience.num_rows)
+        assert experience.entropy is not None, "needs_entropy"
+        trained = batch.completion & (~batch.hint | hints.least_sure(experience.entropy, batch.hint, c.hint_tokens))
+        change = surrogate.sequence_logp(new, experience) - surrogate.sequence_logp(experience.old, experience)
+        log_ratio = change / batch.completion.sum(-1)
+        gain = surrogate.clipped(log_ratio, experience.advantage, c.epsilon)[:, None].expand_as(new.token_logp)
+        active = surrogate.clip_active(log_ratio, experience.advantage, c.epsilon)
+        metrics = {"clip_fraction": active.float().sum() / experience.num_rows}
+        if c.beta > 0:
+            assert experience.reference is not None, "beta > 0 means needs_reference"
+            kl = surrogate.divergence(new.token_logp, experience.reference.token_logp, "k3")
+            metrics["kl"] = surrogate.reduce(
+                kl.detach(), trained, "token_mean", num_tokens=counts[0], num_rows=counts[1]
+            )
+            gain = gain - c.beta * kl
+        return Loss(-surrogate.reduce(gain, trained, "token_mean", num_tokens=counts[0], num_rows=counts[1]), metrics)
