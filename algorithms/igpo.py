@@ -21,7 +21,7 @@ from torch import Tensor
 
 from dllm_rl.config import ranges
 from dllm_rl.diffusion import advantage, hints, masking, surrogate
-from dllm_rl.protocols import Algorithm, Plan
+from dllm_rl.protocols import Algorithm, Further, Plan
 from dllm_rl.types import Experience, LikelihoodEstimate, Loss, MaskSample, Prompt, Rewards, RolloutBatch
 
 
@@ -53,7 +53,7 @@ class IGPO(Algorithm):
             ranges.not_negative(beta=self.beta, reserve=self.reserve)
             ranges.at_least_one(max_gap=self.max_gap)
 
-    gives_hints = True
+    asks_further = True
     needs_entropy = True
     config: Config
 
@@ -76,7 +76,7 @@ class IGPO(Algorithm):
                 f"{plan.sampling.max_new_tokens}, or there is no room for hints"
             )
 
-    def hints(
+    def further(
         self,
         prompts: Sequence[Prompt],
         rewards: Rewards,
@@ -84,7 +84,7 @@ class IGPO(Algorithm):
         *,
         canvas: int,
         generator: torch.Generator,
-    ) -> Sequence[tuple[int, Prompt]]:
+    ) -> Sequence[Further]:
         """As many hints as samples, for every group without a solved row; from short to long."""
         c, wanted = self.config, []
         wrong = ~advantage.any_of_group(rewards.solved, batch.group) & advantage.any_of_group(
@@ -105,15 +105,16 @@ class IGPO(Algorithm):
                     reveal_last=c.paper_exact,
                     generator=generator,
                 )
-                wanted.append((group, replace(prompt, uid=f"{prompt.uid}#hint{number}", injected=given)))
+                hinted = replace(prompt, uid=f"{prompt.uid}#hint{number}", injected=given)
+                wanted.append(Further(group=group, prompt=hinted))
         return wanted
 
-    def mix(self, hinted: Tensor, rewards: Rewards, batch: RolloutBatch, generator: torch.Generator) -> Tensor:
+    def mix(self, further: Tensor, rewards: Rewards, batch: RolloutBatch, generator: torch.Generator) -> Tensor:
         """Right hinted rows take the places of the first rows of their group, at most a share of it."""
         rows: list[int] = []
         for group in batch.group.unique().tolist():
-            own = (~hinted & (batch.group == group)).nonzero().flatten()
-            right = (hinted & rewards.solved & (batch.group == group)).nonzero().flatten()
+            own = (~further & (batch.group == group)).nonzero().flatten()
+            right = (further & rewards.solved & (batch.group == group)).nonzero().flatten()
             right = right[torch.randperm(len(right), generator=generator)][: int(len(own) * self.config.replaced)]
             rows += [*own[len(right) :].tolist(), *right.tolist()]
         return torch.tensor(rows)
@@ -128,19 +129,19 @@ class IGPO(Algorithm):
 
     def loss(self, new: LikelihoodEstimate, experience: Experience) -> Loss:
         """-J and the mean KL."""
-        c, batch, counts = self.config, experience.batch, (experience.num_tokens, experience.num_rows)
+        c, batch = self.config, experience.batch
+        counts = {"num_tokens": experience.num_tokens, "num_rows": experience.num_rows}
         assert experience.entropy is not None, "needs_entropy"
         trained = batch.completion & (~batch.hint | hints.least_sure(experience.entropy, batch.hint, c.hint_tokens))
         change = surrogate.sequence_logp(new, experience) - surrogate.sequence_logp(experience.old, experience)
         log_ratio = change / batch.completion.sum(-1)
         gain = surrogate.clipped(log_ratio, experience.advantage, c.epsilon)[:, None].expand_as(new.token_logp)
-        active = surrogate.clip_active(log_ratio, experience.advantage, c.epsilon)
-        metrics = {"clip_fraction": active.float().sum() / experience.num_rows}
+        rows = {"num_tokens": experience.num_rows, "num_rows": experience.num_rows}  # the ratio is one of rows
+        every = torch.ones_like(log_ratio, dtype=torch.bool)
+        metrics = surrogate.ratio_metrics(log_ratio, experience.advantage, c.epsilon, every, **rows)
         if c.beta > 0:
             assert experience.reference is not None, "beta > 0 means needs_reference"
             kl = surrogate.divergence(new.token_logp, experience.reference.token_logp, "k3")
-            metrics["kl"] = surrogate.reduce(
-                kl.detach(), trained, "token_mean", num_tokens=counts[0], num_rows=counts[1]
-            )
+            metrics["kl"] = surrogate.reduce(kl.detach(), trained, "token_mean", **counts)
             gain = gain - c.beta * kl
-        return Loss(-surrogate.reduce(gain, trained, "token_mean", num_tokens=counts[0], num_rows=counts[1]), metrics)
+        return Loss(-surrogate.reduce(gain, trained, "token_mean", **counts), metrics)

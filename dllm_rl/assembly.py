@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,15 @@ from dllm_rl.config.plugins import build
 from dllm_rl.config.schema import Config, RewardPlugin
 from dllm_rl.data.prompts import encode, encode_completion
 from dllm_rl.data.source import PromptSource
+from dllm_rl.diffusion.layout import block_rule
+from dllm_rl.learner.policy_learner import PolicyLearner
 from dllm_rl.learner.torch_learner import TorchLearner
 from dllm_rl.models.create import create_denoiser
 from dllm_rl.models.denoiser import TransformersDenoiser
 from dllm_rl.models.loading import load_denoiser, save_denoiser
 from dllm_rl.models.lora import add_lora
-from dllm_rl.models.tokenizers import byte_bpe_tokenizer, character_tokenizer
-from dllm_rl.protocols import Algorithm, Plan, RolloutEngine, Task
+from dllm_rl.models.tokenizers import byte_bpe_tokenizer, character_tokenizer, vocabulary_digest
+from dllm_rl.protocols import Algorithm, Learner, Plan, RolloutEngine, Task, UnmaskingStrategy
 from dllm_rl.reports.progress import Progress
 from dllm_rl.runtime.reward_pool import RewardPool, RewardSpec
 from dllm_rl.types import Example, Prompt, Sampling
@@ -36,7 +39,8 @@ class Parts:
         engine: shares the learner's denoiser in one process.
         eval_engine: decodes held-out completions, with the same weights and the strategy of evaluation.
         algorithm: the method.
-        learner: owns the weights.
+        denoiser: the model that decodes.
+        learner: owns the trained weights, of the model or of the unmasking policy.
         pool: reward workers, or None for supervised training on a task without rewards.
         source: prompts of each step.
         demonstrations: uid -> tokens of its completions, for algorithms that train on them: the reference completion,
@@ -44,6 +48,7 @@ class Parts:
         held_out: prompts for evaluation.
         sampling: decoding while training.
         eval_samplings: decoding of each held-out evaluation.
+        make_engine: strategy, weights=, keep_confidence= -> another engine over the same denoiser.
     """
 
     task: Task
@@ -51,17 +56,25 @@ class Parts:
     engine: RolloutEngine
     eval_engine: RolloutEngine
     algorithm: Algorithm
-    learner: TorchLearner
+    denoiser: TransformersDenoiser
+    learner: Learner
     pool: RewardPool | None
     source: PromptSource[Prompt]
     demonstrations: Mapping[str, Sequence[Sequence[int]]]
     held_out: Sequence[Prompt]
     sampling: Sampling
     eval_samplings: Sequence[Sampling]
+    make_engine: Callable[..., RolloutEngine]
 
     def hand_over(self) -> None:
         """Tell the engines which weights they hold now."""
         self.engine.weights = self.eval_engine.weights = self.learner.version()
+
+    def expert_engine(self, plugin: Mapping[str, Any]) -> RolloutEngine:
+        """An engine over the same weights that decodes with another strategy, given as name and options."""
+        options = {key: value for key, value in plugin.items() if key != "name"}
+        strategy = build("strategies", plugin["name"], options)
+        return self.make_engine(strategy, weights=self.engine.weights, keep_confidence=True)
 
 
 def assemble(config: Config, folder: Path, show: Progress) -> Parts:
@@ -79,9 +92,9 @@ def assemble(config: Config, folder: Path, show: Progress) -> Parts:
     algorithm: Algorithm = build("algorithms", config.algorithm.name, config.algorithm.options)
     strategy = build("strategies", config.sampling.strategy.name, config.sampling.strategy.options)
     task: Task = build("tasks", config.data.task.name, config.data.task.options)
-    _check_source(config, algorithm, task)
-    held_out_strategy = config.evaluate.strategy or config.sampling.strategy
-    eval_strategy = build("strategies", held_out_strategy.name, held_out_strategy.options)
+    _check_source(config, algorithm, strategy, task)
+    other = config.evaluate.strategy
+    eval_strategy = strategy if other is None else build("strategies", other.name, other.options)
     if algorithm.replays_trajectory and strategy.revises:
         raise ValueError(
             f"algorithm '{config.algorithm.name}' replays trajectories, but strategy '{config.sampling.strategy.name}' "
@@ -93,6 +106,7 @@ def assemble(config: Config, folder: Path, show: Progress) -> Parts:
         Plan(
             sampling=sampling,
             strategy=config.sampling.strategy.name,
+            has_policy=strategy.policy is not None,
             examples=train_examples,
             task=config.data.task.name,
         )
@@ -116,7 +130,7 @@ def assemble(config: Config, folder: Path, show: Progress) -> Parts:
                         tokenizer,
                         max_prompt_tokens=limit,
                         system_prompt=config.data.system_prompt,
-                        with_trace=algorithm.gives_hints,
+                        with_trace=algorithm.asks_further,
                     )
                 )
                 advance(1, "")
@@ -134,23 +148,21 @@ def assemble(config: Config, folder: Path, show: Progress) -> Parts:
                     _completion(text, example, tokenizer, sampling.max_new_tokens) for text in wanted(example)
                 ]
                 advance(1, "")
-    engine_class = registry.load("engines", config.engine.name)
-    learner = TorchLearner(
-        denoiser,
-        tokenizer,
-        config.learner,
-        total_steps=config.run.steps,
-        seed=seed,
-        keep_reference=algorithm.needs_reference,
-        dump_folder=folder / "dumps",
+    vocabulary = vocabulary_digest(tokenizer)
+    strategy.bind(vocabulary, denoiser.device, trained_here=algorithm.trains == "policy")
+    if eval_strategy is not strategy:
+        eval_strategy.bind(vocabulary, denoiser.device, trained_here=False)
+    learner = _learner(config, folder, algorithm, strategy, denoiser, tokenizer)
+    make_engine = functools.partial(
+        registry.load("engines", config.engine.name), denoiser, max_batch_tokens=config.engine.max_batch_tokens
     )
-    limits = {"weights": learner.version(), "max_batch_tokens": config.engine.max_batch_tokens}
     return Parts(
         task=task,
         tokenizer=tokenizer,
-        engine=engine_class(denoiser, strategy, **limits),
-        eval_engine=engine_class(denoiser, eval_strategy, **limits),
+        engine=make_engine(strategy, weights=learner.version()),
+        eval_engine=make_engine(eval_strategy, weights=learner.version()),
         algorithm=algorithm,
+        denoiser=denoiser,
         learner=learner,
         pool=_pool(config, task),
         source=PromptSource(prompts, config.data.prompts_per_step, seed),
@@ -158,6 +170,39 @@ def assemble(config: Config, folder: Path, show: Progress) -> Parts:
         held_out=tokenised(held_out),
         sampling=sampling,
         eval_samplings=_eval_samplings(config, sampling),
+        make_engine=make_engine,
+    )
+
+
+def _learner(
+    config: Config,
+    folder: Path,
+    algorithm: Algorithm,
+    strategy: UnmaskingStrategy,
+    denoiser: TransformersDenoiser,
+    tokenizer: Any,
+) -> Learner:
+    seed, total_steps = config.run.seed, config.run.steps
+    if algorithm.trains == "policy":
+        denoiser.module.requires_grad_(False)
+        size, origin = block_rule(denoiser, _sampling(config))
+        return PolicyLearner(
+            strategy,
+            config.learner,
+            total_steps=total_steps,
+            seed=seed,
+            block_size=size,
+            block_origin=origin,
+            sees_block_only=denoiser.block_size is not None,
+        )
+    return TorchLearner(
+        denoiser,
+        tokenizer,
+        config.learner,
+        total_steps=total_steps,
+        seed=seed,
+        keep_reference=algorithm.needs_reference,
+        dump_folder=folder / "dumps",
     )
 
 
@@ -168,7 +213,7 @@ def reward_plugins(config: Config, task: Task) -> list[RewardPlugin]:
     return [RewardPlugin(name=name) for name in task.rewards]
 
 
-def _check_source(config: Config, algorithm: Algorithm, task: Task) -> None:
+def _check_source(config: Config, algorithm: Algorithm, strategy: UnmaskingStrategy, task: Task) -> None:
     if algorithm.source != "rollouts":
         return
     if not reward_plugins(config, task):
@@ -178,7 +223,7 @@ def _check_source(config: Config, algorithm: Algorithm, task: Task) -> None:
             f"data.samples_per_prompt = {config.data.samples_per_prompt}: algorithm '{config.algorithm.name}' compares "
             f"the samples of a prompt and needs at least {algorithm.min_group}"
         )
-    if config.sampling.temperature == 0 and config.data.samples_per_prompt > 1:
+    if config.sampling.temperature == 0 and config.data.samples_per_prompt > 1 and not strategy.samples:
         raise ValueError(
             "sampling.temperature = 0 makes all samples of a prompt the same and every advantage 0; "
             "set sampling.temperature to 1.0"

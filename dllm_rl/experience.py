@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from dllm_rl import seeding
 from dllm_rl.assembly import Parts
 from dllm_rl.config.schema import Config
 from dllm_rl.data.collate import collate, completion_texts, supervised
+from dllm_rl.protocols import Further
 from dllm_rl.reports.measure import rollout_metrics
 from dllm_rl.runtime.judge import judge
 from dllm_rl.types import Prompt, Rewards, RewardStatus, RolloutBatch, Trajectory
@@ -36,7 +38,20 @@ class _Drawn:
     prompts: list[Prompt]
     texts: list[str]
     group: list[int]
+    expert: list[bool]
     rewards: Rewards
+
+    @staticmethod
+    def join(first: _Drawn, second: _Drawn) -> _Drawn:
+        """The rows of both."""
+        return _Drawn(
+            first.trajectories + second.trajectories,
+            first.prompts + second.prompts,
+            first.texts + second.texts,
+            first.group + second.group,
+            first.expert + second.expert,
+            Rewards.join(first.rewards, second.rewards),
+        )
 
 
 def roll_out(
@@ -46,14 +61,14 @@ def roll_out(
     step: int,
     timer: Callable[[str], AbstractContextManager[None]],
 ) -> Collected:
-    """Decode samples_per_prompt completions per prompt and judge them; then those that the algorithm gives hints for.
+    """Decode samples_per_prompt completions per prompt and judge them; then further ones that the algorithm asks for.
 
     Raises:
         RuntimeError: more than reward_pool.max_failure_fraction of the rows could not be judged.
     """
     seed, size = config.run.seed, config.data.samples_per_prompt
-    group = list(range(len(prompts)))
-    drawn = _draw(parts, prompts, group, size, seeding.derive(seed, "rollout", step), timer)
+    wanted = [Further(group=number, prompt=prompt) for number, prompt in enumerate(prompts)]
+    drawn = _draw(parts, wanted, size, seeding.derive(seed, "rollout", step), timer)
     failed = 1 - drawn.rewards.included.float().mean().item()
     if failed > config.reward_pool.max_failure_fraction:
         assert parts.pool is not None, "it has just judged"
@@ -64,23 +79,17 @@ def roll_out(
     batch, rewards = _collate(parts, drawn), drawn.rewards
     metrics = rollout_metrics(batch, rewards)
     rows = list(range(len(batch)))
-    if parts.algorithm.gives_hints:
-        generator = seeding.generator_for(seed, "hints", step)
+    if parts.algorithm.asks_further:
+        generator = seeding.generator_for(seed, "further", step)
         canvas = parts.sampling.max_new_tokens
-        further = parts.algorithm.hints(prompts, rewards, batch, canvas=canvas, generator=generator)
+        further = parts.algorithm.further(prompts, rewards, batch, canvas=canvas, generator=generator)
+        for number, kind in enumerate(_kinds(further)):
+            more = _draw(parts, kind, 1, seeding.derive(seed, "further", step, number), timer)
+            drawn = _Drawn.join(drawn, more)
         if further:
-            groups, hinted_prompts = [g for g, _ in further], [p for _, p in further]
-            more = _draw(parts, hinted_prompts, groups, 1, seeding.derive(seed, "hinted", step), timer)
-            drawn = _Drawn(
-                drawn.trajectories + more.trajectories,
-                drawn.prompts + more.prompts,
-                drawn.texts + more.texts,
-                drawn.group + more.group,
-                Rewards.join(drawn.rewards, more.rewards),
-            )
             everything = _collate(parts, drawn)
-            hinted = torch.arange(len(everything)) >= len(batch)
-            chosen = parts.algorithm.mix(hinted, drawn.rewards, everything, generator)
+            added = torch.arange(len(everything)) >= len(batch)
+            chosen = parts.algorithm.mix(added, drawn.rewards, everything, generator)
             batch, rewards, rows = everything.select(chosen), drawn.rewards.select(chosen), chosen.tolist()
             metrics |= {f"guided/{name}": value for name, value in rollout_metrics(batch, rewards).items()}
     samples = [
@@ -98,38 +107,52 @@ def roll_out(
     return Collected(batch=batch, rewards=rewards, metrics=metrics, samples=samples)
 
 
+def _kinds(further: Sequence[Further]) -> Sequence[Sequence[Further]]:
+    """Further rollouts by how they are decoded: one engine call each."""
+    kinds: dict[str, list[Further]] = {}
+    for one in further:
+        kinds.setdefault(repr((one.strategy, one.block_size)), []).append(one)
+    return list(kinds.values())
+
+
 def _draw(
     parts: Parts,
-    prompts: Sequence[Prompt],
-    group: Sequence[int],
+    wanted: Sequence[Further],
     samples: int,
     seed: int,
     timer: Callable[[str], AbstractContextManager[None]],
 ) -> _Drawn:
+    """Decode and judge rollouts of one kind."""
     assert parts.pool is not None, "assemble() refuses rollouts without rewards"
+    strategy, block_size = wanted[0].strategy, wanted[0].block_size
+    engine = parts.engine if strategy is None else parts.expert_engine(strategy)
+    sampling = parts.sampling if block_size is None else dataclasses.replace(parts.sampling, block_size=block_size)
     with timer("rollout_s"):
-        trajectories = parts.engine.generate(prompts, parts.sampling, seed=seed, samples_per_prompt=samples)
-    repeated = [prompt for prompt in prompts for _ in range(samples)]
+        trajectories = engine.generate([w.prompt for w in wanted], sampling, seed=seed, samples_per_prompt=samples)
+    repeated = [w for w in wanted for _ in range(samples)]
+    prompts = [w.prompt for w in repeated]
     texts = completion_texts(trajectories, parts.tokenizer)
     with timer("reward_s"):
-        rewards = judge(parts.pool, repeated, texts, [t.completion_length for t in trajectories])
-    return _Drawn(trajectories, repeated, texts, [g for g in group for _ in range(samples)], rewards)
+        rewards = judge(parts.pool, prompts, texts, [t.completion_length for t in trajectories])
+    expert = [w.strategy is not None for w in repeated]
+    return _Drawn(trajectories, prompts, texts, [w.group for w in repeated], expert, rewards)
 
 
 def _collate(parts: Parts, drawn: _Drawn) -> RolloutBatch:
-    denoiser = parts.learner.denoiser
+    denoiser = parts.denoiser
     return collate(
         drawn.trajectories,
         pad_id=denoiser.pad_id,
         group=drawn.group,
         block_size=denoiser.block_size,
         block_origin=denoiser.block_origin,
+        expert=drawn.expert,
     )
 
 
 def demonstrate(parts: Parts, prompts: Sequence[Prompt]) -> Collected:
     """The reference completions of the prompts with reward 1; of pairs, the chosen one with 1, the rejected with 0."""
-    denoiser = parts.learner.denoiser
+    denoiser = parts.denoiser
     completions = [parts.demonstrations[prompt.uid] for prompt in prompts]
     batch = supervised(
         [prompt for prompt, texts in zip(prompts, completions, strict=True) for _ in texts],

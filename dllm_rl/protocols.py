@@ -110,14 +110,34 @@ class Plan:
     Attributes:
         sampling: decoding while training.
         strategy: name of the unmasking strategy while training.
+        has_policy: whether that strategy has a network to train.
         examples: the training rows.
         task: name of the task.
     """
 
     sampling: Sampling
     strategy: str
+    has_policy: bool
     examples: Sequence[Example]
     task: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Further:
+    """A rollout that an algorithm asks for in view of the ordinary ones.
+
+    Attributes:
+        group: number of the group that it joins.
+        prompt: decoded once, perhaps with injected tokens.
+        strategy: name and options of another unmasking strategy: the row is then an expert's (RolloutBatch.expert);
+            None = the one of the run.
+        block_size: decoding block of an expert, tokens; None = the run's.
+    """
+
+    group: int
+    prompt: Prompt
+    strategy: Mapping[str, Any] | None = None
+    block_size: int | None = None
 
 
 class Algorithm:
@@ -127,6 +147,8 @@ class Algorithm:
         source: "rollouts" trains on fresh samples, "demonstrations" on reference completions, "pairs" on preferences:
             rows 2j and 2j + 1 are then the chosen and the rejected completion of pair j, with rewards 1 and 0.
         min_group: fewest samples per prompt from which its advantages can learn; 1 if they need no group.
+        trains: "model", or "policy": the unmasking strategy's network, with the model frozen. Likelihoods are then
+            (N, T) log-probabilities of the choice of each forward, and rows need no draws.
     """
 
     @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,6 +157,7 @@ class Algorithm:
 
     source: ClassVar[Literal["rollouts", "demonstrations", "pairs"]] = "rollouts"
     min_group: ClassVar[int] = 2
+    trains: ClassVar[Literal["model", "policy"]] = "model"
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -155,14 +178,14 @@ class Algorithm:
         return False
 
     @property
-    def gives_hints(self) -> bool:
-        """Whether hints() may ask for further rollouts; prompts then carry the tokens of their trace."""
+    def asks_further(self) -> bool:
+        """Whether further() may ask for more rollouts; prompts then carry the tokens of their trace."""
         return False
 
     def check_plan(self, plan: Plan) -> None:
         """Raise ValueError, in one line, if the algorithm cannot work with this plan."""
 
-    def hints(
+    def further(
         self,
         prompts: Sequence[Prompt],
         rewards: Rewards,
@@ -170,8 +193,8 @@ class Algorithm:
         *,
         canvas: int,
         generator: torch.Generator,
-    ) -> Sequence[tuple[int, Prompt]]:
-        """Further rollouts to make, in view of the ordinary ones.
+    ) -> Sequence[Further]:
+        """More rollouts to make, in view of the ordinary ones.
 
         Args:
             prompts: of the groups; group g of the batch belongs to prompts[g].
@@ -179,23 +202,21 @@ class Algorithm:
             batch: the ordinary rollouts.
             canvas: tokens of the completion canvas.
             generator: CPU generator.
-        Returns:
-            (group, prompt with injected tokens) for each, to be decoded once.
         """
         return ()
 
-    def mix(self, hinted: Tensor, rewards: Rewards, batch: RolloutBatch, generator: torch.Generator) -> Tensor:
+    def mix(self, further: Tensor, rewards: Rewards, batch: RolloutBatch, generator: torch.Generator) -> Tensor:
         """Which rows to learn from, once the further rollouts are there.
 
         Args:
-            hinted: (N,) bool; the rows that hints() asked for, at the end.
+            further: (N,) bool; the rows that further() asked for, at the end.
             rewards: of all rows.
             batch: all rows.
             generator: CPU generator.
         Returns:
             int64 row numbers.
         """
-        return (~hinted).nonzero().flatten()
+        return (~further).nonzero().flatten()
 
     def keep(self, rewards: Rewards, batch: RolloutBatch) -> Tensor:
         """(N,) bool: rows to train on. Groups dropped here cost no learner time."""
@@ -229,6 +250,10 @@ class Candidates:
         margin: (N, W) float32 probability of the best minus the second best token; 0 where not hidden.
         noise: (N, W) float64 uniform in (0, 1), keyed by (row, forward, position).
         count: (N,) int64 positions to commit for count-based strategies; <= number hidden.
+        context: (N, W) bool; positions of the completion canvas that the forward computed.
+        masked: (N, W) bool; every hidden position of the context, in the active block or after it. A strategy that
+            reads_canvas gets token, logp, entropy and margin at all of them.
+        time: (N,) float32; forwards that the row has taken, divided by the tokens of its canvas.
     """
 
     hidden: Tensor
@@ -238,6 +263,9 @@ class Candidates:
     margin: Tensor
     noise: Tensor
     count: Tensor
+    context: Tensor
+    masked: Tensor
+    time: Tensor
 
 
 class UnmaskingStrategy:
@@ -245,6 +273,10 @@ class UnmaskingStrategy:
 
     Attributes:
         revises: True if committed tokens may change later; trajectories are then only valid as event lists.
+        samples: True if the choice draws from candidates.noise, so that greedy samples of a prompt can differ.
+        reads_canvas: True if it looks at positions beyond the active block; costs their unembedding.
+        policy: the network that makes the choice and can be trained, if there is one. Then log_prob, bind, save and
+            load are there too.
     """
 
     @dataclass(frozen=True, slots=True, kw_only=True)
@@ -252,6 +284,9 @@ class UnmaskingStrategy:
         """Options of the strategy."""
 
     revises: ClassVar[bool] = False
+    samples: ClassVar[bool] = False
+    reads_canvas: ClassVar[bool] = False
+    policy: nn.Module | None = None
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -259,8 +294,31 @@ class UnmaskingStrategy:
     def select(self, candidates: Candidates) -> Tensor:
         """(N, W) bool, a subset of hidden, at least one in every row that has a hidden position.
 
+        A strategy that chooses one position after another returns int64 instead: the place in its order from 1, else 0.
         Vectorised over rows (no Python loop per row); a row's result depends on that row alone.
         """
+        raise NotImplementedError
+
+    def log_prob(self, candidates: Candidates, order: Tensor) -> Tensor:
+        """(N,) nats, differentiable in the policy: log-probability that select() gives this order (N, W) int64.
+
+        Reads hidden, logp, context, masked and time of the candidates.
+        """
+        raise NotImplementedError
+
+    def bind(self, vocabulary: str, device: torch.device, *, trained_here: bool) -> None:
+        """Called once with a digest of the model's vocabulary, its device, and whether this run trains the policy.
+
+        Raises:
+            ValueError: it cannot work with them.
+        """
+
+    def save(self, folder: Path) -> None:
+        """Write the policy into a folder."""
+        raise NotImplementedError
+
+    def load(self, folder: Path) -> None:
+        """Restore what save wrote."""
         raise NotImplementedError
 
 

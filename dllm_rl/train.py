@@ -11,6 +11,7 @@ from dllm_rl import seeding
 from dllm_rl.assembly import Parts, assemble
 from dllm_rl.config.load import dump, resumable
 from dllm_rl.config.schema import Config
+from dllm_rl.estimator import estimator_metrics
 from dllm_rl.evaluation.evaluate import Evaluation, evaluate
 from dllm_rl.experience import Collected, demonstrate, roll_out
 from dllm_rl.learner import checkpoint
@@ -91,7 +92,7 @@ def train(
                 keep = algorithm.keep(rewards, batch).nonzero().flatten()
                 kept = {"kept_rows": len(keep) / len(batch)}
                 if len(keep) == 0:
-                    learned = learner.skip()
+                    learned: Mapping[str, float] = learner.skip()
                 else:
                     batch, rewards, advantage = batch.select(keep), rewards.select(keep), advantage[keep]
                     masks = algorithm.masks(batch, seeding.generator_for(seed, "masks", step))
@@ -99,11 +100,15 @@ def train(
                     if algorithm.needs_reference:
                         with timer("score_s"):
                             reference = learner.score(batch, masks, reference=True)
+                    if _due(step, config.diagnostics.every_steps):
+                        with timer("diagnose_s"):
+                            key = seeding.derive(seed, "diagnostics", step)
+                            kept |= estimator_metrics(learner, algorithm, batch, config.diagnostics, key)
                     with timer("update_s"):
                         learned = learner.update(batch, rewards, advantage, masks, algorithm, reference=reference)
                     parts.hand_over()
 
-            run.log(learner.step, collected.metrics | kept | learned | timer.seconds)
+            run.log(learner.step, {**collected.metrics, **kept, **learned, **timer.seconds})
             run.log_samples(learner.step, collected.samples[: config.run.log_samples])
             clock.add(timer)
             advance(1, _note(collected, learned))

@@ -142,6 +142,10 @@ class Trajectory:
         finish: "eos" if an EOS ended the row, else "length".
         exact: whether behaviour_logp are those of the learner's own network (no approximate cache).
         weights: the weights that generated it.
+        order: (L,) int64; place in the order in which its forward's positions were chosen, from 1; 0 where not decoded.
+            None if the engine does not tell.
+        confidence: (T, L) float32 for T forwards; probability of the token proposed at each position that the forward
+            computed and that was hidden, 0 elsewhere. Kept for learned strategies, else None.
     """
 
     prompt_uid: str
@@ -156,6 +160,8 @@ class Trajectory:
     finish: Finish
     exact: bool
     weights: WeightsVersion
+    order: Tensor | None = None
+    confidence: Tensor | None = None
 
     @property
     def tokens_per_forward(self) -> float:
@@ -181,6 +187,9 @@ class RolloutBatch:
         weights_step: (N,) int64; optimiser step of the weights that generated the row.
         blocks: (N, L) int64 block numbers (diffusion.layout.block_index) for block-causal models, else None.
         exact: every row's behaviour_logp are the learner's own.
+        order: (N, L) int64 or None; see Trajectory.
+        confidence: (N, T, L) float32, padded with 0 over forwards, or None; see Trajectory.
+        expert: (N,) bool; decoded by an expert's unmasking strategy, not the one that is trained; None = no row.
     """
 
     tokens: Tensor
@@ -196,6 +205,9 @@ class RolloutBatch:
     weights_step: Tensor
     blocks: Tensor | None
     exact: bool
+    order: Tensor | None = None
+    confidence: Tensor | None = None
+    expert: Tensor | None = None
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
@@ -221,7 +233,7 @@ class RolloutBatch:
             value = getattr(self, f.name)
             if not isinstance(value, Tensor):
                 continue
-            want = (n, length) if value.dim() == 2 else (n,)
+            want = (n, *value.shape[1:-1], length) if value.dim() > 1 else (n,)
             if tuple(value.shape) != want:
                 raise ValueError(f"RolloutBatch.{f.name} has shape {tuple(value.shape)}, expected {want}")
         if bool((self.completion & ~self.valid).any()):
@@ -319,7 +331,8 @@ class LikelihoodEstimate:
     """An estimate of completion log-likelihoods.
 
     Attributes:
-        token_logp: (N, L) float32 nats; sum_k weight[k] * log p; 0 where nothing is scored.
+        token_logp: (N, L) float32 nats; sum_k weight[k] * log p; 0 where nothing is scored. Of an unmasking policy:
+            (N, T), log-probability of the choice that each of T forwards made; 0 after the row's last.
         draw_logp: (K, N) float32 nats; K * sum_i weight[k, i] log p_i: each draw read as an estimate of its own.
             Detached; for diagnostics (variance over draws).
     """

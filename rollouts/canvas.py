@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from dllm_rl.diffusion.choices import numbered
 from dllm_rl.protocols import Candidates, Denoiser, UnmaskingStrategy
 from dllm_rl.seeding import derive
-from dllm_rl.types import GIVEN, BlockOrigin, Prompt, Sampling, Trajectory, WeightsVersion
+from dllm_rl.types import GIVEN, Prompt, Sampling, Trajectory, WeightsVersion
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,12 +82,14 @@ def inference(module: nn.Module) -> Iterator[None]:
 
 
 def choose(strategy: UnmaskingStrategy, candidates: Candidates) -> Tensor:
-    """(N, W) bool: what the strategy commits.
+    """(N, W) int64: what the strategy commits, numbered in the order of choice from 1; 0 where it does not.
 
     Raises:
         ValueError: it broke its contract; without the check a row without a choice would decode forever.
     """
-    chosen, hidden = strategy.select(candidates), candidates.hidden
+    order, hidden = strategy.select(candidates), candidates.hidden
+    order = numbered(order) if order.dtype == torch.bool else order
+    chosen = order > 0
     stuck = hidden.any(-1) & ~chosen.any(-1)
     if bool((stuck[:, None] | (chosen & ~hidden)).any()):
         what = "no position of a row that has hidden ones" if bool(stuck.any()) else "a position that is not hidden"
@@ -94,14 +97,7 @@ def choose(strategy: UnmaskingStrategy, candidates: Candidates) -> Tensor:
             f"strategy {type(strategy).__name__} selected {what}: select() must return a subset of candidates.hidden "
             "with at least one position in every row that has any"
         )
-    return chosen
-
-
-def block_rule(denoiser: Denoiser, sampling: Sampling) -> tuple[int, BlockOrigin]:
-    """Size and origin of decoding blocks: the model's own, or the sampling's counted from the response."""
-    if denoiser.block_size is not None:
-        return denoiser.block_size, denoiser.block_origin
-    return sampling.block_size or sampling.max_new_tokens, "response"
+    return order
 
 
 def trajectory(
@@ -111,6 +107,8 @@ def trajectory(
     tokens: Tensor,
     unmask_step: Tensor,
     logp: Tensor,
+    order: Tensor,
+    confidence: Tensor | None,
     num_forwards: int,
     eos_id: int,
     weights: WeightsVersion,
@@ -123,13 +121,15 @@ def trajectory(
         tokens: (>= L,) int64, prompt and canvas.
         unmask_step: (>= L,) int64; GIVEN where given or not decoded.
         logp: (>= L,) float32; 0 where not generated.
+        order: (>= L,) int64; 0 where not decoded.
+        confidence: (>= num_forwards, >= L) float32, or None.
         num_forwards: denoising forwards of the row.
         eos_id: end token.
         weights: the weights that were used.
     """
     start = len(request.prompt.token_ids)
     length = start + sampling.max_new_tokens
-    tokens, step, logp = (t[:length].cpu().clone() for t in (tokens, unmask_step, logp))
+    tokens, step, logp, order = (t[:length].cpu().clone() for t in (tokens, unmask_step, logp, order))
     generated = step != GIVEN
     ends = (generated & (tokens == eos_id)).nonzero().flatten()
     completion_length = int(ends[0]) + 1 - start if len(ends) else sampling.max_new_tokens
@@ -140,7 +140,7 @@ def trajectory(
     never = ~(decoded | given)
     tokens[never], step[never] = eos_id, num_forwards
     positions = decoded.nonzero().flatten()
-    positions = positions[step[positions].argsort(stable=True)]
+    positions = positions[(step[positions] * (length + 1) + order[positions]).argsort(stable=True)]
     return Trajectory(
         prompt_uid=request.prompt.uid,
         sample=request.sample,
@@ -154,4 +154,6 @@ def trajectory(
         finish="eos" if len(ends) else "length",
         exact=True,
         weights=weights,
+        order=order,
+        confidence=None if confidence is None else confidence[:num_forwards, :length].cpu().clone(),
     )

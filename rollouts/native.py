@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from dllm_rl.diffusion.decoding import POSITION_NOISE, TOKEN_NOISE, propose
-from dllm_rl.diffusion.layout import block_index
+from dllm_rl.diffusion.layout import block_index, block_rule
 from dllm_rl.protocols import Candidates, Denoiser, UnmaskingStrategy
 from dllm_rl.seeding import uniform
 from dllm_rl.types import GIVEN, Prompt, Sampling, Trajectory, WeightsVersion
-from rollouts.canvas import Request, block_rule, choose, inference, requests, trajectory
+from rollouts.canvas import Request, choose, inference, requests, trajectory
 
 CHUNK_ELEMENTS = 1 << 25  # 0.7 GB at the peak of a greedy choice, 1.5 GB with top-k and top-p
 
@@ -28,15 +28,19 @@ CHUNK_ELEMENTS = 1 << 25  # 0.7 GB at the peak of a greedy choice, 1.5 GB with t
 class _Rows:
     """State of the rows that are still decoding; every tensor has one entry per row.
 
-    row (N,) index into the batch's requests; tokens, hidden, valid, step, logp, blocks (N, L); key, forward (N,).
+    row (N,) index into the batch's requests; tokens, hidden, valid, canvas, step, logp, order, blocks (N, L);
+    confidence (N, T, L), T = 0 unless it is kept; key, forward (N,).
     """
 
     row: Tensor
     tokens: Tensor
     hidden: Tensor
     valid: Tensor
+    canvas: Tensor
     step: Tensor
     logp: Tensor
+    order: Tensor
+    confidence: Tensor
     blocks: Tensor
     key: Tensor
     forward: Tensor
@@ -56,6 +60,7 @@ class NativeEngine:
         *,
         weights: WeightsVersion,
         max_batch_tokens: int = 1 << 16,
+        keep_confidence: bool = False,
         chunk_elements: int = CHUNK_ELEMENTS,
     ) -> None:
         """Hold a denoiser.
@@ -65,11 +70,13 @@ class NativeEngine:
             strategy: which positions to commit.
             weights: version of the denoiser's weights; updated by the driver.
             max_batch_tokens: padded tokens per forward at most (one row may exceed it).
+            keep_confidence: fill Trajectory.confidence, also if the strategy does not read the whole canvas itself.
             chunk_elements: logits held at once at most (the logits of one position may exceed it).
         """
         self.weights = weights
         self._denoiser, self._strategy = denoiser, strategy
         self._max_batch_tokens, self._chunk_elements = max_batch_tokens, chunk_elements
+        self._whole = keep_confidence or strategy.reads_canvas
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, *, seed: int, samples_per_prompt: int = 1
@@ -101,7 +108,8 @@ class NativeEngine:
         length = int(end.max())
         position = torch.arange(length)
         tokens = torch.full((len(batch), length), self._denoiser.mask_id)
-        hidden = (position >= start[:, None]) & (position < end[:, None])
+        canvas = (position >= start[:, None]) & (position < end[:, None])
+        hidden = canvas.clone()
         for row, request in enumerate(batch):  # set-up, once per row
             tokens[row, : start[row]] = torch.tensor(request.prompt.token_ids)
             for offset, token in request.prompt.injected.items():
@@ -113,8 +121,11 @@ class NativeEngine:
             tokens=tokens,
             hidden=hidden,
             valid=position < end[:, None],
+            canvas=canvas,
             step=torch.full_like(tokens, GIVEN),
             logp=torch.zeros(tokens.shape),
+            order=torch.zeros_like(tokens),
+            confidence=torch.zeros(len(batch), sampling.max_new_tokens if self._whole else 0, length),
             blocks=block_index(start, length, size, origin),
             key=torch.tensor([request.key for request in batch]),
             forward=torch.zeros(len(batch), dtype=torch.int64),
@@ -137,7 +148,7 @@ class NativeEngine:
             tokens, valid = distinct.split(rows.tokens.shape[1], dim=1)
             states = self._denoiser.hidden(tokens, tokens == self._denoiser.mask_id, valid.bool(), None)
             place = position[: len(rows.row)]
-            self._commit(rows, place, rows.hidden & inside, states, sampling, copy)
+            self._commit(rows, place, rows.hidden & inside, rows.valid, states, sampling, copy)
             complete = ~(rows.hidden & inside).any(-1)
             done = complete & (self._ended(rows, inside) | ~rows.hidden.any(-1))
             yield from self._retire(rows, done, batch, sampling)
@@ -159,7 +170,8 @@ class NativeEngine:
             while bool((active := rows.hidden.gather(1, place) & valid).any()):
                 window = torch.where(active, denoiser.mask_id, rows.tokens.gather(1, place))
                 states = denoiser.extend(cache, window, position, valid, commit=False)
-                self._commit(rows, place, active, states, sampling, torch.arange(len(states), device=device))
+                copy = torch.arange(len(states), device=device)
+                self._commit(rows, place, active, valid, states, sampling, copy)
             inside = rows.blocks == rows.blocks.gather(1, place[:, :1])
             done = self._ended(rows, inside) | ~rows.hidden.any(-1)
             stay = (~done).nonzero().flatten()
@@ -173,7 +185,14 @@ class NativeEngine:
             begin = begin + size
 
     def _commit(
-        self, rows: _Rows, place: Tensor, active: Tensor, states: Tensor, sampling: Sampling, copy: Tensor
+        self,
+        rows: _Rows,
+        place: Tensor,
+        active: Tensor,
+        visible: Tensor,
+        states: Tensor,
+        sampling: Sampling,
+        copy: Tensor,
     ) -> None:
         """Propose a token at every active position, let the strategy choose, write what it chose.
 
@@ -181,11 +200,15 @@ class NativeEngine:
             rows: changed in place.
             place: (N, W) positions of the window in the row.
             active: (N, W) bool; hidden positions of the active block.
+            visible: (N, W) bool; positions of the window that belong to the row.
             states: (u, W, D) of distinct inputs.
             sampling: how to draw.
             copy: (N,) int64; the state of each row.
         """
-        row, column = active.nonzero(as_tuple=True)
+        context = rows.canvas.gather(1, place) & visible
+        masked = rows.hidden.gather(1, place) & context
+        wanted = masked if self._whole else active
+        row, column = wanted.nonzero(as_tuple=True)
         position = place[row, column]
         key, forward = rows.key[row], rows.forward[row]
         noise = uniform(key, forward, position, TOKEN_NOISE)
@@ -203,15 +226,22 @@ class NativeEngine:
         candidates = Candidates(
             hidden=active,
             token=token,
-            logp=logp.masked_fill(~active, float("-inf")),
+            logp=logp.masked_fill(~wanted, float("-inf")),
             entropy=entropy,
             margin=margin,
             noise=uniform(rows.key[:, None], rows.forward[:, None], place, POSITION_NOISE),
             count=active.sum(-1).clamp(max=sampling.tokens_per_step),
+            context=context,
+            masked=masked,
+            time=rows.forward.float() / sampling.max_new_tokens,
         )
-        chosen = choose(self._strategy, candidates)
-        row, column = chosen.nonzero(as_tuple=True)
+        if self._whole:
+            row, column = masked.nonzero(as_tuple=True)
+            rows.confidence[row, rows.forward[row], place[row, column]] = logp[row, column].exp()
+        order = choose(self._strategy, candidates)
+        row, column = order.nonzero(as_tuple=True)
         at = (row, place[row, column])
+        rows.order[at] = order[row, column]
         rows.tokens[at] = token[row, column]
         rows.logp[at] = logp[row, column]
         rows.step[at] = rows.forward[row]
@@ -231,6 +261,7 @@ class NativeEngine:
             return
         forwards, order = rows.forward.tolist(), rows.row.tolist()
         tokens, step, logp = rows.tokens[done].cpu(), rows.step[done].cpu(), rows.logp[done].cpu()
+        choice, confidence = rows.order[done].cpu(), rows.confidence[done].cpu()
         rows.keep((~done).nonzero().flatten())
         for place, row in enumerate(finished):
             request = batch[order[row]]
@@ -242,6 +273,8 @@ class NativeEngine:
                     tokens=tokens[place],
                     unmask_step=step[place],
                     logp=logp[place],
+                    order=choice[place],
+                    confidence=confidence[place] if self._whole else None,
                     num_forwards=forwards[row],
                     eos_id=self._denoiser.eos_id,
                     weights=self.weights,

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 
 from dllm_rl.diffusion.decoding import POSITION_NOISE, TOKEN_NOISE, propose
-from dllm_rl.diffusion.layout import block_index
+from dllm_rl.diffusion.layout import block_index, block_rule
 from dllm_rl.protocols import Candidates, Denoiser, UnmaskingStrategy
 from dllm_rl.seeding import uniform
 from dllm_rl.types import GIVEN, Prompt, Sampling, Trajectory, WeightsVersion
-from rollouts.canvas import Request, block_rule, choose, inference, requests, trajectory
+from rollouts.canvas import Request, choose, inference, requests, trajectory
 
 
 class ReferenceEngine:
@@ -24,6 +24,7 @@ class ReferenceEngine:
         *,
         weights: WeightsVersion,
         max_batch_tokens: int | None = None,
+        keep_confidence: bool = False,
     ) -> None:
         """Hold a denoiser.
 
@@ -32,9 +33,11 @@ class ReferenceEngine:
             strategy: which positions to commit.
             weights: version of the denoiser's weights; updated by the driver.
             max_batch_tokens: not used; rows are decoded alone.
+            keep_confidence: fill Trajectory.confidence, also if the strategy does not read the whole canvas itself.
         """
         self.weights = weights
         self._denoiser, self._strategy = denoiser, strategy
+        self._whole = keep_confidence or strategy.reads_canvas
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, *, seed: int, samples_per_prompt: int = 1
@@ -60,6 +63,8 @@ class ReferenceEngine:
         valid = torch.ones_like(hidden)
         step = torch.full((1, length), GIVEN, device=device)
         logp = torch.zeros(1, length, device=device)
+        order = torch.zeros_like(step)
+        seen: list[torch.Tensor] = []
         key = torch.tensor([[request.key]], device=device)
         position = torch.arange(length, device=device)[None]
         forward = 0
@@ -68,17 +73,28 @@ class ReferenceEngine:
             while bool((active := hidden & inside).any()):
                 states = denoiser.hidden(tokens, hidden, valid, None if denoiser.block_size is None else blocks)
                 logits = denoiser.unembed(states[0])
+                # A block-causal forward computes a block; full attention the canvas, whatever may be committed.
+                context = inside if denoiser.block_size is not None else position >= start
+                masked = hidden & context
+                wanted = masked if self._whole else active
                 p = propose(logits, sampling, uniform(key, forward, position, TOKEN_NOISE)[0], mask_id=denoiser.mask_id)
                 candidates = Candidates(
                     hidden=active,
                     token=p.token[None],
-                    logp=p.logp[None].masked_fill(~active, float("-inf")),
-                    entropy=p.entropy[None].masked_fill(~active, 0.0),
-                    margin=p.margin[None].masked_fill(~active, 0.0),
+                    logp=p.logp[None].masked_fill(~wanted, float("-inf")),
+                    entropy=p.entropy[None].masked_fill(~wanted, 0.0),
+                    margin=p.margin[None].masked_fill(~wanted, 0.0),
                     noise=uniform(key, forward, position, POSITION_NOISE),
                     count=active.sum(-1).clamp(max=sampling.tokens_per_step),
+                    context=context,
+                    masked=masked,
+                    time=torch.tensor([forward / sampling.max_new_tokens], device=device),
                 )
-                chosen = choose(self._strategy, candidates)
+                if self._whole:
+                    seen.append(candidates.logp[0].exp().masked_fill(~masked[0], 0.0))
+                order_now = choose(self._strategy, candidates)
+                chosen = order_now > 0
+                order = torch.where(chosen, order_now, order)
                 tokens = torch.where(chosen, candidates.token, tokens)
                 step = torch.where(chosen, forward, step)
                 logp = torch.where(chosen, candidates.logp, logp)
@@ -92,6 +108,8 @@ class ReferenceEngine:
             tokens=tokens[0],
             unmask_step=step[0],
             logp=logp[0],
+            order=order[0],
+            confidence=torch.stack([torch.zeros(length), *seen])[1:] if self._whole else None,
             num_forwards=forward,
             eos_id=denoiser.eos_id,
             weights=self.weights,

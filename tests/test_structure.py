@@ -28,7 +28,7 @@ LAYERS: list[list[str]] = [
     ["dllm_rl.models", "dllm_rl.data"],
     ["dllm_rl.runtime", "dllm_rl.learner", "dllm_rl.reports"],
     ["dllm_rl.evaluation"],
-    ["dllm_rl.assembly"],
+    ["dllm_rl.assembly", "dllm_rl.estimator"],
     ["dllm_rl.experience"],
     ["dllm_rl.train", "dllm_rl.evaluation.standalone", "dllm_rl.conformance"],
     ["dllm_rl.cli"],

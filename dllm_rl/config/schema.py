@@ -228,6 +228,17 @@ class EvaluateSection(Section):
     """Evaluate after the last step."""
 
 
+class DiagnosticsSection(Section):
+    """How noisy the likelihood estimates are, measured by drawing masks again for a few rows."""
+
+    every_steps: int | None = Field(default=10, ge=1)
+    """Measure every so many steps; null = never."""
+    rows: int = Field(default=4, ge=1)
+    """Rows of the batch that are scored again."""
+    redraws: int = Field(default=4, ge=2)
+    """Draws of all masks per row."""
+
+
 class CheckpointSection(Section):
     """When state is saved."""
 
@@ -252,5 +263,6 @@ class Config(Section):
     learner: LearnerSection = LearnerSection()
     evaluate: EvaluateSection = EvaluateSection()
     checkpoint: CheckpointSection = CheckpointSection()
+    diagnostics: DiagnosticsSection = DiagnosticsSection()
     provenance: dict[str, Any] | None = None
     """Versions and source revision, written by the run into its resolved configuration; ignored on input."""

@@ -16,9 +16,10 @@ from dllm_rl.config.plugins import build
 from dllm_rl.config.schema import LearnerSection
 from dllm_rl.conformance import cases
 from dllm_rl.conformance.violation import require
+from dllm_rl.learner.policy_learner import PolicyLearner
 from dllm_rl.learner.torch_learner import TorchLearner
 from dllm_rl.models.tokenizers import character_tokenizer
-from dllm_rl.protocols import Algorithm
+from dllm_rl.protocols import Algorithm, Learner
 from dllm_rl.types import GIVEN, Experience, LikelihoodEstimate, MaskSample, Rewards, RolloutBatch
 
 REPEATS = 400  # of the six rows: 2,400 draws for the partition of unity
@@ -35,6 +36,11 @@ class Subject:
     def rolls_out(self) -> bool:
         """Whether it learns from rewards."""
         return self.algorithm.source == "rollouts"
+
+    @property
+    def trains_policy(self) -> bool:
+        """Whether it scores choices of positions, and no token."""
+        return self.algorithm.trains == "policy"
 
     def batches(self) -> list[RolloutBatch]:
         """Full attention and block-causal."""
@@ -53,13 +59,17 @@ class Subject:
         """Draws of a seed."""
         return self.algorithm.masks(batch, seeding.generator_for(seed, "conformance", "masks"))
 
+    def estimate(self, batch: RolloutBatch, masks: MaskSample, *, seed: int) -> LikelihoodEstimate:
+        """Plausible log-likelihoods, of tokens or of a policy's choices."""
+        return cases.estimate(batch, masks, seed=seed, policy=self.trains_policy)
+
     def experience(self, batch: RolloutBatch) -> Experience:
         """With an old policy, and a reference if the algorithm says that it needs one."""
         judged = self.judged()
         masks = self.masks(batch)
-        reference = cases.estimate(batch, masks, seed=2) if self.algorithm.needs_reference else None
+        reference = self.estimate(batch, masks, seed=2) if self.algorithm.needs_reference else None
         advantage = self.algorithm.advantages(judged, batch)
-        return cases.experience(batch, judged, advantage, masks, cases.estimate(batch, masks, seed=1), reference)
+        return cases.experience(batch, judged, advantage, masks, self.estimate(batch, masks, seed=1), reference)
 
     def gradient(self, experience: Experience, new: LikelihoodEstimate) -> tuple[Tensor, Tensor]:
         """(loss, d loss / d token_logp)."""
@@ -113,7 +123,8 @@ def equal_rewards_teach_nothing(subject: Subject) -> None:
         return
     for value in (0.0, 1.0, 0.7):
         for batch in subject.batches():
-            batch = dataclasses.replace(batch, num_forwards=batch.completion.sum(-1))
+            if not subject.trains_policy:  # whose speed is forwards per canvas, equal in the case as it is
+                batch = dataclasses.replace(batch, num_forwards=batch.completion.sum(-1))
             advantage = subject.algorithm.advantages(cases.rewards([value] * len(batch)), batch)
             require(float(advantage.abs().max()) < 1e-6, f"all rewards {value}: advantages {advantage.tolist()}")
 
@@ -163,14 +174,17 @@ def only_the_completion_is_scored(subject: Subject) -> None:
 
 def what_follows_the_end_is_not_shown(subject: Subject) -> None:
     """Positions after the first EOS are hidden in every draw that does not replay the trajectory."""
-    if subject.algorithm.replays_trajectory or not subject.rolls_out:
+    if subject.algorithm.replays_trajectory or subject.trains_policy or not subject.rolls_out:
         return
     for batch in subject.batches():
         require(bool(subject.masks(batch).mask[:, batch.tail].all()), "a draw shows the canvas after EOS")
 
 
 def weights_are_a_partition_of_unity(subject: Subject) -> None:
-    """Every completion token is counted once in expectation: E sum_k weight = 1."""
+    """Every completion token is counted once in expectation: E sum_k weight = 1. Training a policy draws nothing."""
+    if subject.trains_policy:
+        require(all(len(subject.masks(batch).mask) == 0 for batch in subject.batches()), "masks() draws")
+        return
     for batch in subject.batches():
         rows = torch.arange(len(batch)).repeat(REPEATS)
         total = subject.masks(batch.select(rows), seed=1).weight.double().sum(0)
@@ -186,7 +200,10 @@ def weights_are_a_partition_of_unity(subject: Subject) -> None:
 
 
 def trajectories_are_read_as_declared(subject: Subject) -> None:
-    """replays_trajectory is True exactly if masks() depends on unmask_step."""
+    """replays_trajectory is True exactly if masks() depends on unmask_step; a policy's choices always do."""
+    if subject.trains_policy:
+        require(subject.algorithm.replays_trajectory, "trains = 'policy' reads the trajectory")
+        return
     if not subject.rolls_out:
         return
     for batch in subject.batches():
@@ -205,9 +222,11 @@ def loss_reads_only_completions(subject: Subject) -> None:
     """The loss is one finite number, and its gradient is 0 outside the completion."""
     for batch in subject.batches():
         experience = subject.experience(batch)
-        _, gradient = subject.gradient(experience, cases.estimate(batch, experience.masks, seed=3))
+        _, gradient = subject.gradient(experience, subject.estimate(batch, experience.masks, seed=3))
         require(bool(torch.isfinite(gradient).all()), "the gradient is not finite")
-        require(bool(gradient[batch.completion].any()), "the gradient is 0 everywhere")
+        require(bool(gradient.any()), "the gradient is 0 everywhere")
+        if subject.trains_policy:
+            continue
         require(not bool(gradient[~batch.completion].any()), "tokens outside the completion have a gradient")
 
 
@@ -215,7 +234,7 @@ def loss_does_not_depend_on_sharding(subject: Subject) -> None:
     """The losses of two halves of the batch, with the global counts, add up to the loss of the whole."""
     for batch in subject.batches():
         experience = subject.experience(batch)
-        new = cases.estimate(batch, experience.masks, seed=3)
+        new = subject.estimate(batch, experience.masks, seed=3)
         whole, gradient = subject.gradient(experience, new)
         cut = 4 if subject.algorithm.source == "pairs" else 3
         parts = [torch.arange(cut), torch.arange(cut, len(batch))]
@@ -249,8 +268,8 @@ def reference_is_needed_as_declared(subject: Subject) -> None:
         return  # every other check has called loss() without a reference
     for batch in subject.batches():
         experience = subject.experience(batch)
-        new = cases.estimate(batch, experience.masks, seed=3)
-        other = dataclasses.replace(experience, reference=cases.estimate(batch, experience.masks, seed=9))
+        new = subject.estimate(batch, experience.masks, seed=3)
+        other = dataclasses.replace(experience, reference=subject.estimate(batch, experience.masks, seed=9))
         same = subject.gradient(experience, new)[0] == subject.gradient(other, new)[0]
         require(not same, "needs_reference = True, but another reference gives the same loss")
 
@@ -261,7 +280,7 @@ def the_batch_is_left_as_it_was(subject: Subject) -> None:
         experience = subject.experience(batch)
         fresh = subject.batch(batch.blocks is not None)
         subject.algorithm.keep(experience.rewards, batch)
-        subject.gradient(experience, cases.estimate(batch, experience.masks, seed=3))
+        subject.gradient(experience, subject.estimate(batch, experience.masks, seed=3))
         for f in dataclasses.fields(RolloutBatch):
             value, was = getattr(batch, f.name), getattr(fresh, f.name)
             same = torch.equal(value, was) if isinstance(value, Tensor) else value == was
@@ -274,20 +293,36 @@ def the_learner_can_train_with_it(subject: Subject) -> None:
     """One update of a tiny model, full attention and block-causal, gives finite figures and moves the weights."""
     for family, batch in zip(("tiny", "sdar"), subject.batches(), strict=True):
         algorithm, judged = subject.algorithm, subject.judged()
-        learner = TorchLearner(
-            cases.denoiser(family),
-            character_tokenizer("0123456789"),
-            LearnerSection(lr=1e-3),
-            total_steps=1,
-            seed=0,
-            keep_reference=algorithm.needs_reference,
-            dump_folder=Path(tempfile.gettempdir()) / "dllm-rl-conformance",
-        )
+        learner = _policy_learner(batch) if subject.trains_policy else _learner(family, algorithm)
         before = learner.version().digest
         masks = subject.masks(batch)
         reference = learner.score(batch, masks, reference=True) if algorithm.needs_reference else None
         learner.update(batch, judged, algorithm.advantages(judged, batch), masks, algorithm, reference=reference)
         require(learner.version().digest != before, f"{family}: the weights did not move")
+
+
+def _learner(family: str, algorithm: Algorithm) -> Learner:
+    return TorchLearner(
+        cases.denoiser(family),
+        character_tokenizer("0123456789"),
+        LearnerSection(lr=1e-3),
+        total_steps=1,
+        seed=0,
+        keep_reference=algorithm.needs_reference,
+        dump_folder=Path(tempfile.gettempdir()) / "dllm-rl-conformance",
+    )
+
+
+def _policy_learner(batch: RolloutBatch) -> Learner:
+    return PolicyLearner(
+        build("strategies", "learned", {"width": 16}),
+        LearnerSection(lr=1e-3),
+        total_steps=1,
+        seed=0,
+        block_size=cases.BLOCK,
+        block_origin="response",
+        sees_block_only=batch.blocks is not None,
+    )
 
 
 CHECKS: tuple[Callable[[Subject], None], ...] = (

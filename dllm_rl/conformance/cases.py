@@ -55,6 +55,8 @@ def batch(*, blocks: bool, decoded: bool = True, group_size: int = 3) -> Rollout
         weights_step=torch.zeros(len(_PROMPTS), dtype=torch.int64),
         blocks=block_index(start, length, BLOCK, "response") if blocks else None,
         exact=True,
+        order=torch.where(step >= 0, 1, 0),
+        confidence=torch.rand(len(_PROMPTS), 4, length, generator=generator).clamp(0.05, 0.95) if decoded else None,
     ).check()
 
 
@@ -77,10 +79,11 @@ MIXED = [1.0, 0.0, 0.5, 0.0, 1.0, 0.25]
 PAIRS = [1.0, 0.0, 1.0, 0.0, 1.0, 0.0]
 
 
-def estimate(rows: RolloutBatch, masks: MaskSample, *, seed: int) -> LikelihoodEstimate:
-    """Plausible float64 log-likelihoods: negative on scored tokens, 0 elsewhere."""
-    noise = torch.rand(rows.tokens.shape, generator=generator_for(seed, "conformance", "logp"), dtype=torch.float64)
-    token = torch.where(rows.completion, -2 * noise, 0.0)
+def estimate(rows: RolloutBatch, masks: MaskSample, *, seed: int, policy: bool = False) -> LikelihoodEstimate:
+    """Plausible float64 log-likelihoods: negative on scored tokens (of a policy, on every forward), 0 elsewhere."""
+    where = torch.arange(int(rows.num_forwards.max())) < rows.num_forwards[:, None] if policy else rows.completion
+    noise = torch.rand(where.shape, generator=generator_for(seed, "conformance", "logp"), dtype=torch.float64)
+    token = torch.where(where, -2 * noise, 0.0)
     draws = torch.zeros(len(masks.mask), len(rows), dtype=torch.float64)
     return LikelihoodEstimate(token_logp=token, draw_logp=draws + token.sum(-1))
 

@@ -37,6 +37,9 @@ class Subject:
             margin=torch.rand(shape, generator=generator).masked_fill(~hidden, 0.0),
             noise=torch.rand(shape, generator=generator, dtype=torch.float64).clamp(1e-9, 1 - 1e-9),
             count=torch.minimum(left, torch.randint(1, 5, (ROWS,), generator=generator)),
+            context=torch.ones(shape, dtype=torch.bool),
+            masked=hidden,
+            time=torch.rand(ROWS, generator=generator),
         )
 
         def all_equal(logp: float) -> Candidates:
@@ -56,20 +59,21 @@ def _rows(candidates: Candidates, rows: Tensor) -> Candidates:
 
 
 def only_hidden_positions_are_chosen(subject: Subject) -> None:
-    """select() gives an (N, W) bool that is a subset of hidden."""
+    """select() gives an (N, W) bool, or int64 numbers, that are a subset of hidden."""
     for candidates in subject.candidates():
         chosen = subject.strategy.select(candidates)
         require(
-            chosen.dtype == torch.bool and chosen.shape == candidates.hidden.shape, f"{chosen.dtype} {chosen.shape}"
+            chosen.dtype in (torch.bool, torch.int64) and chosen.shape == candidates.hidden.shape,
+            f"{chosen.dtype} {chosen.shape}",
         )
-        outside = (chosen & ~candidates.hidden).nonzero()
+        outside = ((chosen > 0) & ~candidates.hidden).nonzero()
         require(not len(outside), f"(row, position) {outside[:1].tolist()} is not hidden")
 
 
 def every_row_moves_on(subject: Subject) -> None:
     """A row with hidden positions gets at least one chosen, whatever the figures: otherwise it would decode forever."""
     for candidates in subject.candidates():
-        stuck = (candidates.hidden.any(-1) & ~subject.strategy.select(candidates).any(-1)).nonzero()
+        stuck = (candidates.hidden.any(-1) & ~(subject.strategy.select(candidates) > 0).any(-1)).nonzero()
         require(not len(stuck), f"row {stuck[:1].tolist()} has hidden positions and none is chosen")
 
 

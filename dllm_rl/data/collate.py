@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ def collate(
     group: Sequence[int],
     block_size: int | None = None,
     block_origin: BlockOrigin = "response",
+    expert: Sequence[bool] | None = None,
 ) -> RolloutBatch:
     """A batch of rollouts.
 
@@ -28,6 +29,7 @@ def collate(
         group: group number of each row; rows of one prompt share it.
         block_size: of a block-causal model, else None.
         block_origin: where its blocks start.
+        expert: which rows an expert's strategy decoded; None = none.
     """
     width = max(len(t.tokens) for t in trajectories)
     start = torch.tensor([t.prompt_length for t in trajectories])
@@ -51,6 +53,9 @@ def collate(
         weights_step=torch.tensor([t.weights.step for t in trajectories]),
         blocks=None if block_size is None else block_index(start, width, block_size, block_origin),
         exact=all(t.exact for t in trajectories),
+        order=_if_all([t.order for t in trajectories], lambda rows: _padded(rows, width, 0)),
+        confidence=_if_all([t.confidence for t in trajectories], lambda rows: _stacked(rows, width)),
+        expert=None if expert is None else torch.tensor(expert),
     ).check()
 
 
@@ -127,6 +132,18 @@ def completion_texts(trajectories: Sequence[Trajectory], tokenizer: Any) -> list
 def _before_eos(t: Trajectory) -> Tensor:
     length = t.completion_length - (t.finish == "eos")
     return t.tokens[t.prompt_length : t.prompt_length + length]
+
+
+def _if_all(rows: Sequence[Tensor | None], pad: Callable[[Sequence[Tensor]], Tensor]) -> Tensor | None:
+    known = [row for row in rows if row is not None]
+    return pad(known) if len(known) == len(rows) else None
+
+
+def _stacked(rows: Sequence[Tensor], width: int) -> Tensor:
+    out = torch.zeros(len(rows), max(map(len, rows)), width)
+    for place, row in enumerate(rows):
+        out[place, : len(row), : row.shape[1]] = row
+    return out
 
 
 def _padded(rows: Sequence[Tensor], width: int, fill: float) -> Tensor:

@@ -57,6 +57,11 @@ def per_component(
     return total
 
 
+def group_size(group: Tensor) -> Tensor:
+    """(N,) float32: number of rows in the row's group."""
+    return _group_sum(torch.ones_like(group, dtype=torch.float32), group)
+
+
 def any_of_group(flag: Tensor, group: Tensor) -> Tensor:
     """(N,) bool: whether the flag (N,) holds for some row of the row's group."""
     return _group_sum(flag.to(torch.float32), group) > 0

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dllm_rl.types import BlockOrigin
+from dllm_rl.protocols import Denoiser
+from dllm_rl.types import BlockOrigin, Sampling
 
 
 def block_index(prompt_length: Tensor, length: int, block_size: int, origin: BlockOrigin = "response") -> Tensor:
@@ -27,6 +28,13 @@ def block_index(prompt_length: Tensor, length: int, block_size: int, origin: Blo
     position = torch.arange(length, device=prompt_length.device).expand(len(prompt_length), length)
     start = prompt_length[:, None] if origin == "response" else torch.zeros_like(prompt_length)[:, None]
     return torch.div(position - start, block_size, rounding_mode="floor")
+
+
+def block_rule(denoiser: Denoiser, sampling: Sampling) -> tuple[int, BlockOrigin]:
+    """Size and origin of decoding blocks: the model's own, or the sampling's counted from the response."""
+    if denoiser.block_size is not None:
+        return denoiser.block_size, denoiser.block_origin
+    return sampling.block_size or sampling.max_new_tokens, "response"
 
 
 def block_causal(blocks: Tensor, valid: Tensor) -> Tensor:

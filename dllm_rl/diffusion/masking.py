@@ -48,6 +48,12 @@ def fully_masked(
     return MaskSample(mask=mask.clone(), weight=completion.expand_as(mask).float() / draws)
 
 
+def no_draws(completion: Tensor) -> MaskSample:
+    """K = 0: for algorithms that score no token (they train an unmasking policy)."""
+    empty = completion[None][:0]
+    return MaskSample(mask=empty, weight=empty.float())
+
+
 def bernoulli(
     completion: Tensor, *, draws: int = 1, t_min: float = 1e-3, t_max: float = 1.0, generator: torch.Generator
 ) -> MaskSample:

@@ -6,6 +6,7 @@ of an importance ratio, which is why diagnostics report its spread.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal, get_args
 
 import torch
@@ -84,6 +85,47 @@ def reduce(value: Tensor, where: Tensor, kind: Reduction, *, num_tokens: int, nu
     raise ValueError(f"reduction = {kind!r}: must be one of {', '.join(get_args(Reduction))}")
 
 
+def ratio_metrics(
+    log_ratio: Tensor, advantage: Tensor, epsilon: float, where: Tensor, *, num_tokens: int, num_rows: int
+) -> dict[str, Tensor]:
+    """What tells whether ratios can be trusted, as means that add up over shards; see derived_metrics.
+
+    Args:
+        log_ratio: (...) nats, of tokens, forwards or rows.
+        advantage: broadcasts with it.
+        epsilon: clip half-width.
+        where: bool, which of them there are.
+        num_tokens: their number over the whole global batch.
+        num_rows: rows over the whole global batch.
+    """
+
+    def mean(value: Tensor) -> Tensor:
+        return reduce(value, where, "token_mean", num_tokens=num_tokens, num_rows=num_rows)
+
+    log_ratio = log_ratio.detach()
+    return {
+        "clip_fraction": mean(clip_active(log_ratio, advantage, epsilon).float()),
+        "log_ratio_mean": mean(log_ratio),
+        "log_ratio_square": mean(log_ratio.square()),
+        "ratio_mean": mean(log_ratio.exp()),
+        "ratio_square": mean((2 * log_ratio).exp()),
+    }
+
+
+def derived_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The metrics of a loss, with squares turned into what one reads.
+
+    ``log_ratio_deviation`` is the spread of log-ratios over the batch in nats; ``effective_samples`` is Kish's
+    effective sample size of the ratios as a share of their number, (mean r)^2 / mean r^2: 1 for the old policy.
+    """
+    out = dict(metrics)
+    if "log_ratio_square" in out:
+        variance = out.pop("log_ratio_square") - out["log_ratio_mean"] ** 2
+        out["log_ratio_deviation"] = max(0.0, variance) ** 0.5
+        out["effective_samples"] = out.pop("ratio_mean") ** 2 / max(out.pop("ratio_square"), 1e-30)
+    return out
+
+
 def clipped_loss(
     new: LikelihoodEstimate,
     experience: Experience,
@@ -114,11 +156,8 @@ def clipped_loss(
     def mean(value: Tensor, kind: Reduction = "token_mean") -> Tensor:
         return reduce(value, where, kind, num_tokens=experience.num_tokens, num_rows=experience.num_rows)
 
-    metrics = {
-        "clip_fraction": mean(clip_active(log_ratio, advantage, epsilon).float()),
-        "log_ratio_mean": mean(log_ratio.detach()),
-        "log_ratio_square": mean(log_ratio.detach().square()),
-    }
+    counts = {"num_tokens": experience.num_tokens, "num_rows": experience.num_rows}
+    metrics = ratio_metrics(log_ratio, advantage, epsilon, where, **counts)
     if beta > 0:
         target = experience.reference if anchor is None else anchor
         assert target is not None, "beta > 0 means needs_reference"
@@ -165,11 +204,9 @@ def sequence_clipped_loss(
     bound = sequence_logp(new, experience)
     log_ratio = (bound - sequence_logp(experience.old, experience)) / (length if ratio_norm == "length" else 1)
     gain = clipped(log_ratio, advantage, epsilon) / (length if loss_norm == "length" else 1)
-    metrics = {
-        "clip_fraction": clip_active(log_ratio, advantage, epsilon).float().sum() / experience.num_rows,
-        "log_ratio_mean": log_ratio.detach().sum() / experience.num_rows,
-        "log_ratio_square": log_ratio.detach().square().sum() / experience.num_rows,
-    }
+    every = torch.ones_like(log_ratio, dtype=torch.bool)
+    counts = {"num_tokens": experience.num_rows, "num_rows": experience.num_rows}  # a row is the unit of the ratio
+    metrics = ratio_metrics(log_ratio, advantage, epsilon, every, **counts)
     if beta > 0:
         assert experience.reference is not None, "beta > 0 means needs_reference"
         kl = divergence(bound, sequence_logp(experience.reference, experience), kind) / length

@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import hashlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,8 +23,8 @@ from torch import Tensor
 
 from dllm_rl import seeding
 from dllm_rl.config.schema import LearnerSection
-from dllm_rl.diffusion import likelihood
-from dllm_rl.learner.schedule import learning_rate
+from dllm_rl.diffusion import likelihood, surrogate
+from dllm_rl.learner.optimizer import Optimizer, digest
 from dllm_rl.models.denoiser import TransformersDenoiser
 from dllm_rl.models.loading import load_denoiser, save_denoiser
 from dllm_rl.models.lora import load_adapter, reference_weights, save_adapter
@@ -69,12 +68,9 @@ class TorchLearner:
         self.denoiser = denoiser
         self.step = 0
         self._tokenizer = tokenizer
-        self._config, self._total_steps, self._seed, self._dump_folder = config, total_steps, seed, dump_folder
+        self._config, self._seed, self._dump_folder = config, seed, dump_folder
         self._trained = [(n, p) for n, p in denoiser.module.named_parameters() if p.requires_grad]
-        decayed = [p for _, p in self._trained if p.dim() >= 2]
-        others = [p for _, p in self._trained if p.dim() < 2]
-        groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-        self._optimizer = torch.optim.AdamW([g for g in groups if g["params"]], config.lr, config.betas, config.eps)
+        self._optimizer = Optimizer([p for _, p in self._trained], config, total_steps)
         self._reference: TransformersDenoiser | None = None
         if keep_reference and denoiser.adapter is None:
             self._reference = copy.deepcopy(denoiser)
@@ -104,9 +100,7 @@ class TorchLearner:
             NonFiniteError: non-finite loss or gradient; weights are those before the update, the batch is on disk.
         """
         seeding.seed_everything(seeding.derive(self._seed, "update", self.step))  # dropout of adapters
-        lr = learning_rate(self.step, self._total_steps, self._config)
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
+        lr = self._optimizer.start(self.step)
         metrics: dict[str, float] = {}
         old: LikelihoodEstimate | None = None
         entropy: Tensor | None = None
@@ -115,7 +109,7 @@ class TorchLearner:
                 budget = self._config.tokens_per_microbatch
                 entropy = likelihood.entropy(self.denoiser, batch, masks, tokens_per_microbatch=budget)
         for _ in range(self._config.updates_per_step):
-            self._optimizer.zero_grad(set_to_none=True)
+            self._optimizer.zero_grad()
             new, alive = self._current(batch, masks)
             if old is None:
                 old = LikelihoodEstimate(token_logp=new.token_logp.detach().clone(), draw_logp=new.draw_logp)
@@ -136,12 +130,11 @@ class TorchLearner:
                 loss.value.backward()
             else:
                 self._second_phase(batch, masks, loss, new)
-            parameters = [p for _, p in self._trained]
-            norm = torch.nn.utils.clip_grad_norm_(parameters, self._config.max_grad_norm or float("inf"))
+            norm = self._optimizer.clip()
             self._require_finite("gradient norm", norm, experience)
             self._optimizer.step()
             metrics = {"loss": loss.value.item(), "grad_norm": norm.item(), "lr": lr}
-            metrics |= {name: value.item() for name, value in loss.metrics.items()}
+            metrics |= surrogate.derived_metrics({name: value.item() for name, value in loss.metrics.items()})
         self.step += 1
         return metrics
 
@@ -200,11 +193,7 @@ class TorchLearner:
 
     def version(self) -> WeightsVersion:
         """The step and a BLAKE2 digest of the trained weights."""
-        digest = hashlib.blake2b(digest_size=16)
-        for name, value in self._trained:
-            digest.update(name.encode())
-            digest.update(value.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy())
-        return WeightsVersion(step=self.step, digest=digest.hexdigest())
+        return WeightsVersion(step=self.step, digest=digest(self._trained))
 
     def named_weights(self) -> Iterable[tuple[str, Tensor]]:
         """Trained weights by module name."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
+from typing import Any
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -75,3 +77,9 @@ def _finished(tokenizer: tokenizers.Tokenizer) -> PreTrainedTokenizerFast:
         eos_token=EOS,
         clean_up_tokenization_spaces=False,
     )
+
+
+def vocabulary_digest(tokenizer: Any) -> str:
+    """Eight hexadecimal digits that depend on every token and its id: whether two models speak of the same tokens."""
+    entries = sorted(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
+    return hashlib.blake2b(repr(entries).encode(), digest_size=4).hexdigest()

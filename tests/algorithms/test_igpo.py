@@ -24,13 +24,13 @@ PROMPTS = [Prompt(uid=u, token_ids=(3,), text="", answer="", task="t", trace=tup
 
 def test_only_groups_without_a_solved_row_get_hints_one_per_sample():
     batch = cases.batch(blocks=False)
-    wanted = igpo().hints(
+    wanted = igpo().further(
         PROMPTS, cases.rewards([0, 1, 0, 0, 0.5, 0]), batch, canvas=cases.CANVAS, generator=generator_for(0)
     )
-    assert [(group, prompt.uid) for group, prompt in wanted] == [(1, "b#hint0"), (1, "b#hint1"), (1, "b#hint2")]
-    for _, prompt in wanted:
+    assert [(w.group, w.prompt.uid) for w in wanted] == [(1, "b#hint0"), (1, "b#hint1"), (1, "b#hint2")]
+    for prompt in (w.prompt for w in wanted):
         assert prompt.injected and all(prompt.trace[offset] == token for offset, token in prompt.injected.items())
-    nothing = igpo().hints(
+    nothing = igpo().further(
         PROMPTS, cases.rewards([0, 1, 0, 0, 1, 0]), batch, canvas=cases.CANVAS, generator=generator_for(0)
     )
     assert list(nothing) == []

@@ -64,6 +64,12 @@ SETTINGS = {
         "lr": 1e-3,
         "sampling": {"strategy": {"name": "confidence_threshold", "threshold": 0.7}},
     },
+    # Its reward is speed as well: when to commit how much, for a model that solves the task and stays as it is.
+    "unmasking_policy": {
+        "sft_steps": 60,
+        "lr": 3e-3,
+        "sampling": {"strategy": {"name": "learned", "width": 32}, "temperature": 0.0},
+    },
 }
 
 

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dllm_rl.cli.main import main
+from dllm_rl.models.unmasking import UnmaskingPolicy, save_policy
 
 
 def rows(path: Path, *lines: Any) -> str:
@@ -44,6 +45,16 @@ def revising_strategy(folder):
     )
     sys.path.insert(0, str(folder))
     return "undecided:Undecided"
+
+
+def tensors(path):
+    save_file({"a": torch.zeros(2)}, path)
+    return path
+
+
+def foreign_policy(folder):
+    save_policy(UnmaskingPolicy(width=16), folder, {"vocabulary": "00000000"})
+    return folder
 
 
 # name: (changes of the configuration, or a function of tmp_path that makes the files they need and returns them;
@@ -151,6 +162,42 @@ CONFIGURATIONS: dict[str, tuple[dict[str, Any] | Callable[[Path], dict[str, Any]
     "a replay of a strategy that revises": (
         lambda tmp: {"sampling.strategy": {"name": revising_strategy(tmp)}},
         ["'trace_rl' replays trajectories", "revises committed tokens"],
+    ),
+    "a policy to train, but a strategy without one": (
+        {"algorithm": {"name": "unmasking_policy"}},
+        ["'unmasking_policy' trains the network", "sampling.strategy to {name: learned}"],
+    ),
+    "a policy among sampled tokens": (
+        {"algorithm": {"name": "unmasking_policy"}, "sampling.strategy": {"name": "learned"}},
+        ["sampling.temperature = 1.0", "set sampling.temperature to 0"],
+    ),
+    "an expert whose blocks do not fit": (
+        {
+            "algorithm": {"name": "unmasking_policy", "experts": [0.9], "expert_block_size": 5},
+            "sampling.strategy": {"name": "learned"},
+            "sampling.temperature": 0.0,
+        },
+        ["expert_block_size = 5", "must divide the decoding block of 16"],
+    ),
+    "no policy file": (
+        {"sampling.strategy": {"name": "learned", "path": "/nowhere/p"}},
+        ["/nowhere/p", "not there", "policy.safetensors"],
+    ),
+    "a policy file that is none": (
+        lambda tmp: {"sampling.strategy": {"name": "learned", "path": str(tensors(tmp / "p.safetensors"))}},
+        ["p.safetensors", "not an unmasking policy"],
+    ),
+    "a broken policy file": (
+        lambda tmp: {"sampling.strategy": {"name": "learned", "path": rows(tmp / "p.safetensors", "x")}},
+        ["p.safetensors", "cannot be read"],
+    ),
+    "a policy of another vocabulary": (
+        lambda tmp: {"sampling.strategy": {"name": "learned", "path": str(foreign_policy(tmp))}},
+        ["another vocabulary", "any_vocabulary: true"],
+    ),
+    "an untrained policy for a model that learns": (
+        {"sampling.strategy": {"name": "learned"}},
+        ["strategy 'learned' has no path", "unmasking_policy"],
     ),
     "preferences without pairs": (
         lambda tmp: jsonl(rows(tmp / "a.jsonl", {"prompt": "a", "answer": "x"}), algorithm={"name": "vrpo"}),

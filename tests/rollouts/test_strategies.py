@@ -22,6 +22,9 @@ CANDIDATES = Candidates(
     margin=torch.tensor([[0.1, 0.2, 0.3, 0.4, 0.9]]),
     noise=torch.tensor([[0.2, 0.8, 0.1, 0.7, 0.99]], dtype=torch.float64),
     count=torch.tensor([2]),
+    context=torch.tensor([[True] * 5]),
+    masked=torch.tensor([[True, True, True, True, False]]),
+    time=torch.tensor([0.25]),
 )
 
 

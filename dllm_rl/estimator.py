@@ -1,0 +1,65 @@
+"""How far likelihood estimates can be trusted: their spread over fresh draws of the masks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dllm_rl import seeding
+from dllm_rl.config.schema import DiagnosticsSection
+from dllm_rl.protocols import Algorithm, Learner
+from dllm_rl.types import RolloutBatch
+
+
+def redrawn(
+    learner: Learner, algorithm: Algorithm, batch: RolloutBatch, *, seeds: Sequence[int], reference: bool = False
+) -> Tensor:
+    """(R, N) nats: each row's sequence log-likelihood under R independent draws of the algorithm's masks.
+
+    Args:
+        learner: scores.
+        algorithm: draws.
+        batch: N rows.
+        seeds: of each draw.
+        reference: score the frozen reference instead.
+    """
+    return torch.stack(
+        [
+            learner.score(batch, algorithm.masks(batch, torch.Generator().manual_seed(seed)), reference=reference)
+            .sequence_logp.double()
+            .cpu()
+            for seed in seeds
+        ]
+    )
+
+
+def estimator_metrics(
+    learner: Learner, algorithm: Algorithm, batch: RolloutBatch, settings: DiagnosticsSection, seed: int
+) -> dict[str, float]:
+    """Noise of the likelihood estimates of a few rows, under the current weights.
+
+    Args:
+        learner: scores; its weights are not changed.
+        algorithm: draws the masks.
+        batch: rows of this step; the first ones are looked at.
+        settings: how many rows and draws.
+        seed: of the draws.
+    Returns:
+        estimate_deviation: standard deviation of a row's sequence log-likelihood over draws, nats, root mean square
+            over rows; 0 for estimators without randomness.
+        estimate_deviation_per_token: the same divided by the row's scored tokens.
+    """
+    if algorithm.trains == "policy":
+        return {}  # exact log-probabilities
+    few = batch.select(torch.arange(min(settings.rows, len(batch))))
+    values = redrawn(
+        learner, algorithm, few, seeds=[seeding.derive(seed, "redraw", i) for i in range(settings.redraws)]
+    )
+    variance = values.var(0)  # (N,), unbiased
+    length = few.completion.sum(-1).cpu()
+    return {
+        "estimate_deviation": variance.mean().sqrt().item(),
+        "estimate_deviation_per_token": (variance / length.square()).mean().sqrt().item(),
+    }

@@ -1,0 +1,96 @@
+"""Commit the positions that a trained network chooses from the model's confidences.
+
+Source: Learning unmasking policies, arXiv:2512.09106; the network is described in dllm_rl/models/unmasking.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from dllm_rl.diffusion import choices
+from dllm_rl.models.unmasking import UnmaskingPolicy, load_policy, save_policy
+from dllm_rl.protocols import Candidates, UnmaskingStrategy
+
+
+class Learned(UnmaskingStrategy):
+    """A policy network; how many positions a forward commits is its own choice."""
+
+    @dataclass(frozen=True, slots=True, kw_only=True)
+    class Config:
+        """Options."""
+
+        path: str | None = None  # a trained policy (policy.safetensors, or its folder); null = an untrained one
+        distribution: Literal["bernoulli", "plackett_luce"] | None = None  # null = as trained, else bernoulli
+        temperature: float = 1.0  # utilities are divided by it; lower is more decided
+        bias: float = 0.0  # added to utilities: above 0 commits more tokens per forward, below 0 fewer
+        width: int = 128  # of an untrained network
+        heads: int = 2
+        seed: int = 0  # of an untrained network
+        any_vocabulary: bool = False  # use a policy that was trained with another model's vocabulary
+
+        def __post_init__(self) -> None:
+            if self.temperature <= 0:
+                raise ValueError(f"temperature = {self.temperature}: must be > 0")
+
+    config: Config
+    policy: UnmaskingPolicy
+    samples = True
+    reads_canvas = True
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        about: dict[str, Any] = {}
+        if config.path is None:
+            self.policy = UnmaskingPolicy(width=config.width, heads=config.heads, seed=config.seed)
+        else:
+            self.policy, about = load_policy(Path(config.path))
+        self.distribution = config.distribution or about.get("distribution", "bernoulli")
+        self.vocabulary: str | None = about.get("vocabulary")
+
+    def bind(self, vocabulary: str, device: torch.device, *, trained_here: bool) -> None:
+        """See UnmaskingStrategy.
+
+        Raises:
+            ValueError: the policy was trained with another vocabulary, or was never trained.
+        """
+        if self.config.path is None and not trained_here:
+            raise ValueError(
+                "strategy 'learned' has no path, so its policy is untrained; give the path of a trained one, or train "
+                "it with algorithm: {name: unmasking_policy}"
+            )
+        if self.vocabulary not in (None, vocabulary) and not self.config.any_vocabulary:
+            raise ValueError(
+                f"policy '{self.config.path}' was trained with another vocabulary ({self.vocabulary}, the model has "
+                f"{vocabulary}); take the policy of this model, or set any_vocabulary: true to transfer it"
+            )
+        self.vocabulary = vocabulary
+        self.policy.to(device)
+
+    def save(self, folder: Path) -> None:
+        """See UnmaskingStrategy."""
+        save_policy(self.policy, folder, {"distribution": self.distribution, "vocabulary": self.vocabulary})
+
+    def load(self, folder: Path) -> None:
+        """See UnmaskingStrategy."""
+        self.policy.load_state_dict(load_policy(folder)[0].state_dict())
+
+    def select(self, candidates: Candidates) -> Tensor:
+        """See UnmaskingStrategy; ignores tokens_per_step."""
+        draw = choices.draw_bernoulli if self.distribution == "bernoulli" else choices.draw_plackett_luce
+        with torch.no_grad():
+            return draw(self._utility(candidates), candidates.hidden, candidates.noise)
+
+    def log_prob(self, candidates: Candidates, order: Tensor) -> Tensor:
+        """See UnmaskingStrategy."""
+        logp = choices.bernoulli_logp if self.distribution == "bernoulli" else choices.plackett_luce_logp
+        return logp(self._utility(candidates), candidates.hidden, order)
+
+    def _utility(self, candidates: Candidates) -> Tensor:
+        c = candidates
+        utility: Tensor = self.policy(c.logp.exp(), c.masked, c.context, c.time)
+        return utility / self.config.temperature + self.config.bias
