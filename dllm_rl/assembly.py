@@ -23,7 +23,8 @@ from dllm_rl.models.denoiser import TransformersDenoiser
 from dllm_rl.models.loading import load_denoiser, save_denoiser
 from dllm_rl.models.lora import add_lora
 from dllm_rl.models.tokenizers import byte_bpe_tokenizer, character_tokenizer, vocabulary_digest
-from dllm_rl.protocols import Algorithm, Learner, Plan, RolloutEngine, Task, UnmaskingStrategy
+from dllm_rl.plans import Plan
+from dllm_rl.protocols import Algorithm, Learner, RolloutEngine, Task, UnmaskingStrategy
 from dllm_rl.reports.progress import Progress
 from dllm_rl.runtime.reward_pool import RewardPool, RewardSpec
 from dllm_rl.types import Example, Prompt, Sampling

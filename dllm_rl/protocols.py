@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from dllm_rl.plans import Further, Plan
 from dllm_rl.types import (
     BlockOrigin,
     Example,
@@ -101,43 +102,6 @@ class Denoiser(Protocol):
             valid: (N, W) bool; invalid window positions are not attended to.
             commit: append the window's keys and values to the cache (clean tokens) or leave the cache as it was.
         """
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
-    """What an algorithm may look at before anything starts, to refuse what cannot work.
-
-    Attributes:
-        sampling: decoding while training.
-        strategy: name of the unmasking strategy while training.
-        has_policy: whether that strategy has a network to train.
-        examples: the training rows.
-        task: name of the task.
-    """
-
-    sampling: Sampling
-    strategy: str
-    has_policy: bool
-    examples: Sequence[Example]
-    task: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Further:
-    """A rollout that an algorithm asks for in view of the ordinary ones.
-
-    Attributes:
-        group: number of the group that it joins.
-        prompt: decoded once, perhaps with injected tokens.
-        strategy: name and options of another unmasking strategy: the row is then an expert's (RolloutBatch.expert);
-            None = the one of the run.
-        block_size: decoding block of an expert, tokens; None = the run's.
-    """
-
-    group: int
-    prompt: Prompt
-    strategy: Mapping[str, Any] | None = None
-    block_size: int | None = None
 
 
 class Algorithm:

@@ -23,6 +23,7 @@ PROJECT = ("dllm_rl", *PLUGINS)
 # A module may import what stands in a line above its own, and its own package. The longest matching name decides.
 LAYERS: list[list[str]] = [
     ["dllm_rl", "dllm_rl.types", "dllm_rl.seeding", "dllm_rl.registry"],
+    ["dllm_rl.plans"],
     ["dllm_rl.protocols"],
     ["dllm_rl.config", "dllm_rl.diffusion"],
     ["dllm_rl.models", "dllm_rl.data"],
@@ -34,7 +35,7 @@ LAYERS: list[list[str]] = [
     ["dllm_rl.cli"],
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
-FOR_PLUGINS = {"types", "protocols", "diffusion", "models", "config", "seeding", "registry"}
+FOR_PLUGINS = {"types", "plans", "protocols", "diffusion", "models", "config", "seeding", "registry"}
 
 
 def sources(*folders: str) -> list[Path]:

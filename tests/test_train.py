@@ -79,11 +79,19 @@ def test_every_algorithm_runs_on_every_kind_of_family(tmp_path, monkeypatch, alg
         values["sampling"] |= {"strategy": {"name": "confidence_threshold", "threshold": 0.2}}
         values["data"]["task"] = {"name": "test_train:Shapes", "train_puzzles": 40, "test_puzzles": 20}
         values["reward_pool"] = {"canary": 0}
+    if algorithm == "unmasking_policy":
+        values["sampling"] |= {"strategy": {"name": "learned", "width": 16}, "temperature": 0.0}
+        values["data"]["task"] = {"name": "test_train:Shapes", "train_puzzles": 40, "test_puzzles": 20}
+        values["rewards"] = [{"name": "format", "pattern": "."}]  # all are right, some are fast
+        values["reward_pool"] = {"canary": 0}
     summary = run(values)
     assert summary.steps == 2 and len(summary.after) == 1
     first, second = [row for row in rows(summary) if "loss" in row]
     assert first["grad_norm"] > 0 and second["step"] == 2 and 0 < first["kept_rows"] <= 1
-    for name in ("config.yaml", "metrics.jsonl", "plot.png", "checkpoints/step-000002/model/model.safetensors"):
+    weights = {"model": "model.safetensors", "policy": "policy.safetensors"}[
+        registry.load("algorithms", algorithm).trains
+    ]
+    for name in ("config.yaml", "metrics.jsonl", "plot.png", f"checkpoints/step-000002/model/{weights}"):
         assert (summary.folder / name).stat().st_size > 0
     if registry.load("algorithms", algorithm).source == "rollouts":
         samples = rows(summary, "samples.jsonl")

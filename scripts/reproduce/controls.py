@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from algorithms.coupled_grpo import CoupledGRPO
+from algorithms.igpo import IGPO
 from algorithms.trace_rl import TraceRL
 from dllm_rl.types import Rewards, RolloutBatch
 
@@ -46,3 +47,9 @@ class CreditedCoupledGRPO(CoupledGRPO):
                 failed = (rewards.total[rows] < 1)[:, None]
                 credited[rows] = credited[rows].masked_fill(right & failed, 0.0)
         return credited
+
+
+class WithoutHints(IGPO):
+    """IGPO's likelihood, ratio and loss, without its hints: the GRPO that it is compared with."""
+
+    asks_further = False

@@ -40,11 +40,11 @@ ESTIMATORS = {
 
 def gradient(parts: Parts, batch: RolloutBatch, masks: MaskSample, weight: Tensor) -> Tensor:
     """Flat float64 gradient of sum_n weight_n sum_i log p(token_i of row n) over the trained parameters."""
-    module = parts.learner.denoiser.module
+    module = parts.denoiser.module
     module.zero_grad(set_to_none=True)
     needed = MaskSample(mask=masks.mask, weight=masks.weight * (weight != 0)[None, :, None])
     for work in likelihood.plan(batch, needed, 1 << 16):
-        values, pair, _ = likelihood.score(parts.learner.denoiser, batch, needed, work)
+        values, pair, _ = likelihood.score(parts.denoiser, batch, needed, work)
         (values * weight[work.row[pair]]).sum().backward()
     return torch.cat([p.grad.flatten().double() for _, p in parts.learner.named_weights() if p.grad is not None])
 
@@ -59,7 +59,7 @@ def misplaced(
     blamed = total = 0.0
     with torch.no_grad():
         for work in likelihood.plan(batch, masks, 1 << 16):
-            values, pair, position = likelihood.score(parts.learner.denoiser, batch, masks, work)
+            values, pair, position = likelihood.score(parts.denoiser, batch, masks, work)
             row, draw = work.row[pair], work.draw[pair]
             scale = masks.weight[draw, row, position]
             size = (weight[row] * scale * (1 - (values / scale).exp())).square().double()

@@ -217,7 +217,7 @@ def test_saved_state_loads_to_the_same_bits_and_the_same_next_update(tiny_denois
     learner.save(folder)
     _, _, other = one_update(tiny_denoiser, tmp_path, "masked_sft", lr=0.05)
     assert other.version() != learner.version()
-    other._config = learner._config
+    other._config = other._optimizer._config = learner._config
     other.load(folder)
     assert other.version() == learner.version() and other.step == 1
     algorithm_class = registry.load("algorithms", "masked_sft")

@@ -1,0 +1,129 @@
+"""The training runs behind the claims: one shared start per seed, then equal budgets. See claims.py."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+from dllm_rl.cli.output import write_json
+from dllm_rl.config.load import load_config
+from dllm_rl.reports.run_folder import RunFolder
+from dllm_rl.train import train
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+STEPS = 150
+
+# Fixed before any of the seeds below was run, and the same for all methods unless a line says otherwise: the optimiser,
+# its learning rate and the decoding of the quickstart (sudoku4_rl.yaml), 16 prompts x 8 samples a step.
+COMMON = [
+    f"run.steps={STEPS}",
+    "data.prompts_per_step=16",
+    "evaluate.every_steps=null",
+    "evaluate.at_start=false",
+    "evaluate.tokens_per_step=[1, 2, 4]",
+    "evaluate.limit=1024",
+    "diagnostics.every_steps=50",
+]
+FAST = [
+    "sampling.strategy={name: confidence_threshold, threshold: 0.9}",
+    "evaluate.tokens_per_step=[1]",  # not read by this strategy
+]
+HARD = [
+    "data.task={name: sudoku4, min_holes: 10, max_holes: 12, train_puzzles: 4096, test_puzzles: 512}",
+    "evaluate.tokens_per_step=[4]",
+    "evaluate.every_steps=50",
+]
+POLICY = [
+    "sampling.strategy={name: learned, width: 64}",
+    "sampling.temperature=0",
+    "learner.lr=1.0e-3",  # a network of its own, from scratch
+    "learner.updates_per_step=2",  # the paper's
+    "evaluate.tokens_per_step=[1]",
+]
+RUNS: Mapping[str, Sequence[str]] = {
+    "trace_rl": ["algorithm={name: trace_rl, advantage: group_mean}"],
+    "coupled_grpo": ["algorithm={name: coupled_grpo}"],
+    "diffu_grpo": ["algorithm={name: diffu_grpo}"],
+    "espo": ["algorithm={name: espo}"],
+    "gdpo": ["algorithm={name: gdpo}"],
+    "just_grpo": [
+        "algorithm={name: just_grpo, reduction: token_mean}",  # the scale of the others' losses
+        "sampling.strategy={name: left_to_right}",
+        "sampling.tokens_per_step=1",
+        "evaluate.strategy={name: low_confidence}",
+    ],
+    "igpo": [*HARD, "algorithm={name: igpo, reserve: 0, chunk: [2, 4]}"],
+    # Twice the samples: hinted rollouts at most double the first's, so this has at least as many.
+    "grpo, hard": [*HARD, 'algorithm={name: "controls:WithoutHints", reserve: 0}', "data.samples_per_prompt=16"],
+    "lightning_rl": [*FAST, "algorithm={name: lightning_rl}"],
+    "lightning_rl, no anchor": [*FAST, "algorithm={name: lightning_rl, anchor: 0.0}"],
+    "policy": [*POLICY, "algorithm={name: unmasking_policy}"],
+    "policy, experts": [
+        *POLICY,
+        "algorithm={name: unmasking_policy, experts: [0.7, 0.9], expert_block_size: 4}",
+    ],
+}
+
+
+def base_model(output: Path, seed: int) -> Path:
+    """Where the shared start of a seed is: the model of sudoku4_sft.yaml."""
+    config = load_config(CONFIGS / "sudoku4_sft.yaml", [f"run.output={output}", f"run.name=base-seed{seed}"])
+    return output / config.run.name / "checkpoints" / f"step-{config.run.steps:06d}" / "model"
+
+
+def run_base(output: Path, seed: int) -> dict[str, Any]:
+    """Train the shared start of a seed."""
+    if not base_model(output, seed).exists():
+        common = [f"run.seed={seed}", f"run.output={output}", f"run.name=base-seed{seed}", "evaluate.at_end=false"]
+        train(load_config(CONFIGS / "sudoku4_sft.yaml", common))
+    return {}
+
+
+def folder_of(output: Path, name: str, seed: int) -> Path:
+    """The run folder of a run."""
+    return output / ("".join(c if c.isalnum() else "-" for c in name).replace("--", "-") + f"-seed{seed}")
+
+
+def run_one(output: Path, name: str, seed: int) -> dict[str, Any]:
+    """Figures of a run, from its folder if it has finished before."""
+    folder = folder_of(output, name, seed)
+    result = folder / "claim.json"
+    if result.exists():
+        finished: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
+        return finished
+    place = [f"run.seed={seed}", f"run.output={output}", f"run.name={folder.name}"]
+    config = load_config(
+        CONFIGS / "sudoku4_rl.yaml", [*place, f"model.path={base_model(output, seed)}", *COMMON, *RUNS[name]]
+    )
+    started = time.perf_counter()
+    summary = train(config)
+    figures = {
+        "after": [e.summary() for e in summary.after],
+        "metrics": RunFolder(folder).metrics(),
+        "seconds": time.perf_counter() - started,
+    }
+    write_json(result, figures)
+    return figures
+
+
+def run_all(
+    output: Path, names: Sequence[str], seeds: Sequence[int], processes: int
+) -> dict[str, list[dict[str, Any]]]:
+    """Name -> figures per seed; two runs at a time."""
+    jobs: list[tuple[Any, ...]] = [(run_base, output, seed) for seed in seeds]
+    found: dict[tuple[str, int], dict[str, Any]] = {}
+    context = multiprocessing.get_context("spawn")  # torch and fork do not mix
+    with ProcessPoolExecutor(processes, mp_context=context) as pool:
+        for done in as_completed([pool.submit(*job) for job in jobs]):
+            done.result()
+        waiting = {pool.submit(run_one, output, name, seed): (name, seed) for seed in seeds for name in names}
+        for number, done in enumerate(as_completed(waiting), start=1):
+            found[waiting[done]] = done.result()
+            name, seed = waiting[done]
+            print(f"{number}/{len(waiting)} {name}, seed {seed}: {done.result()['seconds']:.0f} s", flush=True)
+    return {name: [found[name, seed] for seed in seeds] for name in names}
