@@ -58,3 +58,19 @@ def finished_run(tmp_path_factory):
     config.write_text(yaml.safe_dump(values))
     assert main(["train", str(config), "--quiet"]) == 0
     return folder / "run"
+
+
+@pytest.fixture
+def refuse(capsys):
+    """Runs a command and holds its message to the rules: exit code 2, one line, all the words in it."""
+
+    def check(arguments: list[str], words: list[str]) -> None:
+        capsys.readouterr()
+        code = main([*arguments])
+        lines = capsys.readouterr().err.splitlines()
+        assert (code, len(lines)) == (2, 1), lines
+        assert lines[0].startswith("error: "), lines[0]
+        for word in words:
+            assert word in lines[0], (word, lines[0])
+
+    return check

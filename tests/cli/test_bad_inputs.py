@@ -17,7 +17,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dllm_rl.cli.main import main
-from dllm_rl.models.unmasking import UnmaskingPolicy, save_policy
 
 
 def rows(path: Path, *lines: Any) -> str:
@@ -35,26 +34,6 @@ def jsonl(path: str, **more: Any) -> dict[str, Any]:
         "rewards": [{"name": "format", "pattern": "."}],
         **more,
     }
-
-
-def revising_strategy(folder):
-    """The place of a strategy that says that it changes its mind."""
-    (folder / "undecided.py").write_text(
-        "from rollouts.strategies.low_confidence import LowConfidence\n\n"
-        "class Undecided(LowConfidence):\n    revises = True\n"
-    )
-    sys.path.insert(0, str(folder))
-    return "undecided:Undecided"
-
-
-def tensors(path):
-    save_file({"a": torch.zeros(2)}, path)
-    return path
-
-
-def foreign_policy(folder):
-    save_policy(UnmaskingPolicy(width=16), folder, {"vocabulary": "00000000"})
-    return folder
 
 
 # name: (changes of the configuration, or a function of tmp_path that makes the files they need and returns them;
@@ -143,77 +122,6 @@ CONFIGURATIONS: dict[str, tuple[dict[str, Any] | Callable[[Path], dict[str, Any]
     ),
     "greedy rollouts": ({"sampling.temperature": 0.0}, ["sampling.temperature = 0", "every advantage 0"]),
     "a group of one": ({"data.samples_per_prompt": 1}, ["data.samples_per_prompt = 1", "at least 2"]),
-    "a quadrature that has no table": (
-        {"algorithm": {"name": "gdpo", "nodes": 6}},
-        ["algorithm.nodes = 6: must be 1..5"],
-    ),
-    "hints without a trace": (
-        {"algorithm": {"name": "igpo"}, "data.task": {"name": "countdown", "train_puzzles": 8, "test_puzzles": 4}},
-        ["'igpo' cuts hints from a reference trace", "of task 'countdown' has none"],
-    ),
-    "hints without room": (
-        {"algorithm": {"name": "igpo"}},
-        ["algorithm.reserve = 30", "sampling.max_new_tokens = 16"],
-    ),
-    "left-to-right likelihoods of other rollouts": (
-        {"algorithm": {"name": "just_grpo"}},
-        ["just_grpo", "sampling.strategy.name=left_to_right"],
-    ),
-    "a replay of a strategy that revises": (
-        lambda tmp: {"sampling.strategy": {"name": revising_strategy(tmp)}},
-        ["'trace_rl' replays trajectories", "revises committed tokens"],
-    ),
-    "a policy to train, but a strategy without one": (
-        {"algorithm": {"name": "unmasking_policy"}},
-        ["'unmasking_policy' trains the network", "sampling.strategy to {name: learned}"],
-    ),
-    "a policy among sampled tokens": (
-        {"algorithm": {"name": "unmasking_policy"}, "sampling.strategy": {"name": "learned"}},
-        ["sampling.temperature = 1.0", "set sampling.temperature to 0"],
-    ),
-    "an expert whose blocks do not fit": (
-        {
-            "algorithm": {"name": "unmasking_policy", "experts": [0.9], "expert_block_size": 5},
-            "sampling.strategy": {"name": "learned"},
-            "sampling.temperature": 0.0,
-        },
-        ["expert_block_size = 5", "must divide the decoding block of 16"],
-    ),
-    "no policy file": (
-        {"sampling.strategy": {"name": "learned", "path": "/nowhere/p"}},
-        ["/nowhere/p", "not there", "policy.safetensors"],
-    ),
-    "a policy file that is none": (
-        lambda tmp: {"sampling.strategy": {"name": "learned", "path": str(tensors(tmp / "p.safetensors"))}},
-        ["p.safetensors", "not an unmasking policy"],
-    ),
-    "a broken policy file": (
-        lambda tmp: {"sampling.strategy": {"name": "learned", "path": rows(tmp / "p.safetensors", "x")}},
-        ["p.safetensors", "cannot be read"],
-    ),
-    "a policy of another vocabulary": (
-        lambda tmp: {"sampling.strategy": {"name": "learned", "path": str(foreign_policy(tmp))}},
-        ["another vocabulary", "any_vocabulary: true"],
-    ),
-    "an untrained policy for a model that learns": (
-        {"sampling.strategy": {"name": "learned"}},
-        ["strategy 'learned' has no path", "unmasking_policy"],
-    ),
-    "preferences without pairs": (
-        lambda tmp: jsonl(rows(tmp / "a.jsonl", {"prompt": "a", "answer": "x"}), algorithm={"name": "vrpo"}),
-        ["a.jsonl-0", "not a preference pair"],
-    ),
-    "a pair of equals": (
-        lambda tmp: jsonl(
-            rows(
-                tmp / "a.jsonl",
-                {"prompt": "a", "chosen": "x", "rejected": "y"},
-                {"prompt": "b", "chosen": "x", "rejected": "x"},
-            ),
-            algorithm={"name": "vrpo"},
-        ),
-        ["a.jsonl-1", "are the same", "remove the row"],
-    ),
     "no rewards": (
         lambda tmp: jsonl(
             rows(tmp / "a.jsonl", {"prompt": "a", "answer": "x"}),
@@ -231,22 +139,11 @@ CONFIGURATIONS: dict[str, tuple[dict[str, Any] | Callable[[Path], dict[str, Any]
 }
 
 
-def refuse(capsys: pytest.CaptureFixture[str], arguments: list[str], words: list[str]) -> None:
-    """Run the command and hold its message to the rules."""
-    capsys.readouterr()
-    code = main([*arguments])
-    lines = capsys.readouterr().err.splitlines()
-    assert (code, len(lines)) == (2, 1), lines
-    assert lines[0].startswith("error: "), lines[0]
-    for word in words:
-        assert word in lines[0], (word, lines[0])
-
-
 @pytest.mark.parametrize("case", CONFIGURATIONS)
-def test_configurations(case, write, tmp_path, capsys):
+def test_configurations(case, write, tmp_path, refuse):
     changes, words = CONFIGURATIONS[case]
     config = write(changes(tmp_path) if callable(changes) else changes)
-    refuse(capsys, ["train", str(config), "--quiet"], words)
+    refuse(["train", str(config), "--quiet"], words)
     assert not (tmp_path / "runs" / "run" / "metrics.jsonl").exists(), "a refused run must leave room for the next"
 
 
@@ -261,10 +158,10 @@ def test_configurations(case, write, tmp_path, capsys):
     ],
     ids=["not YAML", "a list", "empty", "extends nothing", "extends itself"],
 )
-def test_files(text, words, tmp_path, capsys):
+def test_files(text, words, tmp_path, refuse):
     path = tmp_path / "config.yaml"
     path.write_text(text)
-    refuse(capsys, ["train", str(path)], words)
+    refuse(["train", str(path)], words)
 
 
 @pytest.mark.parametrize(
@@ -279,8 +176,8 @@ def test_files(text, words, tmp_path, capsys):
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )
-def test_arguments(arguments, words, write, capsys):
-    refuse(capsys, ["train", str(write()), *arguments], words)
+def test_arguments(arguments, words, write, refuse):
+    refuse(["train", str(write()), *arguments], words)
 
 
 def digest(folder: Path) -> str:
@@ -325,13 +222,13 @@ RUNS: dict[str, tuple[Callable[[Path], Any], list[str], list[str]]] = {
 
 
 @pytest.mark.parametrize("case", RUNS)
-def test_runs_are_kept(case, finished_run, write, tmp_path, capsys):
+def test_runs_are_kept(case, finished_run, write, tmp_path, refuse):
     spoil, arguments, words = RUNS[case]
     run = tmp_path / "runs" / "run"
     shutil.copytree(finished_run, run)
     spoil(run)
     before = digest(run)
-    refuse(capsys, ["train", str(write()), *arguments, "--quiet"], words)
+    refuse(["train", str(write()), *arguments, "--quiet"], words)
     assert digest(run) == before, "a refused command changed the run"
 
 
@@ -376,12 +273,12 @@ MODELS: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
 
 
 @pytest.mark.parametrize("case", MODELS)
-def test_models(case, finished_run, write, tmp_path, capsys):
+def test_models(case, finished_run, write, tmp_path, refuse):
     spoil, words = MODELS[case]
     model = tmp_path / "model"
     shutil.copytree(finished_run / LAST / "model", model)
     spoil(model)
-    refuse(capsys, ["train", str(write({"model": {"path": str(model)}})), "--quiet"], words)
+    refuse(["train", str(write({"model": {"path": str(model)}})), "--quiet"], words)
 
 
 @pytest.mark.parametrize(
@@ -391,9 +288,9 @@ def test_models(case, finished_run, write, tmp_path, capsys):
         (".", ["not a run folder", "config.yaml"]),
     ],
 )
-def test_evaluation_targets(target, words, tmp_path, capsys, monkeypatch):
+def test_evaluation_targets(target, words, tmp_path, monkeypatch, refuse):
     monkeypatch.chdir(tmp_path)
-    refuse(capsys, ["eval", target, "--quiet"], words)
+    refuse(["eval", target, "--quiet"], words)
 
 
 def test_a_folder_named_rewards_that_hides_ours_is_named(write, tmp_path):

@@ -1,0 +1,137 @@
+"""Algorithms, strategies and data that cannot work together: refused before anything starts, exit code 2."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from dllm_rl.models.unmasking import UnmaskingPolicy, save_policy
+
+
+def rows(path: Path, *lines: Any) -> str:
+    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+    return str(path)
+
+
+def jsonl(path: str, **more: Any) -> dict[str, Any]:
+    """Changes that train on the user's own rows with a reward that any text gets."""
+    return {
+        "data.task": {"name": "jsonl", "train_file": path, "success": "format"},
+        "model.init.tokenizer": "byte_bpe",
+        "model.init.vocab_size": 300,
+        "model.init.max_length": 64,
+        "rewards": [{"name": "format", "pattern": "."}],
+        **more,
+    }
+
+
+def revising_strategy(folder):
+    """The place of a strategy that says that it changes its mind."""
+    (folder / "undecided.py").write_text(
+        "from rollouts.strategies.low_confidence import LowConfidence\n\n"
+        "class Undecided(LowConfidence):\n    revises = True\n"
+    )
+    sys.path.insert(0, str(folder))
+    return "undecided:Undecided"
+
+
+def tensors(path):
+    save_file({"a": torch.zeros(2)}, path)
+    return path
+
+
+def foreign_policy(folder):
+    save_policy(UnmaskingPolicy(width=16), folder, {"vocabulary": "00000000"})
+    return folder
+
+
+# name: (changes of the configuration, or a function of tmp_path that makes the files they need and returns them;
+#        words of the message)
+PLANS: dict[str, tuple[dict[str, Any] | Callable[[Path], dict[str, Any]], list[str]]] = {
+    "a quadrature that has no table": (
+        {"algorithm": {"name": "gdpo", "nodes": 6}},
+        ["algorithm.nodes = 6: must be 1..5"],
+    ),
+    "hints without a trace": (
+        {"algorithm": {"name": "igpo"}, "data.task": {"name": "countdown", "train_puzzles": 8, "test_puzzles": 4}},
+        ["'igpo' cuts hints from a reference trace", "of task 'countdown' has none"],
+    ),
+    "hints without room": (
+        {"algorithm": {"name": "igpo"}},
+        ["algorithm.reserve = 30", "sampling.max_new_tokens = 16"],
+    ),
+    "left-to-right likelihoods of other rollouts": (
+        {"algorithm": {"name": "just_grpo"}},
+        ["just_grpo", "sampling.strategy.name=left_to_right"],
+    ),
+    "a replay of a strategy that revises": (
+        lambda tmp: {"sampling.strategy": {"name": revising_strategy(tmp)}},
+        ["'trace_rl' replays trajectories", "revises committed tokens"],
+    ),
+    "a policy to train, but a strategy without one": (
+        {"algorithm": {"name": "unmasking_policy"}},
+        ["'unmasking_policy' trains the network", "sampling.strategy to {name: learned}"],
+    ),
+    "a policy among sampled tokens": (
+        {"algorithm": {"name": "unmasking_policy"}, "sampling.strategy": {"name": "learned"}},
+        ["sampling.temperature = 1.0", "set sampling.temperature to 0"],
+    ),
+    "an expert whose blocks do not fit": (
+        {
+            "algorithm": {"name": "unmasking_policy", "experts": [0.9], "expert_block_size": 5},
+            "sampling.strategy": {"name": "learned"},
+            "sampling.temperature": 0.0,
+        },
+        ["expert_block_size = 5", "must divide the decoding block of 16"],
+    ),
+    "no policy file": (
+        {"sampling.strategy": {"name": "learned", "path": "/nowhere/p"}},
+        ["/nowhere/p", "not there", "policy.safetensors"],
+    ),
+    "a policy file that is none": (
+        lambda tmp: {"sampling.strategy": {"name": "learned", "path": str(tensors(tmp / "p.safetensors"))}},
+        ["p.safetensors", "not an unmasking policy"],
+    ),
+    "a broken policy file": (
+        lambda tmp: {"sampling.strategy": {"name": "learned", "path": rows(tmp / "p.safetensors", "x")}},
+        ["p.safetensors", "cannot be read"],
+    ),
+    "a policy of another vocabulary": (
+        lambda tmp: {"sampling.strategy": {"name": "learned", "path": str(foreign_policy(tmp))}},
+        ["another vocabulary", "any_vocabulary: true"],
+    ),
+    "an untrained policy for a model that learns": (
+        {"sampling.strategy": {"name": "learned"}},
+        ["strategy 'learned' has no path", "unmasking_policy"],
+    ),
+    "preferences without pairs": (
+        lambda tmp: jsonl(rows(tmp / "a.jsonl", {"prompt": "a", "answer": "x"}), algorithm={"name": "vrpo"}),
+        ["a.jsonl-0", "not a preference pair"],
+    ),
+    "a pair of equals": (
+        lambda tmp: jsonl(
+            rows(
+                tmp / "a.jsonl",
+                {"prompt": "a", "chosen": "x", "rejected": "y"},
+                {"prompt": "b", "chosen": "x", "rejected": "x"},
+            ),
+            algorithm={"name": "vrpo"},
+        ),
+        ["a.jsonl-1", "are the same", "remove the row"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", PLANS)
+def test_plans(case, write, tmp_path, refuse):
+    changes, words = PLANS[case]
+    config = write(changes(tmp_path) if callable(changes) else changes)
+    refuse(["train", str(config), "--quiet"], words)
+    assert not (tmp_path / "runs" / "run" / "metrics.jsonl").exists(), "a refused run must leave room for the next"
