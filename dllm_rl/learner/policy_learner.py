@@ -95,9 +95,12 @@ class PolicyLearner:
         metrics: dict[str, float] = {}
         for _ in range(self._config.updates_per_step):
             self._optimizer.zero_grad()
-            new = self.score(batch, masks)
-            old = old or LikelihoodEstimate(token_logp=new.token_logp.clone(), draw_logp=new.draw_logp)
-            new.token_logp.requires_grad_()
+            work = list(self._microbatches(batch))
+            alive = len(work) == 1  # its graph fits: keep it rather than compute it twice
+            new = self._current(batch, work[0]) if alive else self.score(batch, masks)
+            old = old or LikelihoodEstimate(token_logp=new.token_logp.detach().clone(), draw_logp=new.draw_logp)
+            if not alive:
+                new.token_logp.requires_grad_()
             experience = Experience(
                 batch=batch,
                 rewards=rewards,
@@ -109,11 +112,14 @@ class PolicyLearner:
                 num_rows=len(batch),
             )
             loss = algorithm.loss(new, experience)
-            (coefficient,) = torch.autograd.grad(loss.value, new.token_logp)
             self._require_finite("loss", loss.value)
-            for row, forward in self._microbatches(batch, coefficient != 0):
-                logp = self._log_prob(batch, row, forward)
-                (logp * coefficient[row, forward].to(logp.device)).sum().backward()
+            if alive:
+                loss.value.backward()
+            else:
+                (coefficient,) = torch.autograd.grad(loss.value, new.token_logp)
+                for row, forward in self._microbatches(batch, coefficient != 0):
+                    logp = self._log_prob(batch, row, forward)
+                    (logp * coefficient[row, forward].to(logp.device)).sum().backward()
             norm = self._optimizer.clip()
             self._require_finite("gradient norm", norm)
             self._optimizer.step()
@@ -146,6 +152,12 @@ class PolicyLearner:
         state = torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu")
         self._optimizer.load_state_dict(state["optimizer"])
         self.step = state["step"]
+
+    def _current(self, batch: RolloutBatch, work: tuple[Tensor, Tensor]) -> LikelihoodEstimate:
+        """All log-probabilities with their graph."""
+        logp = torch.zeros(len(batch), int(batch.num_forwards.max()))
+        logp = logp.index_put(work, self._log_prob(batch, *work).cpu())
+        return LikelihoodEstimate(token_logp=logp, draw_logp=torch.zeros(0, len(batch)))
 
     def _microbatches(self, batch: RolloutBatch, wanted: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """(row, forward) numbers of every forward, or of the wanted (N, T) ones, within the token budget."""

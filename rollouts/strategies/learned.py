@@ -91,6 +91,11 @@ class Learned(UnmaskingStrategy):
         return logp(self._utility(candidates), candidates.hidden, order)
 
     def _utility(self, candidates: Candidates) -> Tensor:
-        c = candidates
-        utility: Tensor = self.policy(c.logp.exp(), c.masked, c.context, c.time)
-        return utility / self.config.temperature + self.config.bias
+        c, utility = candidates, torch.zeros_like(candidates.logp)
+        seen = c.context.any(0).nonzero().flatten()
+        if not len(seen):
+            return utility
+        part = slice(int(seen[0]), int(seen[-1]) + 1)  # prompts and padding would only cost time
+        values = self.policy(c.logp[:, part].exp(), c.masked[:, part], c.context[:, part], c.time)
+        utility[:, part] = values / self.config.temperature + self.config.bias
+        return utility

@@ -119,7 +119,7 @@ def _log_ratio(results: Results, measure: str, worse: str, better: str) -> Figur
     return Figure(f"log10 of {worse} over {better}", values)
 
 
-def _levels(results: Results, names: Sequence[str], speeds: Sequence[int] = (1, 2, 4)) -> list[str]:
+def _levels(results: Results, names: Sequence[str], speeds: Sequence[int] = (1, 4)) -> list[str]:
     lines = []
     for name in names:
         cells = [f"{100 * _mean([_accuracy(run, s) for run in results[name]]):.1f} at {s}" for s in speeds]
@@ -143,7 +143,7 @@ def _igpo(results: Results) -> list[Figure]:
     learned = [_mean(_column(a, name)) - _mean(_column(b, name)) for a, b in pairs]
     return [
         Figure("all-wrong groups, grpo - igpo", [groups(b) - groups(a) for a, b in pairs], scale=100, unit=" points"),
-        Figure("boards, mean of steps 50, 100, 150, igpo - grpo", learned, scale=100, unit=" points"),
+        Figure("boards, mean of 4 evaluations on the way, igpo - grpo", learned, scale=100, unit=" points"),
     ]
 
 
@@ -181,10 +181,11 @@ def _policy(results: Results) -> list[Figure]:
     return figures
 
 
-def _start_gap(results: Results, name: str, speed: int) -> Figure:
+def _start_gap(results: Results, name: str, speed: int, above: float) -> Figure:
     pairs = zip(results[name], results["start"], strict=True)
     values = [_accuracy(run, speed) - start["accuracy"][speed] for run, start in pairs]
-    return Figure(f"{name}, after - before, boards at {speed} per forward", values, scale=100, unit=" points")
+    label = f"{name}, after - before, boards at {speed} per forward"
+    return Figure(label, values, above=above, scale=100, unit=" points")
 
 
 CLAIMS: Mapping[str, Claim] = {
@@ -257,11 +258,11 @@ CLAIMS: Mapping[str, Claim] = {
         lambda r: _levels(r, ["trace_rl", "coupled_grpo", "diffu_grpo"]),
     ),
     "just_grpo": Claim(
-        "Training on left-to-right decoding keeps parallel decoding at test time",
+        "Training on left-to-right decoding helps at 1 token per forward and keeps parallel decoding (to 1 point)",
         "JustGRPO, arXiv:2601.15165",
         ["just_grpo", "start"],
-        lambda r: [_start_gap(r, "just_grpo", speed) for speed in (1, 2, 4)],
-        lambda r: _levels(r, ["just_grpo"]),
+        lambda r: [_start_gap(r, "just_grpo", n, above) for n, above in ((1, 0.0), (2, -0.01), (4, -0.01))],
+        lambda r: _levels(r, ["just_grpo"], (1, 2, 4)),
     ),
 }
 
