@@ -361,6 +361,12 @@ class Learner(Protocol):
         A non-finite loss or gradient raises before the weights change, and dumps the batch.
         """
 
+    def reference_digest(self) -> str:
+        """Digest of the frozen reference's weights."""
+
+    def drop_reference(self) -> None:
+        """Free the frozen reference; it is not scored with any more."""
+
     def skip(self) -> Mapping[str, float]:
         """Count a step without an update: the algorithm kept no row. Returns no metrics."""
 

@@ -15,6 +15,7 @@ from dllm_rl.estimator import estimator_metrics
 from dllm_rl.evaluation.evaluate import Evaluation, evaluate
 from dllm_rl.experience import Collected, demonstrate, roll_out
 from dllm_rl.learner import checkpoint
+from dllm_rl.reference import References
 from dllm_rl.reports.clock import Clock
 from dllm_rl.reports.plot import plot_run
 from dllm_rl.reports.progress import Progress, Quiet
@@ -72,6 +73,8 @@ def train(
                 parts.hand_over()
             run.rewind(-1 if found is None else learner.step)
             run.write_config(dump(config.model_copy(update={"provenance": provenance()})))
+            references = References(parts, config, folder)
+            references.prepare(learner.step, total_steps, show)
         before: Sequence[Evaluation] = ()
         after: Sequence[Evaluation] = ()
         if config.evaluate.at_start and found is None:
@@ -96,10 +99,8 @@ def train(
                 else:
                     batch, rewards, advantage = batch.select(keep), rewards.select(keep), advantage[keep]
                     masks = algorithm.masks(batch, seeding.generator_for(seed, "masks", step))
-                    reference = None
-                    if algorithm.needs_reference:
-                        with timer("score_s"):
-                            reference = learner.score(batch, masks, reference=True)
+                    with timer("score_s"):
+                        reference = references.of(batch, masks)
                     if _due(step, config.diagnostics.every_steps):
                         with timer("diagnose_s"):
                             key = seeding.derive(seed, "diagnostics", step)

@@ -31,6 +31,7 @@ LAYERS: list[list[str]] = [
     ["dllm_rl.evaluation"],
     ["dllm_rl.assembly", "dllm_rl.estimator"],
     ["dllm_rl.experience"],
+    ["dllm_rl.reference"],
     ["dllm_rl.train", "dllm_rl.evaluation.standalone", "dllm_rl.conformance"],
     ["dllm_rl.cli"],
 ]

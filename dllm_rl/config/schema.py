@@ -194,6 +194,10 @@ class LearnerSection(Section):
     """Clip the global gradient norm; null = no clipping."""
     updates_per_step: int = Field(default=1, ge=1)
     """Optimiser updates on each batch of rollouts (mu); step counts batches."""
+    precompute_reference: bool = False
+    """Score all steps under the reference before training and free it; for pairs and demonstrations."""
+    reference_cache: str | None = None
+    """Folder of precomputed scores, shared by runs over the same data and seed; null = inside the run folder."""
     tokens_per_microbatch: int = Field(default=1 << 14, ge=1)
     """Padded tokens per forward; the loss does not depend on it."""
 

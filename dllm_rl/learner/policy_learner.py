@@ -128,6 +128,13 @@ class PolicyLearner:
         self.step += 1
         return metrics
 
+    def reference_digest(self) -> str:
+        """There is no reference."""
+        return ""
+
+    def drop_reference(self) -> None:
+        """There is no reference."""
+
     def skip(self) -> Mapping[str, float]:
         """A step from which the algorithm kept no row."""
         self.step += 1

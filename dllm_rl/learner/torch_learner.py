@@ -79,6 +79,8 @@ class TorchLearner:
     def score(self, batch: RolloutBatch, masks: MaskSample, *, reference: bool = False) -> LikelihoodEstimate:
         """Likelihoods without gradient under the current weights, or the frozen reference."""
         budget = self._config.tokens_per_microbatch
+        if reference and self._reference is None and self.denoiser.adapter is None:
+            raise RuntimeError("the learner holds no reference: it was made without one, or it has been dropped")
         if reference and self._reference is not None:
             return likelihood.estimate(self._reference, batch, masks, tokens_per_microbatch=budget)
         with _evaluating(self.denoiser), reference_weights(self.denoiser) if reference else contextlib.nullcontext():
@@ -137,6 +139,16 @@ class TorchLearner:
             metrics |= surrogate.derived_metrics({name: value.item() for name, value in loss.metrics.items()})
         self.step += 1
         return metrics
+
+    def reference_digest(self) -> str:
+        """Of the frozen copy, or of the base below the adapter."""
+        if self._reference is not None:
+            return digest(self._reference.module.named_parameters())
+        return digest((n, p) for n, p in self.denoiser.module.named_parameters() if not p.requires_grad)
+
+    def drop_reference(self) -> None:
+        """Free the frozen copy; with LoRA there is none."""
+        self._reference = None
 
     def skip(self) -> dict[str, float]:
         """A step from which the algorithm kept no row: counted, weights untouched, no metrics."""

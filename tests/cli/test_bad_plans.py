@@ -75,6 +75,10 @@ PLANS: dict[str, tuple[dict[str, Any] | Callable[[Path], dict[str, Any]], list[s
         lambda tmp: {"sampling.strategy": {"name": revising_strategy(tmp)}},
         ["'trace_rl' replays trajectories", "revises committed tokens"],
     ),
+    "references of rollouts beforehand": (
+        {"algorithm": {"name": "coupled_grpo"}, "learner.precompute_reference": True},
+        ["precompute_reference = true", "'coupled_grpo' trains on fresh rollouts"],
+    ),
     "a policy to train, but a strategy without one": (
         {"algorithm": {"name": "unmasking_policy"}},
         ["'unmasking_policy' trains the network", "sampling.strategy to {name: learned}"],
