@@ -119,6 +119,28 @@ def check_plugin(
 
 
 @app.command()
+def draws(
+    config: Annotated[Path, typer.Argument(help="YAML file")],
+    overrides: Overrides = None,
+    vary: Annotated[str | None, typer.Option(help="option of the algorithm and its values: pairs=1,2,4")] = None,
+    rows: Annotated[int, typer.Option(min=2, help="completions to look at")] = 32,
+    redraws: Annotated[int, typer.Option(min=4, help="independent draws of all masks")] = 32,
+    plot: Annotated[Path | None, typer.Option(help="write the curve there, .png or .svg")] = None,
+    json: JsonPath = None,
+    quiet: Quiet = False,
+) -> None:
+    """How many draws does the likelihood need? Example: dllm-rl draws configs/sudoku4_rl.yaml algorithm.name=espo."""
+    from dllm_rl.cli.output import check_json_path
+    from dllm_rl.config.load import load_config
+
+    check_json_path(json)
+    loaded = load_config(config, overrides or [])
+    from dllm_rl.cli.draws import run_draws
+
+    run_draws(loaded, vary, rows=rows, redraws=redraws, plot=plot, json_path=json, progress=_progress(quiet))
+
+
+@app.command()
 def demo(
     seed: Annotated[int, typer.Option(min=0, help="seed of everything")] = 0,
     output: Annotated[Path, typer.Option(help="folder for the two runs")] = Path("runs"),

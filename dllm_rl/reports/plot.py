@@ -76,3 +76,32 @@ def _speeds(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 def _label(speed: str) -> str:
     count = speed.split("_")[0]
     return f"{count} token{'s' if count != '1' else ''} per forward"
+
+
+def plot_curves(curves: Mapping[str, Sequence[tuple[float, float]]], path: Path, *, title: str, x: str) -> None:
+    """Draw named curves on logarithmic axes.
+
+    Args:
+        curves: label -> points; a curve with a value of 0 is left out, since it has no logarithm.
+        path: .png or .svg.
+        title: shown above.
+        x: label of the horizontal axis.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for label, points in curves.items():
+        if points and all(y > 0 for _, y in points):
+            axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=label)
+    axes.set(xscale="log", yscale="log", xlabel=x)
+    ticks = sorted({point[0] for points in curves.values() for point in points})
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+    axes.legend(frameon=False) if axes.lines else None
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title, color=_INK)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
