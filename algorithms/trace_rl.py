@@ -8,7 +8,10 @@
 With ``shrink: s``, s consecutive steps (of the row, or of each block) are scored in the state before the first of them:
 1/s of the forwards, with more hidden than the sampler saw.
 
-Source: Wang et al. 2025, arXiv:2509.06949, without the value model.
+With ``value: true`` a value model V reads the same states, and A is token-wise: generalised advantage estimation over
+the (merged) steps, with R on the tokens of the last one (diffusion/values.py). Nothing is compared within the group.
+
+Source: Wang et al. 2025, arXiv:2509.06949.
 Deviation: the divergence is taken to the old policy, as released; it anchors within a step only. The released code
 falls back to a left-to-right trajectory when the step map is missing; here that is an error.
 """
@@ -22,7 +25,7 @@ import torch
 from torch import Tensor
 
 from dllm_rl.config import ranges
-from dllm_rl.diffusion import advantage, masking, surrogate
+from dllm_rl.diffusion import advantage, masking, surrogate, values
 from dllm_rl.protocols import Algorithm
 from dllm_rl.types import Experience, LikelihoodEstimate, Loss, MaskSample, Rewards, RolloutBatch
 
@@ -39,11 +42,19 @@ class TraceRL(Algorithm):
         advantage: Literal["z_score", "group_mean"] = "z_score"
         reduction: surrogate.Reduction = "token_mean"
         shrink: int = 1  # consecutive decoding steps that share a forward
+        value: bool = False  # train a value model for token-wise advantages; its rate is learner.value_lr
+        discount: float = 1.0  # of the value model's returns, per step
+        smoothing: float = 1.0  # lambda of generalised advantage estimation
+        clip_value: float = 0.2  # half-width of the clip of value predictions, in units of the reward
 
         def __post_init__(self) -> None:
             ranges.positive(epsilon=self.epsilon)
             ranges.not_negative(beta=self.beta)
             ranges.at_least_one(shrink=self.shrink)
+            ranges.positive(clip_value=self.clip_value)
+            for name in ("discount", "smoothing"):
+                if not 0 <= getattr(self, name) <= 1:
+                    raise ValueError(f"{name} = {getattr(self, name)}: must be in [0, 1]")
 
     config: Config
 
@@ -51,6 +62,19 @@ class TraceRL(Algorithm):
     def replays_trajectory(self) -> bool:
         """Always."""
         return True
+
+    @property
+    def value_clip(self) -> float | None:
+        """See Algorithm."""
+        return self.config.clip_value if self.config.value else None
+
+    def credit(self, rewards: Rewards, batch: RolloutBatch, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Generalised advantage estimation along the trajectory."""
+        c, scored = self.config, batch.generated
+        step = masking.merged_steps(batch.unmask_step, scored, blocks=batch.blocks, merge=c.shrink)
+        return values.advantages_and_returns(
+            rewards.total, value, step, scored, discount=c.discount, smoothing=c.smoothing
+        )
 
     def advantages(self, rewards: Rewards, batch: RolloutBatch) -> Tensor:
         """Normalised within the group; groups of equal rewards give 0."""

@@ -203,6 +203,7 @@ def _learner(
         total_steps=total_steps,
         seed=seed,
         keep_reference=algorithm.needs_reference,
+        keep_values=algorithm.value_clip is not None,
         dump_folder=folder / "dumps",
     )
 

@@ -142,6 +142,15 @@ class Algorithm:
         return False
 
     @property
+    def value_clip(self) -> float | None:
+        """Half-width of the clip of value predictions, if the learner is to train a value model for credit()."""
+        return None
+
+    def credit(self, rewards: Rewards, batch: RolloutBatch, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Advantages and value targets, both (N, L), from value predictions (N, L); in place of advantages()."""
+        raise NotImplementedError
+
+    @property
     def asks_further(self) -> bool:
         """Whether further() may ask for more rollouts; prompts then carry the tokens of their trace."""
         return False

@@ -178,6 +178,8 @@ class LearnerSection(Section):
 
     lr: float = Field(default=1e-6, gt=0)
     """Peak learning rate."""
+    value_lr: float = Field(default=5e-6, gt=0)
+    """Peak learning rate of a value model, for algorithms that train one."""
     schedule: Literal["constant", "cosine"] = "cosine"
     """After the warm-up."""
     warmup_steps: int = Field(default=0, ge=0)

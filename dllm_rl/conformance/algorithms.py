@@ -309,6 +309,7 @@ def _learner(family: str, algorithm: Algorithm) -> Learner:
         total_steps=1,
         seed=0,
         keep_reference=algorithm.needs_reference,
+        keep_values=algorithm.value_clip is not None,
         dump_folder=Path(tempfile.gettempdir()) / "dllm-rl-conformance",
     )
 

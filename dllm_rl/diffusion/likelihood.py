@@ -118,7 +118,7 @@ def score(denoiser: Denoiser, batch: RolloutBatch, masks: MaskSample, work: Work
         (values, pair, position): values (M,) = weight * log p in nats; pair (M,) indexes work.draw / work.row;
         position (M,) is the position in the row.
     """
-    rows, pair, position = _scored(denoiser, batch, masks, work)
+    rows, pair, position = scored_states(denoiser, batch, masks, work)
     logp = token_logp(
         denoiser.unembed,
         rows,
@@ -129,8 +129,10 @@ def score(denoiser: Denoiser, batch: RolloutBatch, masks: MaskSample, work: Work
     return masks.weight[work.draw, work.row, : work.length].to(rows.device)[pair, position] * logp, pair, position
 
 
-def _scored(denoiser: Denoiser, batch: RolloutBatch, masks: MaskSample, work: Work) -> tuple[Tensor, Tensor, Tensor]:
-    """(hidden states (M, D), pair, position) of the positions that a micro-batch scores."""
+def scored_states(
+    denoiser: Denoiser, batch: RolloutBatch, masks: MaskSample, work: Work
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(hidden states (M, D), pair, position) of the positions that a micro-batch scores; see score."""
     device = denoiser.device
     cut = slice(0, work.length)
     draw, row = work.draw[work.example], work.row[work.example]
@@ -191,7 +193,7 @@ def entropy(
     size = max(1, CHUNK_ELEMENTS // denoiser.vocab_size)
     with torch.no_grad():
         for work in plan(batch, masks, tokens_per_microbatch):
-            rows, pair, position = _scored(denoiser, batch, masks, work)
+            rows, pair, position = scored_states(denoiser, batch, masks, work)
             pieces = []
             for part in torch.split(rows, size):
                 logits = denoiser.unembed(part).float()

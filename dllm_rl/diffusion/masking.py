@@ -254,6 +254,18 @@ def along_trajectory(
     return MaskSample(mask=mask, weight=(completion & (rank == step)).float())
 
 
+def merged_steps(unmask_step: Tensor, completion: Tensor, *, blocks: Tensor | None = None, merge: int = 1) -> Tensor:
+    """(N, L) int64 number, from 0 in the order of time, of the merged step that committed a completion token.
+
+    Args as in along_trajectory, whose draws these are: tokens of one number are scored in one state, except that draws
+    of block-causal models hold a step of every block.
+    """
+    scope = torch.zeros_like(unmask_step) if blocks is None else blocks - blocks.min()
+    rank = _dense_rank(unmask_step, completion, scope).div(merge, rounding_mode="floor")
+    width = int(rank[completion].max()) + 1
+    return _dense_rank(scope * width + rank, completion, torch.zeros_like(scope))  # blocks follow one another in time
+
+
 def _dense_rank(step: Tensor, scored: Tensor, scope: Tensor) -> Tensor:
     """(N, L) number, minus one, of distinct scored steps in the position's row and scope that are not after its own."""
     num_rows, length = step.shape

@@ -25,6 +25,7 @@ from dllm_rl import seeding
 from dllm_rl.config.schema import LearnerSection
 from dllm_rl.diffusion import likelihood, surrogate
 from dllm_rl.learner.optimizer import Optimizer, digest
+from dllm_rl.learner.value_model import ValueModel
 from dllm_rl.models.denoiser import TransformersDenoiser
 from dllm_rl.models.loading import load_denoiser, save_denoiser
 from dllm_rl.models.lora import load_adapter, reference_weights, save_adapter
@@ -52,6 +53,7 @@ class TorchLearner:
         total_steps: int,
         seed: int,
         keep_reference: bool,
+        keep_values: bool = False,
         dump_folder: Path,
     ) -> None:
         """Take over a denoiser.
@@ -63,6 +65,7 @@ class TorchLearner:
             total_steps: length of the run, for the schedule.
             seed: run seed, for dropout.
             keep_reference: hold a frozen copy (with LoRA: the base below the adapter, which costs nothing).
+            keep_values: train a value model beside it.
             dump_folder: where the batch of a non-finite loss goes.
         """
         self.denoiser = denoiser
@@ -75,6 +78,8 @@ class TorchLearner:
         if keep_reference and denoiser.adapter is None:
             self._reference = copy.deepcopy(denoiser)
             self._reference.module.requires_grad_(False).eval()
+
+        self._values = ValueModel(denoiser, config, total_steps) if keep_values else None
 
     def score(self, batch: RolloutBatch, masks: MaskSample, *, reference: bool = False) -> LikelihoodEstimate:
         """Likelihoods without gradient under the current weights, or the frozen reference."""
@@ -110,6 +115,12 @@ class TorchLearner:
             with _evaluating(self.denoiser):
                 budget = self._config.tokens_per_microbatch
                 entropy = likelihood.entropy(self.denoiser, batch, masks, tokens_per_microbatch=budget)
+        value: Tensor | None = None
+        if algorithm.value_clip is not None:
+            assert self._values is not None, "assemble() keeps values for algorithms that want them"
+            self._values.start(self.step)
+            value = self._values.predict(batch, masks)
+            advantage, target = algorithm.credit(rewards, batch, value)
         for _ in range(self._config.updates_per_step):
             self._optimizer.zero_grad()
             new, alive = self._current(batch, masks)
@@ -136,7 +147,10 @@ class TorchLearner:
             self._require_finite("gradient norm", norm, experience)
             self._optimizer.step()
             metrics = {"loss": loss.value.item(), "grad_norm": norm.item(), "lr": lr}
-            metrics |= surrogate.derived_metrics({name: value.item() for name, value in loss.metrics.items()})
+            metrics |= surrogate.derived_metrics({name: scalar.item() for name, scalar in loss.metrics.items()})
+            if value is not None:
+                assert self._values is not None and algorithm.value_clip is not None, "checked above"
+                metrics["value_loss"] = self._values.update(batch, masks, value, target, clip=algorithm.value_clip)
         self.step += 1
         return metrics
 
@@ -218,6 +232,8 @@ class TorchLearner:
         else:
             save_denoiser(self.denoiser, self._tokenizer, folder / "model")
         torch.save({"step": self.step, "optimizer": self._optimizer.state_dict()}, folder / "optimizer.pt")
+        if self._values is not None:
+            torch.save(self._values.state_dict(), folder / "values.pt")
 
     def load(self, folder: Path) -> None:
         """Restore what save wrote, bit for bit."""
@@ -228,6 +244,8 @@ class TorchLearner:
         state = torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu")
         self._optimizer.load_state_dict(state["optimizer"])
         self.step = state["step"]
+        if self._values is not None:
+            self._values.load_state_dict(torch.load(folder / "values.pt", weights_only=True, map_location="cpu"))
 
     def _load_model(self, folder: Path) -> None:
         family, dtype = self.denoiser.family.name, next(self.denoiser.module.parameters()).dtype

@@ -28,7 +28,7 @@ class ValueModel:
         """
         self._denoiser, self._budget = copy.deepcopy(denoiser), config.tokens_per_microbatch
         weight = next(self._denoiser.module.parameters())
-        self._head = nn.Linear(self._denoiser.hidden_size, 1, bias=False, device=weight.device)
+        self._head = nn.Linear(self._denoiser.module.config.hidden_size, 1, bias=False, device=weight.device)
         nn.init.zeros_(self._head.weight)
         settings = config.model_copy(update={"lr": config.value_lr})
         trained = [p for p in self._denoiser.module.parameters() if p.requires_grad]

@@ -40,6 +40,7 @@ METRICS: Mapping[str, Metric] = {
     "estimate_deviation_per_token": Metric("nats", "the same, per scored token"),
     "preference_accuracy": Metric("share", "pairs whose chosen completion gained more than its rejected one"),
     "preference_margin": Metric("", "mean preference score, beta times the difference of the gains"),
+    "value_loss": Metric("", "clipped squared error of the value model, half, per token"),
     "kl": Metric("nats", "mean divergence per token from the anchor"),
     "rollout_s": Metric("s", "time of generation"),
     "reward_s": Metric("s", "time of verification"),
