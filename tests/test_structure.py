@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import yaml
 
 from dllm_rl import protocols, registry
 from dllm_rl.config.load import load_config
@@ -127,7 +126,7 @@ def test_the_core_needs_torch_alone(module):
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda p: p.name)
 def test_every_configuration_loads(path):
     assert load_config(path).run.steps >= 1
 
@@ -181,11 +180,18 @@ def test_public_things_have_docstrings():
 
 
 def test_names_in_configurations_are_registered():
-    for path in sorted((ROOT / "configs").glob("*.yaml")):
-        values = yaml.safe_load(path.read_text())
-        assert values["algorithm"]["name"] in registry.names("algorithms")
-        assert values["data"]["task"]["name"] in registry.names("tasks")
-        assert {r["name"] for r in values.get("rewards") or []} <= set(registry.names("rewards"))
+    for path in sorted((ROOT / "configs").rglob("*.yaml")):
+        config = load_config(path)
+        assert config.algorithm.name in registry.names("algorithms")
+        assert config.data.task.name in registry.names("tasks")
+        assert config.sampling.strategy.name in registry.names("strategies")
+        assert {r.name for r in config.rewards or []} <= set(registry.names("rewards"))
+
+
+def test_every_algorithm_has_a_tiny_and_a_full_scale_configuration():
+    for size in ("tiny", "paper"):
+        found = {load_config(p).algorithm.name for p in (ROOT / "configs" / "methods").glob(f"*_{size}.yaml")}
+        assert found == set(registry.names("algorithms")), size
 
 
 def test_algorithms_cite_their_source():

@@ -121,12 +121,13 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
 
 
 def _overlay(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
-    if "name" in top and "name" in base and top["name"] != base["name"]:
-        return top  # another plugin: the options of the first one mean nothing to it
     merged = dict(base)
     for key, value in top.items():
-        both = isinstance(value, dict) and isinstance(base.get(key), dict)
-        merged[key] = _overlay(base[key], value) if both else value
+        below = base.get(key)
+        both = isinstance(value, dict) and isinstance(below, dict)
+        # Another plugin: the options of the first one mean nothing to it. A run's name is not a plugin's.
+        other = both and key != "run" and "name" in value and below.get("name", value["name"]) != value["name"]
+        merged[key] = _overlay(below, value) if both and not other else value
     return merged
 
 
