@@ -90,7 +90,7 @@ def plot_curves(curves: Mapping[str, Sequence[tuple[float, float]]], path: Path,
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6, 3.8), layout="constrained")
+    figure = Figure(figsize=(8, 3.8), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     for label, points in curves.items():
@@ -100,7 +100,7 @@ def plot_curves(curves: Mapping[str, Sequence[tuple[float, float]]], path: Path,
     ticks = sorted({point[0] for points in curves.values() for point in points})
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
-    axes.legend(frameon=False) if axes.lines else None
+    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0)) if axes.lines else None
     axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title, color=_INK)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from claim_runs import CONFIGS, base_model, folder_of
+from claim_runs import CONFIGS, HARD, base_model, folder_of
 
 from dllm_rl.evaluation.standalone import evaluate_target
 from dllm_rl.reports.progress import Quiet
@@ -26,11 +26,13 @@ def _point(output: Path, seed: int, strategy: str) -> Point:
 
 
 def start(output: Path, seed: int) -> dict[str, Any]:
-    """The shared start itself: board accuracy at 1, 2 and 4 tokens per forward, and its point at threshold 0.9."""
+    """The shared start itself: boards at 1, 2 and 4 tokens per forward, hard ones at 4, its point at threshold 0.9."""
     shape = [f"model.path={base_model(output, seed)}", f"run.seed={seed}", "evaluate.tokens_per_step=[1, 2, 4]"]
     results = evaluate_target(CONFIGS / "sudoku4_rl.yaml", [*shape, "evaluate.limit=1024"], Quiet())
+    hard = [*shape[:2], *HARD, "evaluate.every_steps=null"]
+    (difficult,) = evaluate_target(CONFIGS / "sudoku4_rl.yaml", hard, Quiet())
     fast = _point(output, seed, "{name: confidence_threshold, threshold: 0.9}")
-    return {"accuracy": {r.tokens_per_step: r.success for r in results}, "fast": fast}
+    return {"accuracy": {r.tokens_per_step: r.success for r in results}, "hard": difficult.success, "fast": fast}
 
 
 def frontier(output: Path, seed: int) -> dict[str, list[Point]]:

@@ -62,6 +62,12 @@ RUNS: Mapping[str, Sequence[str]] = {
     "igpo": [*HARD, "algorithm={name: igpo, reserve: 0, chunk: [2, 4]}"],
     # Twice the samples: hinted rollouts at most double the first's, so this has at least as many.
     "grpo, hard": [*HARD, 'algorithm={name: "controls:WithoutHints", reserve: 0}', "data.samples_per_prompt=16"],
+    # Added after the first look, for the lines below the table and for no verdict: is it the learning rate? Is it that
+    # hint tokens are filtered out of right rows, while the same cells of wrong rows are pushed down?
+    "espo, tenth of the rate": ["algorithm={name: espo}", "learner.lr=1.0e-5"],
+    "diffu_grpo, tenth of the rate": ["algorithm={name: diffu_grpo}", "learner.lr=1.0e-5"],
+    "igpo, tenth of the rate": [*HARD, "algorithm={name: igpo, reserve: 0, chunk: [2, 4]}", "learner.lr=1.0e-5"],
+    "igpo, all hint tokens": [*HARD, "algorithm={name: igpo, reserve: 0, chunk: [2, 4], hint_tokens: 1.0}"],
     "lightning_rl": [*FAST, "algorithm={name: lightning_rl}"],
     "lightning_rl, no anchor": [*FAST, "algorithm={name: lightning_rl, anchor: 0.0}"],
     "policy": [*POLICY, "algorithm={name: unmasking_policy}"],

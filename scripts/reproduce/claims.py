@@ -127,6 +127,11 @@ def _levels(results: Results, names: Sequence[str], speeds: Sequence[int] = (1, 
     return lines
 
 
+def _start_levels(results: Results, speeds: Sequence[int] = (1, 4)) -> list[str]:
+    cells = [f"{100 * _mean([seed['accuracy'][s] for seed in results['start']]):.1f} at {s}" for s in speeds]
+    return [f"start: boards {', '.join(cells)} per forward, %"]
+
+
 def _variances(results: Results, measure: str) -> list[str]:
     names = results[measure][0]
     return [", ".join(f"{n}: {_mean([seed[n] for seed in results[measure]]):.3g}" for n in names)]
@@ -161,10 +166,15 @@ def _lightning(results: Results) -> list[Figure]:
 
 
 def _fast(results: Results) -> list[str]:
+    points = [seed["fast"] for seed in results["start"]]
+    speed, accuracy = _mean([16 / forwards for forwards, _ in points]), _mean([accuracy for _, accuracy in points])
     return [
-        f"{name}: {_mean([run['after'][0]['tokens_per_forward'] for run in results[name]]):.2f} tokens per forward, "
-        f"boards {100 * _mean([_accuracy(run, 1) for run in results[name]]):.1f} %"
-        for name in ("lightning_rl", "lightning_rl, no anchor")
+        f"start: {speed:.2f} tokens per forward, boards {100 * accuracy:.1f} %",
+        *(
+            f"{name}: {_mean([run['after'][0]['tokens_per_forward'] for run in results[name]]):.2f} tokens per "
+            f"forward, boards {100 * _mean([_accuracy(run, 1) for run in results[name]]):.1f} %"
+            for name in ("lightning_rl", "lightning_rl, no anchor")
+        ),
     ]
 
 
@@ -225,9 +235,12 @@ CLAIMS: Mapping[str, Claim] = {
     "igpo": Claim(
         "Hints lower the share of all-wrong groups and speed up learning on hard boards at equal rollouts",
         "IGPO, arXiv:2509.10396",
-        ["igpo", "grpo, hard"],
+        ["igpo", "grpo, hard", "igpo, tenth of the rate", "igpo, all hint tokens", "start"],
         _igpo,
-        lambda r: _levels(r, ["igpo", "grpo, hard"], (4,)),
+        lambda r: [
+            f"start: boards {100 * _mean([seed['hard'] for seed in r['start']]):.1f} at 4 per forward, %",
+            *_levels(r, ["igpo", "grpo, hard", "igpo, tenth of the rate", "igpo, all hint tokens"], (4,)),
+        ],
     ),
     "lightning": Claim(
         "Tokens per forward rise with at most 1 point of accuracy lost, and the NLL anchor is needed for accuracy",
@@ -246,23 +259,26 @@ CLAIMS: Mapping[str, Claim] = {
     "sequence": Claim(
         "Sequence-level ELBOs beat the one-step mean field on planning tasks",
         "ESPO, arXiv:2512.03759; GDPO, arXiv:2510.08554",
-        ["espo", "gdpo", "diffu_grpo"],
+        ["espo", "gdpo", "diffu_grpo", "espo, tenth of the rate", "diffu_grpo, tenth of the rate", "start"],
         lambda r: [_gap(r, name, "diffu_grpo", 4) for name in ("espo", "gdpo")],
-        lambda r: _levels(r, ["espo", "gdpo", "diffu_grpo"]),
+        lambda r: [
+            *_start_levels(r),
+            *_levels(r, ["espo", "gdpo", "diffu_grpo", "espo, tenth of the rate", "diffu_grpo, tenth of the rate"]),
+        ],
     ),
     "trajectory": Claim(
         "Replaying the trajectory beats random masks when several tokens are decoded per forward",
         "TraceRL, arXiv:2509.06949",
-        ["trace_rl", "coupled_grpo", "diffu_grpo"],
+        ["trace_rl", "coupled_grpo", "diffu_grpo", "start"],
         lambda r: [_gap(r, "trace_rl", name, 4) for name in ("coupled_grpo", "diffu_grpo")],
-        lambda r: _levels(r, ["trace_rl", "coupled_grpo", "diffu_grpo"]),
+        lambda r: [*_start_levels(r), *_levels(r, ["trace_rl", "coupled_grpo", "diffu_grpo"])],
     ),
     "just_grpo": Claim(
         "Training on left-to-right decoding helps at 1 token per forward and keeps parallel decoding (to 1 point)",
         "JustGRPO, arXiv:2601.15165",
         ["just_grpo", "start"],
         lambda r: [_start_gap(r, "just_grpo", n, above) for n, above in ((1, 0.0), (2, -0.01), (4, -0.01))],
-        lambda r: _levels(r, ["just_grpo"], (1, 2, 4)),
+        lambda r: [*_start_levels(r, (1, 2, 4)), *_levels(r, ["just_grpo"], (1, 2, 4))],
     ),
 }
 
