@@ -11,19 +11,21 @@ from dllm_rl.models.loading import load_denoiser
 from dllm_rl.train import train
 
 
-def config(folder, name, **learner):
-    return Config.model_validate(
-        {
-            "run": {"name": name, "steps": 4, "output": str(folder), "threads": 1},
-            "model": {"family": "tiny", "init": {"hidden_size": 32, "num_layers": 1, "num_heads": 4, "max_length": 40}},
-            "data": {"task": {"name": "sudoku4", "train_puzzles": 20, "test_puzzles": 4}, "prompts_per_step": 3},
-            "sampling": {"max_new_tokens": 16},
-            "algorithm": {"name": "vrpo"},
-            "learner": {"lr": 1e-2} | learner,
-            "evaluate": {"at_start": False, "at_end": False},
-            "checkpoint": {"every_steps": 2},
-        }
-    )
+def config(folder, name, changes=None, **learner):
+    tiny = {"hidden_size": 32, "num_layers": 1, "num_heads": 4, "max_length": 40}
+    values = {
+        "run": {"name": name, "steps": 4, "output": str(folder), "threads": 1},
+        "model": {"family": "tiny", "init": tiny},
+        "data": {"task": {"name": "sudoku4", "train_puzzles": 20, "test_puzzles": 4}, "prompts_per_step": 3},
+        "sampling": {"max_new_tokens": 16},
+        "algorithm": {"name": "vrpo"},
+        "learner": {"lr": 1e-2} | learner,
+        "evaluate": {"at_start": False, "at_end": False},
+        "checkpoint": {"every_steps": 2},
+    }
+    for section, options in (changes or {}).items():
+        values[section] |= options
+    return Config.model_validate(values)
 
 
 def weights(summary, step=4):
@@ -60,12 +62,20 @@ def test_precomputed_references_give_the_same_bits_and_are_found_again(tmp_path,
     assert any(not torch.equal(value, weights(again)[name]) for name, value in on_the_way.items())
 
 
-def test_another_seed_or_start_needs_other_scores(tmp_path, scored):
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"data": {"task": {"name": "sudoku4", "train_puzzles": 24, "test_puzzles": 4}}},
+        {"model": {"init": {"hidden_size": 64, "num_heads": 4}}},
+        {"algorithm": {"draws": 4}},
+    ],
+    ids=["tokens", "weights", "draws"],
+)
+def test_other_tokens_weights_or_draws_need_other_scores(tmp_path, scored, other):
     cache = {"precompute_reference": True, "reference_cache": str(tmp_path / "cache")}
     train(config(tmp_path, "a", **cache))
-    other = config(tmp_path, "b", **cache)
     scored.clear()
-    train(other.model_copy(update={"run": other.run.model_copy(update={"seed": 1})}))
+    train(config(tmp_path, "b", other, **cache))
     assert len(scored) == 4
 
 

@@ -124,11 +124,16 @@ def _overlay(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in top.items():
         below = base.get(key)
-        both = isinstance(value, dict) and isinstance(below, dict)
-        # Another plugin: the options of the first one mean nothing to it. A run's name is not a plugin's.
-        other = both and key != "run" and "name" in value and below.get("name", value["name"]) != value["name"]
-        merged[key] = _overlay(below, value) if both and not other else value
+        if isinstance(value, dict) and isinstance(below, dict) and not _renames(key, below, value):
+            merged[key] = _overlay(below, value)
+        else:
+            merged[key] = value
     return merged
+
+
+def _renames(key: str, below: dict[str, Any], value: dict[str, Any]) -> bool:
+    """Whether it is another plugin: the options of the first one mean nothing to it. A run's name is not a plugin's."""
+    return key != "run" and "name" in value and below.get("name", value["name"]) != value["name"]
 
 
 def _apply(values: dict[str, Any], override: str) -> None:

@@ -81,3 +81,21 @@ def test_what_is_not_scored_cannot_leak():
 def test_unknown_names_list_the_known_ones(call):
     with pytest.raises(ValueError, match="must be one of"):
         call()
+
+
+def test_deviation_and_effective_samples_by_hand():
+    """Ratios e and 1: log-ratios 1 and 0; Kish: (1 + e)^2 / (2 (1 + e^2))."""
+    ratio = torch.tensor([math.e, 1.0], dtype=torch.float64)
+    means = {
+        "log_ratio_mean": 0.5,
+        "log_ratio_square": 0.5,
+        "ratio_mean": ratio.mean().item(),
+        "ratio_square": ratio.square().mean().item(),
+        "kl": 0.25,
+    }
+    assert surrogate.derived_metrics(means) == {
+        "log_ratio_mean": 0.5,
+        "log_ratio_deviation": pytest.approx(0.5),
+        "effective_samples": pytest.approx((1 + math.e) ** 2 / (2 * (1 + math.e**2))),
+        "kl": 0.25,
+    }
