@@ -20,7 +20,7 @@ from dllm_rl.reports.progress import Quiet
 from dllm_rl.train import train
 from dllm_rl.types import MaskSample, RolloutBatch
 
-ROWS, REDRAWS, POOL, BUDGET = 32, 64, 4096, 1 << 16
+ROWS, REDRAWS, POOL, BUDGET = 16, 64, 4096, 1 << 16
 PAIRS, PAIR_REDRAWS, PAIR_STEPS = 32, 48, 30
 
 

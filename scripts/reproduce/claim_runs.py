@@ -62,7 +62,7 @@ RUNS: Mapping[str, Sequence[str]] = {
     "igpo": [*HARD, "algorithm={name: igpo, reserve: 0, chunk: [2, 4]}"],
     # Twice the samples: hinted rollouts at most double the first's, so this has at least as many.
     "grpo, hard": [*HARD, 'algorithm={name: "controls:WithoutHints", reserve: 0}', "data.samples_per_prompt=16"],
-    # Added after the first look, for the lines below the table and for no verdict: is it the learning rate? Is it that
+    # For --explain: thought of after the first look. Is it the learning rate? Is it that
     # hint tokens are filtered out of right rows, while the same cells of wrong rows are pushed down?
     "espo, tenth of the rate": ["algorithm={name: espo}", "learner.lr=1.0e-5"],
     "diffu_grpo, tenth of the rate": ["algorithm={name: diffu_grpo}", "learner.lr=1.0e-5"],
@@ -129,7 +129,10 @@ def run_all(
     with ProcessPoolExecutor(processes, mp_context=context) as pool:
         for done in as_completed([pool.submit(*job) for job in jobs]):
             done.result()
-        waiting = {pool.submit(run_one, output, name, seed): (name, seed) for seed in seeds for name in names}
+        # The longest first, so that the processes finish together.
+        ordered = [*(n for n in ("just_grpo", "espo", "policy, experts") if n in names), *names]
+        order = dict.fromkeys((name, seed) for name in ordered for seed in seeds)
+        waiting = {pool.submit(run_one, output, *job): job for job in order}
         for number, done in enumerate(as_completed(waiting), start=1):
             found[waiting[done]] = done.result()
             name, seed = waiting[done]
