@@ -75,6 +75,7 @@ class Parts:
         """An engine over the same weights that decodes with another strategy, given as name and options."""
         options = {key: value for key, value in plugin.items() if key != "name"}
         strategy = build("strategies", plugin["name"], options)
+        strategy.bind(vocabulary_digest(self.tokenizer), self.denoiser.device, trained_here=False)
         return self.make_engine(strategy, weights=self.engine.weights, keep_confidence=True)
 
 

@@ -21,7 +21,7 @@ from dllm_rl.train import train
 from dllm_rl.types import MaskSample, RolloutBatch
 
 ROWS, REDRAWS, POOL, BUDGET = 16, 64, 4096, 1 << 16
-PAIRS, PAIR_REDRAWS, PAIR_STEPS = 32, 48, 30
+PAIRS, PAIR_REDRAWS, PAIR_STEPS = 16, 48, 30
 
 
 def _parts(model: Path, seed: int, *more: str) -> Parts:
@@ -98,6 +98,7 @@ def quadrature(output: Path, seed: int) -> dict[str, float]:
     for forwards in (2, 3, 4):
         nodes = _repeated(parts, batch, lambda g, n=forwards: masking.quadrature(where, nodes=n, generator=g), REDRAWS)
         found[f"quadrature {forwards}"] = (nodes - truth).square().mean().item()
+        found[f"quadrature {forwards}, bias squared"] = (nodes.mean(0) - truth).square().mean().item()
         picks = torch.randint(0, POOL, (POOL, forwards), generator=generator)
         found[f"double Monte Carlo {forwards}"] = (pool[picks].mean(1) - truth).square().mean().item()
         spread = _repeated(

@@ -12,7 +12,7 @@ from claim_runs import CONFIGS, HARD, base_model, folder_of
 from dllm_rl.evaluation.standalone import evaluate_target
 from dllm_rl.reports.progress import Quiet
 
-THRESHOLDS = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
+THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 0.999)
 BIASES = (-2.0, -1.0, 0.0, 1.0, 2.0)
 POLICIES = ("policy", "policy, experts")
 Point = tuple[float, float]  # forwards per board, accuracy
@@ -20,7 +20,7 @@ Point = tuple[float, float]  # forwards per board, accuracy
 
 def _point(output: Path, seed: int, strategy: str) -> Point:
     shape = [f"model.path={base_model(output, seed)}", f"run.seed={seed}", f"evaluate.strategy={strategy}"]
-    shape += ["evaluate.tokens_per_step=[1]", "evaluate.limit=1024"]
+    shape += ["evaluate.tokens_per_step=[1]", "evaluate.limit=512"]
     (result,) = evaluate_target(CONFIGS / "sudoku4_rl.yaml", shape, Quiet())
     return 16 / result.tokens_per_forward, result.success
 
