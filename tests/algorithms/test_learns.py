@@ -87,8 +87,12 @@ def test_learns(name, tmp_path, monkeypatch):
         "evaluate": {"at_start": True},
     }
     if "sft_steps" in more:
-        start = {"name": "sft", "steps": more["sft_steps"], "output": str(tmp_path)}
-        folder = train(Config.model_validate(config | {"run": start, "algorithm": {"name": "masked_sft"}})).folder
+        start = {
+            "run": {"name": "sft", "steps": more["sft_steps"], "output": str(tmp_path)},
+            "algorithm": {"name": "masked_sft"},
+            "sampling": {"max_new_tokens": 4},  # an untrained policy is refused
+        }
+        folder = train(Config.model_validate(config | start)).folder
         config["learner"] = {"lr": more["lr"], "schedule": "constant"}
         config["model"] = {"path": str(next(folder.glob("checkpoints/*/model")))}
     summary = train(Config.model_validate(config))
