@@ -7,7 +7,7 @@ of range.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
@@ -27,6 +27,7 @@ from dllm_rl.types import (
     Rewards,
     RolloutBatch,
     Sampling,
+    Share,
     Trajectory,
     WeightsVersion,
 )
@@ -302,7 +303,9 @@ class RolloutEngine(Protocol):
         weights: version of the weights that it holds.
     """
 
-    weights: WeightsVersion
+    @property
+    def weights(self) -> WeightsVersion:
+        """A plain attribute will do; it is set when new weights have arrived."""
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, *, seed: int, samples_per_prompt: int = 1
@@ -364,8 +367,11 @@ class Learner(Protocol):
         algorithm: Algorithm,
         *,
         reference: LikelihoodEstimate | None,
+        share: Share | None = None,
     ) -> Mapping[str, float]:
         """Train on one batch; the old policy is the one that enters. Returns metrics.
+
+        A rank that holds some rows of a larger batch is told its share of it; None = the batch is whole.
 
         A non-finite loss or gradient raises before the weights change, and dumps the batch.
         """
@@ -381,9 +387,6 @@ class Learner(Protocol):
 
     def version(self) -> WeightsVersion:
         """The current step and a digest of the trainable weights."""
-
-    def named_weights(self) -> Iterable[tuple[str, Tensor]]:
-        """Weights to send to engines."""
 
     def save(self, folder: Path) -> None:
         """Write model weights (family layout, or adapter) and optimiser state into a folder."""

@@ -374,6 +374,21 @@ class Experience:
     entropy: Tensor | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Share:
+    """What a learner rank must know about the whole batch of which it holds some rows.
+
+    Attributes:
+        num_tokens: scored tokens of the whole batch.
+        num_rows: rows of the whole batch.
+        idle: the rank has no rows of its own; the one it is given only lets it keep step with the others.
+    """
+
+    num_tokens: int
+    num_rows: int
+    idle: bool = False
+
+
 @dataclass(frozen=True, slots=True)
 class Loss:
     """A scalar to minimise and detached scalars to log."""

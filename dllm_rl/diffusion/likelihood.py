@@ -6,7 +6,8 @@ in the backward pass, so that no (N, L, V) tensor ever exists. Draws are scored 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +28,7 @@ def token_logp(
     vocab_size: int,
     mask_id: int,
     chunk_elements: int = CHUNK_ELEMENTS,
+    chunks: int = 1,
 ) -> Tensor:
     """Log-probability of one token per row, without ever holding more than chunk_elements logits.
 
@@ -39,6 +41,7 @@ def token_logp(
         vocab_size: V.
         mask_id: id of the mask token.
         chunk_elements: bound on m * V; more rows are processed in chunks that are recomputed in the backward pass.
+        chunks: at least so many chunks, empty ones too: ranks that share a sharded unembedding call it equally often.
     Returns:
         (M,) nats: float32, or float64 if the network computes in float64.
     """
@@ -49,14 +52,19 @@ def token_logp(
         logits = logits.index_fill(-1, torch.tensor([mask_id], device=logits.device), float("-inf"))
         return logits.gather(-1, ids[:, None]).squeeze(-1) - logits.logsumexp(-1)
 
-    size = max(1, chunk_elements // vocab_size)
-    if len(targets) <= size:
+    number = max(chunks, chunk_count(len(targets), vocab_size, chunk_elements))
+    if number == 1:
         return of_chunk(hidden, targets)  # the logits of one chunk fit: keep them rather than compute them twice
     pieces = [
         checkpoint(of_chunk, rows, ids, use_reentrant=False)
-        for rows, ids in zip(torch.split(hidden, size), torch.split(targets, size), strict=True)
+        for rows, ids in zip(hidden.tensor_split(number), targets.tensor_split(number), strict=True)
     ]
     return torch.cat(pieces)
+
+
+def chunk_count(rows: int, vocab_size: int, chunk_elements: int = CHUNK_ELEMENTS) -> int:
+    """Chunks in which token_logp unembeds so many rows."""
+    return max(1, -(-rows // max(1, chunk_elements // vocab_size)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +80,8 @@ class Work:
         copy: (m,) int64 in 0..u-1; the copy each pair is scored on.
         example: (u,) int64; for each copy, one of its pairs.
         length: padded length of this micro-batch.
+        chunks: unembed in at least so many chunks; see token_logp.
+        idle: score nothing; only lets a rank keep step with others that have more to do.
     """
 
     draw: Tensor
@@ -79,6 +89,8 @@ class Work:
     copy: Tensor
     example: Tensor
     length: int
+    chunks: int = 1
+    idle: bool = False
 
 
 def plan(batch: RolloutBatch, masks: MaskSample, tokens_per_microbatch: int) -> list[Work]:
@@ -114,6 +126,11 @@ def plan(batch: RolloutBatch, masks: MaskSample, tokens_per_microbatch: int) -> 
 def score(denoiser: Denoiser, batch: RolloutBatch, masks: MaskSample, work: Work) -> tuple[Tensor, Tensor, Tensor]:
     """Weighted log-probabilities of one micro-batch, with graph if gradients are enabled.
 
+    Args:
+        denoiser: the network.
+        batch: rows.
+        masks: draws, for the same rows.
+        work: the micro-batch.
     Returns:
         (values, pair, position): values (M,) = weight * log p in nats; pair (M,) indexes work.draw / work.row;
         position (M,) is the position in the row.
@@ -125,6 +142,7 @@ def score(denoiser: Denoiser, batch: RolloutBatch, masks: MaskSample, work: Work
         batch.tokens[work.row, : work.length].to(rows.device)[pair, position],
         vocab_size=denoiser.vocab_size,
         mask_id=denoiser.mask_id,
+        chunks=work.chunks,
     )
     return masks.weight[work.draw, work.row, : work.length].to(rows.device)[pair, position] * logp, pair, position
 
@@ -143,7 +161,7 @@ def scored_states(
         None if batch.blocks is None else batch.blocks[row, cut].to(device),
     )
     weight = masks.weight[work.draw, work.row, cut].to(device)
-    pair, position = (weight != 0).nonzero(as_tuple=True)
+    pair, position = (torch.zeros_like(weight) if work.idle else weight).nonzero(as_tuple=True)
     return hidden[work.copy.to(device)[pair], position], pair, position
 
 
@@ -160,54 +178,56 @@ def estimate(
     Returns:
         LikelihoodEstimate on the device of the batch.
     """
-    num_draws, num_rows, _ = masks.mask.shape
+    forward = functools.partial(score, denoiser, batch, masks)
+    with torch.no_grad():
+        return summed(batch, masks, plan(batch, masks, tokens_per_microbatch), forward)
+
+
+def summed(
+    batch: RolloutBatch,
+    masks: MaskSample,
+    work: Sequence[Work],
+    forward: Callable[[Work], tuple[Tensor, Tensor, Tensor]],
+) -> LikelihoodEstimate:
+    """The estimate from its micro-batches.
+
+    Args:
+        batch: rows.
+        masks: draws, for the same rows.
+        work: micro-batches.
+        forward: gives what score gives for one of them.
+    """
     token: Tensor | None = None
     draw: Tensor | None = None
-    with torch.no_grad():
-        for values, work, pair, position in _forwards(denoiser, batch, masks, tokens_per_microbatch):
-            if token is None or draw is None:
-                token = torch.zeros(batch.tokens.shape, dtype=values.dtype, device=values.device)
-                draw = torch.zeros(num_draws, num_rows, dtype=values.dtype, device=values.device)
-            row = work.row.to(values.device)[pair]
-            token.index_put_((row, position), values, accumulate=True)
-            draw.index_put_((work.draw.to(values.device)[pair], row), values, accumulate=True)
+    for part in work:
+        values, pair, position = forward(part)
+        if token is None or draw is None:
+            token = torch.zeros(batch.tokens.shape, dtype=values.dtype, device=values.device)
+            draw = torch.zeros(masks.mask.shape[:2], dtype=values.dtype, device=values.device)
+        row = part.row.to(values.device)[pair]
+        token = token.index_put((row, position), values, accumulate=True)
+        draw.index_put_((part.draw.to(values.device)[pair], row), values.detach(), accumulate=True)
     assert token is not None and draw is not None, "samplers refuse rows without completion"
     device = batch.tokens.device
-    return LikelihoodEstimate(token_logp=token.to(device), draw_logp=num_draws * draw.to(device))
+    return LikelihoodEstimate(token_logp=token.to(device), draw_logp=len(masks.mask) * draw.to(device))
 
 
-def entropy(
-    denoiser: Denoiser, batch: RolloutBatch, masks: MaskSample, *, tokens_per_microbatch: int = 1 << 14
-) -> Tensor:
-    """Predictive entropy at the scored positions, averaged over the draws that score them, without gradient.
+def entropy(denoiser: Denoiser, batch: RolloutBatch, masks: MaskSample, work: Work) -> tuple[Tensor, Tensor, Tensor]:
+    """Predictive entropy, without gradient, at the positions that a micro-batch scores.
 
     Args:
         denoiser: the network.
         batch: rows.
         masks: draws, for the same rows.
-        tokens_per_microbatch: bound on padded tokens per forward.
+        work: the micro-batch.
     Returns:
-        (N, L) nats, of the distribution without the mask token; 0 where nothing is scored.
+        (values (M,) in nats, pair, position) as of score; of the distribution without the mask token.
     """
-    total = torch.zeros(batch.tokens.shape, device=denoiser.device)
-    size = max(1, CHUNK_ELEMENTS // denoiser.vocab_size)
     with torch.no_grad():
-        for work in plan(batch, masks, tokens_per_microbatch):
-            rows, pair, position = scored_states(denoiser, batch, masks, work)
-            pieces = []
-            for part in torch.split(rows, size):
-                logits = denoiser.unembed(part).float()
-                logits = logits.index_fill(-1, torch.tensor([denoiser.mask_id], device=logits.device), float("-inf"))
-                pieces.append(torch.special.entr(logits.softmax(-1)).sum(-1))
-            row = work.row.to(rows.device)[pair]
-            total.index_put_((row, position), torch.cat(pieces), accumulate=True)
-    count = (masks.weight != 0).sum(0).clamp(min=1)
-    return total.to(batch.tokens.device) / count
-
-
-def _forwards(
-    denoiser: Denoiser, batch: RolloutBatch, masks: MaskSample, budget: int
-) -> Iterator[tuple[Tensor, Work, Tensor, Tensor]]:
-    for work in plan(batch, masks, budget):
-        values, pair, position = score(denoiser, batch, masks, work)
-        yield values, work, pair, position
+        rows, pair, position = scored_states(denoiser, batch, masks, work)
+        pieces = []
+        for part in rows.tensor_split(max(work.chunks, chunk_count(len(rows), denoiser.vocab_size))):
+            logits = denoiser.unembed(part).float()
+            logits = logits.index_fill(-1, torch.tensor([denoiser.mask_id], device=logits.device), float("-inf"))
+            pieces.append(torch.special.entr(logits.softmax(-1)).sum(-1))
+    return torch.cat(pieces), pair, position

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -41,13 +40,25 @@ class Optimizer:
         """Forget gradients."""
         self._adam.zero_grad(set_to_none=True)
 
-    def clip(self) -> Tensor:
-        """Clip gradients to max_grad_norm; returns their global norm before."""
-        return nn.utils.clip_grad_norm_(self._parameters, self._config.max_grad_norm or float("inf"))
+    def backward(self, value: Tensor, *, last: bool) -> None:
+        """Add the gradient of a scalar.
 
-    def step(self) -> None:
-        """Change the parameters."""
+        Args:
+            value: scalar with graph.
+            last: no other follows before step(); ranks then exchange gradients.
+        """
+        value.backward()
+
+    def step(self, check: Callable[[Tensor], None]) -> Tensor:
+        """Clip to max_grad_norm and change the parameters; returns the global gradient norm before clipping.
+
+        Args:
+            check: told the norm before anything changes; may raise.
+        """
+        norm = nn.utils.clip_grad_norm_(self._parameters, self._config.max_grad_norm or float("inf"))
+        check(norm)
         self._adam.step()
+        return norm
 
     def state_dict(self) -> Mapping[str, Any]:
         """State of AdamW."""
@@ -56,12 +67,3 @@ class Optimizer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore state_dict()."""
         self._adam.load_state_dict(state)
-
-
-def digest(weights: Iterable[tuple[str, Tensor]]) -> str:
-    """A BLAKE2 digest of names and values."""
-    made = hashlib.blake2b(digest_size=16)
-    for name, value in weights:
-        made.update(name.encode())
-        made.update(value.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy().data)
-    return made.hexdigest()

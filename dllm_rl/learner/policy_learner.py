@@ -5,18 +5,20 @@ The rollout recorded what the network saw at each forward, so that an update run
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dllm_rl import seeding
 from dllm_rl.config.schema import LearnerSection
 from dllm_rl.diffusion import surrogate
 from dllm_rl.diffusion.layout import block_index
-from dllm_rl.learner.optimizer import Optimizer, digest
+from dllm_rl.learner.optimizer import Optimizer
 from dllm_rl.learner.torch_learner import NonFiniteError
+from dllm_rl.models.digest import digest
 from dllm_rl.protocols import Algorithm, Candidates, UnmaskingStrategy
 from dllm_rl.types import (
     BlockOrigin,
@@ -25,6 +27,7 @@ from dllm_rl.types import (
     MaskSample,
     Rewards,
     RolloutBatch,
+    Share,
     WeightsVersion,
 )
 
@@ -83,6 +86,7 @@ class PolicyLearner:
         algorithm: Algorithm,
         *,
         reference: LikelihoodEstimate | None,
+        share: Share | None = None,
     ) -> dict[str, float]:
         """updates_per_step optimiser updates on one batch, with one micro-batch's graph alive at a time.
 
@@ -120,9 +124,7 @@ class PolicyLearner:
                 for row, forward in self._microbatches(batch, coefficient != 0):
                     logp = self._log_prob(batch, row, forward)
                     (logp * coefficient[row, forward].to(logp.device)).sum().backward()
-            norm = self._optimizer.clip()
-            self._require_finite("gradient norm", norm)
-            self._optimizer.step()
+            norm = self._optimizer.step(functools.partial(self._require_finite, "gradient norm"))
             metrics = {"loss": loss.value.item(), "grad_norm": norm.item(), "lr": lr}
             metrics |= surrogate.derived_metrics({name: value.item() for name, value in loss.metrics.items()})
         self.step += 1
@@ -144,7 +146,7 @@ class PolicyLearner:
         """The step and a digest of the policy."""
         return WeightsVersion(step=self.step, digest=digest(self._trained))
 
-    def named_weights(self) -> Iterable[tuple[str, Tensor]]:
+    def named_weights(self) -> Iterable[tuple[str, nn.Parameter]]:
         """Trained weights by module name."""
         return iter(self._trained)
 

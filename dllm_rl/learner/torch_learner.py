@@ -14,23 +14,28 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Iterable, Iterator
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dllm_rl import seeding
 from dllm_rl.config.schema import LearnerSection
 from dllm_rl.diffusion import likelihood, surrogate
-from dllm_rl.learner.optimizer import Optimizer, digest
+from dllm_rl.learner.optimizer import Optimizer
 from dllm_rl.learner.value_model import ValueModel
 from dllm_rl.models.denoiser import TransformersDenoiser
+from dllm_rl.models.digest import digest
 from dllm_rl.models.loading import load_denoiser, save_denoiser
 from dllm_rl.models.lora import load_adapter, reference_weights, save_adapter
 from dllm_rl.protocols import Algorithm
-from dllm_rl.types import Experience, LikelihoodEstimate, Loss, MaskSample, Rewards, RolloutBatch, WeightsVersion
+from dllm_rl.types import Experience, LikelihoodEstimate, Loss, MaskSample, Rewards, RolloutBatch, Share, WeightsVersion
+
+Scored = tuple[Tensor, Tensor, Tensor]
+Scoring = Callable[..., Scored]  # likelihood.score or likelihood.entropy
 
 
 class NonFiniteError(RuntimeError):
@@ -42,6 +47,7 @@ class TorchLearner:
 
     Attributes:
         step: finished optimiser steps (batches).
+        ticks: micro-batches so far; a sign of life.
     """
 
     def __init__(
@@ -69,27 +75,32 @@ class TorchLearner:
             dump_folder: where the batch of a non-finite loss goes.
         """
         self.denoiser = denoiser
-        self.step = 0
+        self.step = self.ticks = 0
         self._tokenizer = tokenizer
         self._config, self._seed, self._dump_folder = config, seed, dump_folder
         self._trained = [(n, p) for n, p in denoiser.module.named_parameters() if p.requires_grad]
-        self._optimizer = Optimizer([p for _, p in self._trained], config, total_steps)
         self._reference: TransformersDenoiser | None = None
         if keep_reference and denoiser.adapter is None:
             self._reference = copy.deepcopy(denoiser)
             self._reference.module.requires_grad_(False).eval()
-
         self._values = ValueModel(denoiser, config, total_steps) if keep_values else None
+        self._optimizer = self._make_optimizer(total_steps)
+
+    def _make_optimizer(self, total_steps: int) -> Optimizer:
+        return Optimizer([p for _, p in self._trained], self._config, total_steps)
 
     def score(self, batch: RolloutBatch, masks: MaskSample, *, reference: bool = False) -> LikelihoodEstimate:
         """Likelihoods without gradient under the current weights, or the frozen reference."""
-        budget = self._config.tokens_per_microbatch
         if reference and self._reference is None and self.denoiser.adapter is None:
             raise RuntimeError("the learner holds no reference: it was made without one, or it has been dropped")
-        if reference and self._reference is not None:
-            return likelihood.estimate(self._reference, batch, masks, tokens_per_microbatch=budget)
-        with _evaluating(self.denoiser), reference_weights(self.denoiser) if reference else contextlib.nullcontext():
-            return likelihood.estimate(self.denoiser, batch, masks, tokens_per_microbatch=budget)
+        forward = self._reference_forward if reference and self._reference is not None else self._forward
+        below_adapter = reference and self._reference is None
+        with (
+            torch.no_grad(),
+            _evaluating(self.denoiser),
+            reference_weights(self.denoiser) if below_adapter else contextlib.nullcontext(),
+        ):
+            return self._summed(likelihood.score, forward, batch, masks, self._plan(batch, masks))
 
     def update(
         self,
@@ -100,21 +111,21 @@ class TorchLearner:
         algorithm: Algorithm,
         *,
         reference: LikelihoodEstimate | None,
+        share: Share | None = None,
     ) -> dict[str, float]:
         """updates_per_step optimiser updates on one batch; the old policy is the one that enters.
 
         Raises:
             NonFiniteError: non-finite loss or gradient; weights are those before the update, the batch is on disk.
         """
+        share = share or Share(num_tokens=int(batch.completion.sum()), num_rows=len(batch))
         seeding.seed_everything(seeding.derive(self._seed, "update", self.step))  # dropout of adapters
         lr = self._optimizer.start(self.step)
         metrics: dict[str, float] = {}
         old: LikelihoodEstimate | None = None
         entropy: Tensor | None = None
         if algorithm.needs_entropy:
-            with _evaluating(self.denoiser):
-                budget = self._config.tokens_per_microbatch
-                entropy = likelihood.entropy(self.denoiser, batch, masks, tokens_per_microbatch=budget)
+            entropy = self._entropy(batch, masks)
         value: Tensor | None = None
         if algorithm.value_clip is not None:
             assert self._values is not None, "assemble() keeps values for algorithms that want them"
@@ -133,21 +144,21 @@ class TorchLearner:
                 masks=masks,
                 old=old,
                 reference=reference,
-                num_tokens=int(batch.completion.sum()),
-                num_rows=len(batch),
+                num_tokens=share.num_tokens,
+                num_rows=share.num_rows,
                 entropy=entropy,
             )
-            loss = algorithm.loss(new, experience)
-            self._require_finite("loss", loss.value, experience)
+            loss = Loss(0.0 * new.token_logp.sum()) if share.idle else algorithm.loss(new, experience)
+            found = self._over_ranks({"loss": loss.value.detach(), **loss.metrics})
+            self._require_finite("loss", found["loss"], experience)
             if alive:
-                loss.value.backward()
+                self._optimizer.backward(loss.value, last=True)
             else:
                 self._second_phase(batch, masks, loss, new)
-            norm = self._optimizer.clip()
-            self._require_finite("gradient norm", norm, experience)
-            self._optimizer.step()
-            metrics = {"loss": loss.value.item(), "grad_norm": norm.item(), "lr": lr}
-            metrics |= surrogate.derived_metrics({name: scalar.item() for name, scalar in loss.metrics.items()})
+            check = functools.partial(self._require_finite, "gradient norm", experience=experience)
+            norm = self._optimizer.step(check)
+            metrics = {"grad_norm": norm.item(), "lr": lr}
+            metrics |= surrogate.derived_metrics({name: scalar.item() for name, scalar in found.items()})
             if value is not None:
                 assert self._values is not None and algorithm.value_clip is not None, "checked above"
                 metrics["value_loss"] = self._values.update(batch, masks, value, target, clip=algorithm.value_clip)
@@ -169,31 +180,63 @@ class TorchLearner:
         self.step += 1
         return {}
 
+    def _plan(self, batch: RolloutBatch, masks: MaskSample) -> list[likelihood.Work]:
+        """Micro-batches; the same number on every rank."""
+        return likelihood.plan(batch, masks, self._config.tokens_per_microbatch)
+
+    def _forward(self, function: Scoring, batch: RolloutBatch, masks: MaskSample, work: likelihood.Work) -> Scored:
+        """A function of likelihood.py on the trained network."""
+        self.ticks += 1
+        return function(self.denoiser, batch, masks, work)
+
+    def _reference_forward(
+        self, function: Scoring, batch: RolloutBatch, masks: MaskSample, work: likelihood.Work
+    ) -> Scored:
+        """The same on the frozen copy."""
+        self.ticks += 1
+        return function(self._reference, batch, masks, work)
+
+    def _over_ranks(self, scalars: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Sums over ranks: losses and their metrics are shares of the global batch's."""
+        return scalars
+
+    def _summed(
+        self,
+        function: Scoring,
+        forward: Callable[..., Scored],
+        batch: RolloutBatch,
+        masks: MaskSample,
+        work: Sequence[likelihood.Work],
+    ) -> LikelihoodEstimate:
+        return likelihood.summed(batch, masks, work, functools.partial(forward, function, batch, masks))
+
+    def _entropy(self, batch: RolloutBatch, masks: MaskSample) -> Tensor:
+        """(N, L) nats at the scored positions, averaged over the draws that score them."""
+        with _evaluating(self.denoiser):
+            found = self._summed(likelihood.entropy, self._forward, batch, masks, self._plan(batch, masks))
+        return found.token_logp / (masks.weight != 0).sum(0).clamp(min=1)
+
     def _current(self, batch: RolloutBatch, masks: MaskSample) -> tuple[LikelihoodEstimate, bool]:
         """The current policy's estimate, and whether its graph reaches the weights (one micro-batch) or is a leaf."""
-        work = likelihood.plan(batch, masks, self._config.tokens_per_microbatch)
+        work = self._plan(batch, masks)
         if len(work) > 1:
-            estimate = self.score(batch, masks)
+            with torch.no_grad(), _evaluating(self.denoiser):
+                estimate = self._summed(likelihood.score, self._forward, batch, masks, work)
             return dataclasses.replace(estimate, token_logp=estimate.token_logp.requires_grad_()), False
         self.denoiser.module.train()
-        values, pair, position = likelihood.score(self.denoiser, batch, masks, work[0])
-        row = work[0].row.to(values.device)[pair]
-        token = torch.zeros(batch.tokens.shape, dtype=values.dtype, device=values.device)
-        token = token.index_put((row, position), values, accumulate=True).to(batch.tokens.device)
-        num_draws = len(masks.mask)
-        draw = torch.zeros(num_draws, len(batch), dtype=values.dtype, device=values.device)
-        draw.index_put_((work[0].draw.to(values.device)[pair], row), values.detach(), accumulate=True)
-        return LikelihoodEstimate(token_logp=token, draw_logp=num_draws * draw.to(batch.tokens.device)), True
+        return self._summed(likelihood.score, self._forward, batch, masks, work), True
 
     def _second_phase(self, batch: RolloutBatch, masks: MaskSample, loss: Loss, new: LikelihoodEstimate) -> None:
         (coefficient,) = torch.autograd.grad(loss.value, new.token_logp)
         # Tokens that the loss does not depend on (zero advantage, say) are not forwarded again: their gradient is zero.
         needed = MaskSample(mask=masks.mask, weight=masks.weight * (coefficient != 0).cpu())
         self.denoiser.module.train()
-        for work in likelihood.plan(batch, needed, self._config.tokens_per_microbatch):
-            values, pair, position = likelihood.score(self.denoiser, batch, needed, work)
-            row = work.row.to(values.device)[pair]
-            (values * coefficient.to(values.device)[row, position]).sum().backward()
+        work = self._plan(batch, needed)
+        for number, part in enumerate(work, start=1):
+            values, pair, position = self._forward(likelihood.score, batch, needed, part)
+            row = part.row.to(values.device)[pair]
+            share = (values * coefficient.to(values.device)[row, position]).sum()
+            self._optimizer.backward(share, last=number == len(work))
 
     def _require_finite(self, what: str, value: Tensor, experience: Experience) -> None:
         if bool(torch.isfinite(value)):
@@ -218,22 +261,25 @@ class TorchLearner:
         )
 
     def version(self) -> WeightsVersion:
-        """The step and a BLAKE2 digest of the trained weights."""
+        """The step and a digest of the trained weights."""
         return WeightsVersion(step=self.step, digest=digest(self._trained))
 
-    def named_weights(self) -> Iterable[tuple[str, Tensor]]:
+    def named_weights(self) -> Iterable[tuple[str, nn.Parameter]]:
         """Trained weights by module name."""
         return iter(self._trained)
 
     def save(self, folder: Path) -> None:
         """Weights (or the adapter) below folder/model, optimiser state and step in folder/optimizer.pt."""
-        if self.denoiser.adapter is not None:
-            save_adapter(self.denoiser, folder / "model")
-        else:
-            save_denoiser(self.denoiser, self._tokenizer, folder / "model")
+        self._save_model(folder / "model")
         torch.save({"step": self.step, "optimizer": self._optimizer.state_dict()}, folder / "optimizer.pt")
         if self._values is not None:
             torch.save(self._values.state_dict(), folder / "values.pt")
+
+    def _save_model(self, folder: Path) -> None:
+        if self.denoiser.adapter is not None:
+            save_adapter(self.denoiser, folder)
+        else:
+            save_denoiser(self.denoiser, self._tokenizer, folder)
 
     def load(self, folder: Path) -> None:
         """Restore what save wrote, bit for bit."""

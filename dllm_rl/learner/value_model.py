@@ -54,8 +54,7 @@ class ValueModel:
             loss = values.value_error(value, known, wanted, clip).sum() / count
             loss.backward()
             total += loss.item()
-        self._optimizer.clip()
-        self._optimizer.step()
+        self._optimizer.step(lambda norm: None)
         return total
 
     def start(self, step: int) -> None:

@@ -29,6 +29,7 @@ class TransformersDenoiser:
         companions: further files of the checkpoint folder (the hub's own code), name -> content, written back too.
         adapter: the peft model when a LoRA adapter is attached, else None. `module` is the network in both cases.
         source: where the weights came from, for messages and adapter files.
+        forwards: of the network so far; a sign of life.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class TransformersDenoiser:
         self.companions = dict(companions or {})
         self.adapter: Any = None
         self.source = source
+        self.forwards = 0
         self.mask_id = mask_id
         self.eos_id = eos_id
         self.pad_id = pad_id
@@ -151,6 +153,7 @@ class TransformersDenoiser:
         return hidden
 
     def _run(self, tokens: Tensor, positions: Tensor, attention: Tensor, cache: BlockCache | None = None) -> Tensor:
+        self.forwards += 1
         hidden: Tensor = self._backbone(
             input_ids=tokens,
             position_ids=positions,

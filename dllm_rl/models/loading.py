@@ -45,7 +45,7 @@ def load_denoiser(
         path: local folder, or hub name "owner/model".
         family: llada, dream, sdar or tiny; None reads it from config.json.
         dtype: parameter type.
-        device: where the parameters live.
+        device: where the parameters live; "meta" reads no weights, for callers who want shapes and token ids.
         revision: branch, tag or commit of a hub model.
         block_size: tokens per block of a block-causal family; None takes config.json's.
         block_origin: where blocks start; None takes config.json's, else "response".
@@ -61,8 +61,9 @@ def load_denoiser(
     chosen = family_of(config, str(path)) if family is None else family_named(family)
     tokenizer = _load_tokenizer(folder, chosen, trust_remote_code)
     module = chosen.skeleton(config, dtype)
-    _fill(module, chosen, folder, dtype, device)
-    finish(module, device)
+    if torch.device(device).type != "meta":
+        _fill(module, chosen, folder, dtype, device)
+        finish(module, device)
     if chosen.block_causal:
         block_size = config.get("block_size") if block_size is None else block_size
         block_origin = block_origin or config.get("block_origin") or "response"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -108,6 +108,20 @@ def merged_weights(denoiser: TransformersDenoiser) -> Iterator[tuple[str, Tensor
         if path in layers and leaf == "weight":
             value = value + layers[path].get_delta_weight("default").detach().to(value.dtype)
         yield plain, value
+
+
+def merged_updates(denoiser: TransformersDenoiser) -> Iterator[tuple[str, list[nn.Parameter], Callable[[], Tensor]]]:
+    """Of each adapted layer: (name in the plain module, parameters that it depends on, its merged weight).
+
+    A model without the adapter that is given these weights computes what this one does.
+    """
+    for path, layer in _lora_layers(denoiser.module):
+        base, a, b = layer.base_layer.weight, layer.lora_A["default"].weight, layer.lora_B["default"].weight
+
+        def merged(base: Tensor = base, layer: LoraLayer = layer) -> Tensor:
+            return base.detach() + layer.get_delta_weight("default").detach().to(base.dtype)
+
+        yield f"{path}.weight", [base, a, b], merged
 
 
 def save_adapter(denoiser: TransformersDenoiser, folder: str | Path) -> None:

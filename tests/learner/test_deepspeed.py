@@ -1,0 +1,202 @@
+"""DeepSpeed at every ZeRO stage, one rank and two, against the torch learner: same weights, same metrics."""
+
+from __future__ import annotations
+
+import dataclasses
+import socket
+import tempfile
+import traceback
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as multiprocessing
+
+from dllm_rl.config.schema import LearnerSection
+from dllm_rl.conformance import cases
+from dllm_rl.conformance.algorithms import Subject
+from dllm_rl.learner.torch_learner import NonFiniteError, TorchLearner
+from dllm_rl.models.lora import add_lora
+from dllm_rl.models.tokenizers import character_tokenizer
+from dllm_rl.types import Share
+
+STEPS = 5
+ALL_STAGES = (0, 1, 2, 3)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A method on its conformance batch; a budget of 128 tokens makes several micro-batches, 1 << 14 makes one."""
+
+    name: str = "coupled_grpo"
+    lora: bool = False
+    budget: int = 128
+    stage: int = 2
+    idle: bool = False  # rank 1 has no rows
+
+    def options(self) -> dict:
+        return {"lr": 1e-3, "tokens_per_microbatch": self.budget, "updates_per_step": 2}
+
+
+def parts(case: Case):
+    subject, denoiser = Subject(case.name, {}), cases.denoiser("tiny")
+    if case.lora:
+        add_lora(denoiser, rank=4, alpha=8.0, seed=1)
+    batch, rewards = subject.batch(False), subject.judged()
+    return subject.algorithm, denoiser, batch, rewards, subject.masks(batch)
+
+
+def learner(kind, case: Case, algorithm, denoiser, **more):
+    return kind(
+        denoiser,
+        character_tokenizer("0123456789 "),
+        LearnerSection(**case.options(), **more),
+        total_steps=STEPS,
+        seed=0,
+        keep_reference=algorithm.needs_reference,
+        dump_folder=Path(tempfile.mkdtemp()),
+    )
+
+
+def train(made, algorithm, batch, rewards, advantage, masks, share=None, steps=STEPS):
+    out = []
+    for _ in range(steps):
+        reference = made.score(batch, masks, reference=True) if algorithm.needs_reference else None
+        out.append(made.update(batch, rewards, advantage, masks, algorithm, reference=reference, share=share))
+    return out
+
+
+def by_torch(case: Case):
+    algorithm, denoiser, batch, rewards, masks = parts(case)
+    made = learner(TorchLearner, case, algorithm, denoiser)
+    metrics = train(made, algorithm, batch, rewards, algorithm.advantages(rewards, batch), masks)
+    return {name: value.detach() for name, value in denoiser.module.named_parameters()}, metrics
+
+
+def own_rows(case: Case, rank: int, size: int):
+    algorithm, denoiser, batch, rewards, masks = parts(case)
+    share = Share(num_tokens=int(batch.completion.sum()), num_rows=len(batch), idle=case.idle and rank == 1)
+    rows = torch.arange(rank * len(batch) // size, (rank + 1) * len(batch) // size)
+    if case.idle:
+        rows = torch.tensor([0]) if share.idle else torch.arange(len(batch))
+    advantage = algorithm.advantages(rewards, batch)[rows]
+    masks = masks.select(rows)
+    if share.idle:
+        masks = dataclasses.replace(masks, weight=torch.zeros_like(masks.weight))
+    return algorithm, denoiser, batch.select(rows), rewards.select(rows), advantage, masks, share
+
+
+def weights(made):
+    with made.reading(list(made.denoiser.module.parameters())):
+        return {name: value.detach().numpy().copy() for name, value in made.denoiser.module.named_parameters()}
+
+
+def in_a_rank(rank, size, port, work, arguments, answers):
+    from dllm_rl.learner.zero import join_ranks
+
+    torch.set_num_threads(1)
+    try:
+        join_ranks(rank, size, "127.0.0.1", port)
+        answers.put((rank, None, work(rank, size, *arguments)))
+    except BaseException:
+        answers.put((rank, traceback.format_exc(), None))
+        raise
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def on_ranks(size, work, *arguments):
+    """What rank 0 returns."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    answers = context.Queue()
+    ranks = [context.Process(target=in_a_rank, args=(r, size, port, work, arguments, answers)) for r in range(size)]
+    for process in ranks:
+        process.start()
+    try:
+        found = {}
+        for _ in ranks:
+            rank, problem, answer = answers.get(timeout=180)
+            assert problem is None, problem
+            found[rank] = answer
+        return found[0]
+    finally:
+        for process in ranks:
+            process.join(10)
+            process.kill()
+
+
+def train_all(rank, size, chosen):
+    from dllm_rl.learner.deepspeed_learner import DeepSpeedLearner
+
+    out = []
+    for case in chosen:
+        algorithm, denoiser, *rest = own_rows(case, rank, size)
+        made = learner(DeepSpeedLearner, case, algorithm, denoiser, backend="deepspeed", zero_stage=case.stage)
+        metrics = train(made, algorithm, *rest)
+        out.append((weights(made), metrics))
+    return out
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_every_stage_equals_the_torch_learner(size):
+    chosen = [Case(lora=lora, stage=stage) for lora in (False, True) for stage in ALL_STAGES]
+    chosen += [Case("gdpo", budget=1 << 14, stage=stage) for stage in (2, 3)]
+    if size == 2:
+        chosen += [Case("igpo", budget=64, stage=stage, idle=True) for stage in (2, 3)]
+    known = {}
+    for case, (got, metrics) in zip(chosen, on_ranks(size, train_all, chosen), strict=True):
+        same = dataclasses.replace(case, stage=0)
+        want, expected = known.setdefault(same, by_torch(same))
+        for name, value in want.items():
+            torch.testing.assert_close(torch.from_numpy(got[name]), value, rtol=0, atol=1e-6, msg=f"{case}: {name}")
+        for step, (ours, theirs) in enumerate(zip(metrics, expected, strict=True)):
+            assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5), f"{case}, step {step}"
+
+
+def save_and_resume(rank, size, case, folder, start, stop):
+    from dllm_rl.learner.deepspeed_learner import DeepSpeedLearner
+
+    algorithm, denoiser, *rest = own_rows(case, rank, size)
+    made = learner(DeepSpeedLearner, case, algorithm, denoiser, backend="deepspeed", zero_stage=case.stage)
+    if start:
+        made.load(folder)
+        assert made.step == start
+    train(made, algorithm, *rest, steps=3 - start)
+    if not start:
+        made.save(folder)
+    train(made, algorithm, *rest, steps=stop - 3)
+    return weights(made)
+
+
+@pytest.mark.parametrize(("stage", "lora"), [(2, False), (3, True)])
+def test_resume_is_exact_at_the_same_size_and_close_at_another(tmp_path, stage, lora):
+    case = Case(stage=stage, lora=lora)
+    whole = on_ranks(2, save_and_resume, case, tmp_path, 0, STEPS)
+    same = on_ranks(2, save_and_resume, case, tmp_path, 3, STEPS)
+    fewer = on_ranks(1, save_and_resume, case, tmp_path, 3, STEPS)
+    for name, value in whole.items():
+        assert (same[name] == value).all(), name
+        assert abs(fewer[name] - value).max() < 1e-6, name
+
+
+def stop_before_damage(rank, size, stages):
+    from dllm_rl.learner.deepspeed_learner import DeepSpeedLearner
+
+    out = []
+    for stage in stages:
+        case = Case(stage=stage)
+        algorithm, denoiser, batch, rewards, advantage, masks, share = own_rows(case, rank, size)
+        made = learner(DeepSpeedLearner, case, algorithm, denoiser, backend="deepspeed", zero_stage=stage)
+        before = weights(made)
+        with pytest.raises(NonFiniteError, match="is nan"):
+            train(made, algorithm, batch, rewards, advantage * float("nan"), masks, share)
+        after = weights(made)
+        out.append(all((before[name] == after[name]).all() for name in before))
+    return out
+
+
+def test_a_bad_loss_stops_every_rank_before_the_weights_change():
+    assert on_ranks(2, stop_before_damage, (0, 3)) == [True, True]
