@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
-from dllm_rl import registry, seeding
+from dllm_rl import seeding
 from dllm_rl.config.plugins import build
 from dllm_rl.config.schema import Config, RewardPlugin
 from dllm_rl.data.prompts import encode, encode_completion
 from dllm_rl.data.source import PromptSource
-from dllm_rl.diffusion.layout import block_rule
-from dllm_rl.learner.policy_learner import PolicyLearner
-from dllm_rl.learner.torch_learner import TorchLearner
-from dllm_rl.models.create import create_denoiser
+from dllm_rl.members.crew import Orders, local_crew, ray_crew
+from dllm_rl.members.engine import EVALUATE, TRAIN
+from dllm_rl.members.engine_pool import EnginePool
+from dllm_rl.members.learner_group import LearnerGroup
+from dllm_rl.members.model import model_path
+from dllm_rl.members.pump import Handover
 from dllm_rl.models.denoiser import TransformersDenoiser
-from dllm_rl.models.loading import load_denoiser, save_denoiser
-from dllm_rl.models.lora import add_lora
-from dllm_rl.models.tokenizers import byte_bpe_tokenizer, character_tokenizer, vocabulary_digest
 from dllm_rl.plans import Plan
-from dllm_rl.protocols import Algorithm, Learner, RolloutEngine, Task, UnmaskingStrategy
+from dllm_rl.protocols import Algorithm, RolloutEngine, Task, UnmaskingStrategy
 from dllm_rl.reports.progress import Progress
 from dllm_rl.runtime.reward_pool import RewardPool, RewardSpec
 from dllm_rl.types import Example, Prompt, Sampling
@@ -32,16 +32,16 @@ from dllm_rl.types import Example, Prompt, Sampling
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parts:
-    """Everything that the training loop holds.
+    """Everything that the training loop holds. A context manager: engines and learners end with it.
 
     Attributes:
         task: the task.
         tokenizer: of the model.
-        engine: shares the learner's denoiser in one process.
-        eval_engine: decodes held-out completions, with the same weights and the strategy of evaluation.
+        engines: decode.
         algorithm: the method.
-        denoiser: the model that decodes.
+        denoiser: the model of this process; on a cluster without weights, for shapes and token ids.
         learner: owns the trained weights, of the model or of the unmasking policy.
+        weights: from the learner to the engines.
         pool: reward workers, or None for supervised training on a task without rewards.
         source: prompts of each step.
         demonstrations: uid -> tokens of its completions, for algorithms that train on them: the reference completion,
@@ -49,34 +49,43 @@ class Parts:
         held_out: prompts for evaluation.
         sampling: decoding while training.
         eval_samplings: decoding of each held-out evaluation.
-        make_engine: strategy, weights=, keep_confidence= -> another engine over the same denoiser.
+        closing: ends what was started.
     """
 
     task: Task
     tokenizer: Any
-    engine: RolloutEngine
-    eval_engine: RolloutEngine
+    engines: EnginePool
     algorithm: Algorithm
     denoiser: TransformersDenoiser
-    learner: Learner
+    learner: LearnerGroup
+    weights: Handover
     pool: RewardPool | None
     source: PromptSource[Prompt]
     demonstrations: Mapping[str, Sequence[Sequence[int]]]
     held_out: Sequence[Prompt]
     sampling: Sampling
     eval_samplings: Sequence[Sampling]
-    make_engine: Callable[..., RolloutEngine]
+    closing: ExitStack
 
-    def hand_over(self) -> None:
-        """Tell the engines which weights they hold now."""
-        self.engine.weights = self.eval_engine.weights = self.learner.version()
+    @property
+    def engine(self) -> RolloutEngine:
+        """Decodes for training."""
+        return self.engines.role(TRAIN)
+
+    @property
+    def eval_engine(self) -> RolloutEngine:
+        """Decodes held-out completions, with the strategy of evaluation."""
+        return self.engines.role(EVALUATE)
 
     def expert_engine(self, plugin: Mapping[str, Any]) -> RolloutEngine:
-        """An engine over the same weights that decodes with another strategy, given as name and options."""
-        options = {key: value for key, value in plugin.items() if key != "name"}
-        strategy = build("strategies", plugin["name"], options)
-        strategy.bind(vocabulary_digest(self.tokenizer), self.denoiser.device, trained_here=False)
-        return self.make_engine(strategy, weights=self.engine.weights, keep_confidence=True)
+        """Decodes with another strategy, given as name and options."""
+        return self.engines.role(plugin)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.closing.close()
 
 
 def assemble(config: Config, folder: Path, show: Progress) -> Parts:
@@ -91,12 +100,19 @@ def assemble(config: Config, folder: Path, show: Progress) -> Parts:
     """
     if config.run.threads is not None:
         torch.set_num_threads(config.run.threads)
+    with ExitStack() as stack:
+        parts = _assemble(config, folder, show, stack)
+        return dataclasses.replace(parts, closing=stack.pop_all())
+
+
+def _assemble(config: Config, folder: Path, show: Progress, stack: ExitStack) -> Parts:
     algorithm: Algorithm = build("algorithms", config.algorithm.name, config.algorithm.options)
     strategy = build("strategies", config.sampling.strategy.name, config.sampling.strategy.options)
     task: Task = build("tasks", config.data.task.name, config.data.task.options)
     _check_source(config, algorithm, strategy, task)
     other = config.evaluate.strategy
-    eval_strategy = strategy if other is None else build("strategies", other.name, other.options)
+    if other is not None:  # refused here rather than by an engine
+        build("strategies", other.name, other.options)
     if algorithm.replays_trajectory and strategy.revises:
         raise ValueError(
             f"algorithm '{config.algorithm.name}' replays trajectories, but strategy '{config.sampling.strategy.name}' "
@@ -113,7 +129,12 @@ def assemble(config: Config, folder: Path, show: Progress) -> Parts:
             task=config.data.task.name,
         )
     )
-    denoiser, tokenizer = _model(config, folder, task, train_examples)
+    _check_learner(config, algorithm)
+    orders = Orders(
+        config=config, path=model_path(config, folder, task, train_examples), folder=folder, sampling=sampling
+    )
+    crew = local_crew(orders) if config.cluster.kind == "local" else ray_crew(orders, stack, show.say)
+    denoiser, tokenizer = crew.denoiser, crew.tokenizer
     room = denoiser.max_length - sampling.max_new_tokens
     if room < 1:
         raise ValueError(
@@ -150,63 +171,36 @@ def assemble(config: Config, folder: Path, show: Progress) -> Parts:
                     _completion(text, example, tokenizer, sampling.max_new_tokens) for text in wanted(example)
                 ]
                 advance(1, "")
-    vocabulary = vocabulary_digest(tokenizer)
-    strategy.bind(vocabulary, denoiser.device, trained_here=algorithm.trains == "policy")
-    if eval_strategy is not strategy:
-        eval_strategy.bind(vocabulary, denoiser.device, trained_here=False)
-    learner = _learner(config, folder, algorithm, strategy, denoiser, tokenizer)
-    make_engine = functools.partial(
-        registry.load("engines", config.engine.name), denoiser, max_batch_tokens=config.engine.max_batch_tokens
-    )
     return Parts(
         task=task,
         tokenizer=tokenizer,
-        engine=make_engine(strategy, weights=learner.version()),
-        eval_engine=make_engine(eval_strategy, weights=learner.version()),
+        engines=crew.engines,
         algorithm=algorithm,
         denoiser=denoiser,
-        learner=learner,
+        learner=crew.learner,
+        weights=crew.weights,
         pool=_pool(config, task),
         source=PromptSource(prompts, config.data.prompts_per_step, seed),
         demonstrations=demonstrations,
         held_out=tokenised(held_out),
         sampling=sampling,
         eval_samplings=_eval_samplings(config, sampling),
-        make_engine=make_engine,
+        closing=stack,
     )
 
 
-def _learner(
-    config: Config,
-    folder: Path,
-    algorithm: Algorithm,
-    strategy: UnmaskingStrategy,
-    denoiser: TransformersDenoiser,
-    tokenizer: Any,
-) -> Learner:
-    seed, total_steps = config.run.seed, config.run.steps
+def _check_learner(config: Config, algorithm: Algorithm) -> None:
+    if config.learner.backend == "torch":
+        return
+    why = None
     if algorithm.trains == "policy":
-        denoiser.module.requires_grad_(False)
-        size, origin = block_rule(denoiser, _sampling(config))
-        return PolicyLearner(
-            strategy,
-            config.learner,
-            total_steps=total_steps,
-            seed=seed,
-            block_size=size,
-            block_origin=origin,
-            sees_block_only=denoiser.block_size is not None,
+        why = "trains an unmasking policy"
+    elif algorithm.value_clip is not None:
+        why = "trains a value model"
+    if why is not None:
+        raise ValueError(
+            f"algorithm '{config.algorithm.name}' {why}, which runs on one rank with learner.backend: torch"
         )
-    return TorchLearner(
-        denoiser,
-        tokenizer,
-        config.learner,
-        total_steps=total_steps,
-        seed=seed,
-        keep_reference=algorithm.needs_reference,
-        keep_values=algorithm.value_clip is not None,
-        dump_folder=folder / "dumps",
-    )
 
 
 def reward_plugins(config: Config, task: Task) -> list[RewardPlugin]:
@@ -256,71 +250,6 @@ def _eval_samplings(config: Config, sampling: Sampling) -> list[Sampling]:
         )
         for speed in speeds
     ]
-
-
-def _model(config: Config, folder: Path, task: Task, examples: Sequence[Example]) -> tuple[TransformersDenoiser, Any]:
-    m = config.model
-    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}[m.dtype]
-    device = _device(m.device)
-    initial = folder / "initial"
-    if m.init is not None and not initial.exists():
-        if m.family is None:
-            raise ValueError("model.init needs model.family: llada, dream, sdar or tiny")
-        tokenizer = _tokenizer(m.init.tokenizer, m.init.vocab_size, task, examples)
-        made = create_denoiser(
-            m.family,
-            tokenizer,
-            hidden_size=m.init.hidden_size,
-            num_layers=m.init.num_layers,
-            num_heads=m.init.num_heads,
-            num_kv_heads=m.init.num_kv_heads,
-            intermediate_size=m.init.intermediate_size,
-            max_length=m.init.max_length,
-            block_size=m.block_size,
-            block_origin=m.block_origin or "response",
-            seed=seeding.derive(config.run.seed, "model"),
-        )
-        save_denoiser(made, tokenizer, initial)
-    denoiser, tokenizer = load_denoiser(
-        str(initial) if m.path is None else m.path,
-        family=m.family,
-        dtype=dtype,
-        device=device,
-        revision=m.revision,
-        block_size=m.block_size,
-        block_origin=m.block_origin,
-        trust_remote_code=m.trust_remote_code,
-    )
-    if m.lora is not None:
-        lora = m.lora
-        seed = seeding.derive(config.run.seed, "lora")
-        add_lora(denoiser, rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout, targets=lora.targets, seed=seed)
-    if m.gradient_checkpointing:
-        denoiser.module.gradient_checkpointing_enable()
-    return denoiser, tokenizer
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch has no one type for it
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"model.device = '{name}' cannot be used ({reason:.120}); auto, cpu or cuda") from error
-    return device
-
-
-def _tokenizer(kind: str, vocab_size: int, task: Task, examples: Sequence[Example]) -> Any:
-    texts = [_text(e.prompt) + "".join(filter(None, (e.completion, e.chosen, e.rejected))) for e in examples]
-    if kind == "characters":
-        return character_tokenizer("".join(sorted({c for text in texts for c in text} | set(task.characters))))
-    return byte_bpe_tokenizer(texts, vocab_size)
-
-
-def _text(prompt: str | list[dict[str, str]]) -> str:
-    return prompt if isinstance(prompt, str) else "\n".join(message["content"] for message in prompt)
 
 
 def _demonstration(example: Example) -> Sequence[str]:

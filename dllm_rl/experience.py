@@ -22,12 +22,13 @@ from dllm_rl.types import Prompt, Rewards, RewardStatus, RolloutBatch, Trajector
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Collected:
-    """A batch with its rewards, its metrics, and rows for samples.jsonl."""
+    """A batch with its rewards, its metrics, rows for samples.jsonl, and the prompts that it was made from."""
 
     batch: RolloutBatch
     rewards: Rewards
     metrics: dict[str, float]
     samples: Sequence[dict[str, Any]]
+    uids: Sequence[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +105,8 @@ def roll_out(
         }
         for row in rows
     ]
-    return Collected(batch=batch, rewards=rewards, metrics=metrics, samples=samples)
+    uids = [prompt.uid for prompt in prompts]
+    return Collected(batch=batch, rewards=rewards, metrics=metrics, samples=samples, uids=uids)
 
 
 def _kinds(further: Sequence[Further]) -> Sequence[Sequence[Further]]:
@@ -170,4 +172,5 @@ def demonstrate(parts: Parts, prompts: Sequence[Prompt]) -> Collected:
     total = torch.tensor([float(place == 0) for texts in completions for place in range(len(texts))])
     included = torch.ones(n, dtype=torch.bool)
     rewards = Rewards(components={}, total=total, included=included, solved=total >= 1, status=status)
-    return Collected(batch=batch, rewards=rewards, metrics={}, samples=())
+    uids = [prompt.uid for prompt in prompts]
+    return Collected(batch=batch, rewards=rewards, metrics={}, samples=(), uids=uids)

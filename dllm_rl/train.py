@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 from dllm_rl import seeding
 from dllm_rl.assembly import Parts, assemble
-from dllm_rl.config.load import dump, resumable
+from dllm_rl.config.load import dump
 from dllm_rl.config.schema import Config
 from dllm_rl.estimator import estimator_metrics
 from dllm_rl.evaluation.evaluate import Evaluation, evaluate
 from dllm_rl.experience import Collected, demonstrate, roll_out
 from dllm_rl.learner import checkpoint
+from dllm_rl.recovery import go_back, starting_point
 from dllm_rl.reference import References
 from dllm_rl.reports.clock import Clock
 from dllm_rl.reports.plot import plot_run
@@ -22,6 +23,7 @@ from dllm_rl.reports.progress import Progress, Quiet
 from dllm_rl.reports.provenance import provenance
 from dllm_rl.reports.run_folder import RunFolder
 from dllm_rl.runtime.canary import run_canary
+from dllm_rl.runtime.group import Lost
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +46,12 @@ class Summary:
 
 
 def train(
-    config: Config, *, resume: bool = False, from_checkpoint: str | None = None, progress: Progress | None = None
+    config: Config,
+    *,
+    resume: bool = False,
+    from_checkpoint: str | None = None,
+    progress: Progress | None = None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Summary:
     """Run a configuration to its last step.
 
@@ -53,24 +60,27 @@ def train(
         resume: go on from the newest checkpoint of the run folder.
         from_checkpoint: go on from this checkpoint instead, e.g. "step-000040".
         progress: where to show progress; None = nowhere.
+        stop: asked between steps; once true, the run saves a checkpoint and returns.
     Raises:
         ValueError: a configuration, file or checkpoint that cannot be used, in one line.
         NonFiniteError: the loss or a gradient is not finite.
+        PushError: weights did not reach an engine as they were sent.
+        RuntimeError: more engines or learners were lost than cluster.max_restarts.
     """
     show, seed, total_steps = progress or Quiet(), config.run.seed, config.run.steps
     folder = Path(config.run.output) / config.run.name
-    found = _starting_point(config, folder, resume, from_checkpoint, show)
+    found = starting_point(config, folder, resume, from_checkpoint, show)
     run, clock = RunFolder(folder), Clock()
     with ExitStack() as stack:
         with clock("setup_s"):
-            parts = assemble(config, folder, show)
-            algorithm, learner, pool = parts.algorithm, parts.learner, parts.pool
+            parts = stack.enter_context(assemble(config, folder, show))
+            learner, pool = parts.learner, parts.pool
             if pool is not None:
                 stack.enter_context(pool)
                 run_canary(pool, parts.task, parts.task.examples("train")[: config.reward_pool.canary])
             if found is not None:
                 learner.load(found)
-                parts.hand_over()
+            parts.weights.verify()
             run.rewind(-1 if found is None else learner.step)
             run.write_config(dump(config.model_copy(update={"provenance": provenance()})))
             references = References(parts, config, folder)
@@ -82,64 +92,29 @@ def train(
         advance = stack.enter_context(show.track("training", total_steps))
         advance(learner.step, "")
 
-        for step in range(learner.step, total_steps):
-            timer = Clock()
-            with timer("step_s"):
-                prompts = parts.source.batch(step)
-                if algorithm.source == "rollouts":
-                    collected = roll_out(parts, config, prompts, step, timer)
-                else:
-                    collected = demonstrate(parts, prompts)
-                batch, rewards = collected.batch, collected.rewards
-                advantage = algorithm.advantages(rewards, batch)
-                keep = algorithm.keep(rewards, batch).nonzero().flatten()
-                kept = {"kept_rows": len(keep) / len(batch)}
-                if len(keep) == 0:
-                    learned: Mapping[str, float] = learner.skip()
-                else:
-                    batch, rewards, advantage = batch.select(keep), rewards.select(keep), advantage[keep]
-                    masks = algorithm.masks(batch, seeding.generator_for(seed, "masks", step))
-                    with timer("score_s"):
-                        reference = references.of(batch, masks)
-                    if _due(step, config.diagnostics.every_steps):
-                        with timer("diagnose_s"):
-                            key = seeding.derive(seed, "diagnostics", step)
-                            kept |= estimator_metrics(learner, algorithm, batch, config.diagnostics, key)
-                    with timer("update_s"):
-                        learned = learner.update(batch, rewards, advantage, masks, algorithm, reference=reference)
-                    parts.hand_over()
-
-            run.log(learner.step, {**collected.metrics, **kept, **learned, **timer.seconds})
-            run.log_samples(learner.step, collected.samples[: config.run.log_samples])
-            clock.add(timer)
-            advance(1, _note(collected, learned))
-            last = learner.step == total_steps
-            if _due(learner.step, config.evaluate.every_steps) or (last and config.evaluate.at_end):
-                after = _hold_out(parts, run, clock, seed, show)
-            if _due(learner.step, config.checkpoint.every_steps) or last:
-                with clock("checkpoint_s"):
-                    counters = {"seconds": clock.seconds}
-                    checkpoint.write(run.checkpoints, learner.step, counters, learner.save, keep=config.checkpoint.keep)
+        stopping = False
+        while learner.step < total_steps and not stopping:
+            step = learner.step
+            try:
+                collected, learned, timer = _step(parts, config, references, step)
+                run.log(learner.step, {**collected.metrics, **learned, **timer.seconds})
+                run.log_samples(learner.step, collected.samples[: config.run.log_samples])
+                run.log_prompts(learner.step, collected.uids, int(collected.batch.weights_step.min()))
+                clock.add(timer)
+                advance(1, _note(collected, learned))
+                last, stopping = learner.step == total_steps, stop()
+                if _due(learner.step, config.evaluate.every_steps) or (last and config.evaluate.at_end):
+                    after = _hold_out(parts, run, clock, seed, show)
+                if _due(learner.step, config.checkpoint.every_steps) or last or stopping:
+                    with clock("checkpoint_s"):
+                        counters = {"seconds": clock.seconds}
+                        checkpoint.write(
+                            run.checkpoints, learner.step, counters, learner.save, keep=config.checkpoint.keep
+                        )
+            except Lost as lost:
+                advance(go_back(parts, run, lost, config, show) - step, "")
     plot_run(run.metrics(), run.path / "plot.png", title=config.run.name)
     return Summary(folder=folder, steps=learner.step, before=before, after=after, seconds=clock.seconds)
-
-
-def _starting_point(
-    config: Config, folder: Path, resume: bool, from_checkpoint: str | None, show: Progress
-) -> Path | None:
-    root = folder / "checkpoints"
-    if from_checkpoint is None and not resume:
-        if (folder / "metrics.jsonl").exists():
-            raise ValueError(f"'{folder}' holds a run already; continue it with --resume, or set another run.name")
-        return None
-    if from_checkpoint is None and not checkpoint.names(root):
-        show.say(f"no checkpoint in '{root}' yet: starting from step 0")
-        return None
-    found = checkpoint.find(root, from_checkpoint)
-    changes = resumable(folder / "config.yaml", config)
-    if changes:
-        show.say(f"going on with another configuration: {'; '.join(changes)}")
-    return found
 
 
 def _hold_out(parts: Parts, run: RunFolder, clock: Clock, seed: int, show: Progress) -> Sequence[Evaluation]:
@@ -164,6 +139,39 @@ def _hold_out(parts: Parts, run: RunFolder, clock: Clock, seed: int, show: Progr
             results.append(result)
     run.log(parts.learner.step, {name: value for result in results for name, value in result.metrics().items()})
     return results
+
+
+def _step(
+    parts: Parts, config: Config, references: References, step: int
+) -> tuple[Collected, Mapping[str, float], Clock]:
+    """One batch: collected, judged, learned from, and its weights handed to the engines."""
+    timer, seed, algorithm, learner = Clock(), config.run.seed, parts.algorithm, parts.learner
+    with timer("step_s"):
+        prompts = parts.source.batch(step)
+        if algorithm.source == "rollouts":
+            collected = roll_out(parts, config, prompts, step, timer)
+        else:
+            collected = demonstrate(parts, prompts)
+        batch, rewards = collected.batch, collected.rewards
+        advantage = algorithm.advantages(rewards, batch)
+        keep = algorithm.keep(rewards, batch).nonzero().flatten()
+        learned: dict[str, float] = {"kept_rows": len(keep) / len(batch)}
+        if len(keep) == 0:
+            learner.skip()
+            return collected, learned, timer
+        batch, rewards, advantage = batch.select(keep), rewards.select(keep), advantage[keep]
+        masks = algorithm.masks(batch, seeding.generator_for(seed, "masks", step))
+        with timer("score_s"):
+            reference = references.of(batch, masks)
+        if _due(step, config.diagnostics.every_steps):
+            with timer("diagnose_s"):
+                key = seeding.derive(seed, "diagnostics", step)
+                learned |= estimator_metrics(learner, algorithm, batch, config.diagnostics, key)
+        with timer("update_s"):
+            learned |= learner.update(batch, rewards, advantage, masks, algorithm, reference=reference)
+        with timer("push_s"):
+            parts.weights.push()
+    return collected, learned, timer
 
 
 def _due(step: int, every: int | None) -> bool:

@@ -15,6 +15,9 @@ from dllm_rl.models.tokenizers import character_tokenizer
 
 torch.set_num_threads(1)
 
+os.environ["RAY_AUTH_MODE"] = "disabled"  # a private cluster on the loopback
+os.environ["DS_ACCELERATOR"] = "cpu"
+
 FAMILIES = ("tiny", "llada", "dream", "sdar")
 
 
@@ -52,3 +55,13 @@ def tiny_denoiser():
         return denoiser
 
     return make
+
+
+@pytest.fixture(scope="session")
+def ray_cluster():
+    """A private Ray cluster of this test session, with three CPUs whatever the machine has."""
+    import ray
+
+    ray.init(address="local", num_cpus=3, include_dashboard=False, namespace="tests", log_to_driver=False)
+    yield
+    ray.shutdown()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from collections.abc import Sequence
 from dataclasses import fields
@@ -63,8 +64,11 @@ def run_draws(
         build("algorithms", config.algorithm.name, config.algorithm.options | ({option: value} if option else {}))
         for value in values
     ]
-    with tempfile.TemporaryDirectory() as scratch, progress.track("scoring", 2 * len(values)) as advance:
-        parts = assemble(config, Path(scratch), progress)
+    with contextlib.ExitStack() as stack:
+        scratch = stack.enter_context(tempfile.TemporaryDirectory())
+        advance = stack.enter_context(progress.track("scoring", 2 * len(values)))
+        parts = stack.enter_context(assemble(config, Path(scratch), progress))
+        parts.weights.push()
         whole, rewards = _collect(parts, config)
         advantage = parts.algorithm.advantages(rewards, whole)
         batch = _informative(whole, advantage, rows)

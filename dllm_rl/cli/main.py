@@ -55,13 +55,17 @@ def train(
 
     check_json_path(json)
     loaded = load_config(config, overrides or [])
+    from dllm_rl.cli.signals import terminated
     from dllm_rl.train import train as run
 
-    summary = run(loaded, resume=resume, from_checkpoint=from_checkpoint, progress=_progress(quiet))
+    with terminated() as stop:
+        summary = run(loaded, resume=resume, from_checkpoint=from_checkpoint, progress=_progress(quiet), stop=stop)
     evaluations = [("before", e) for e in summary.before] + [("after", e) for e in summary.after]
     if evaluations:
         stdout().print(evaluation_table("held-out", evaluations))
     print(f"{summary.steps} steps; everything is in {summary.folder}")
+    if summary.steps < loaded.run.steps:
+        print(f"stopped after step {summary.steps} of {loaded.run.steps} as asked; go on with --resume")
     write_json(
         json,
         {
@@ -71,6 +75,35 @@ def train(
             "after": [e.summary() for e in summary.after],
             "seconds": dict(summary.seconds),
         },
+    )
+
+
+@app.command()
+def submit(
+    config: Annotated[Path, typer.Argument(help="YAML file inside the working directory")],
+    overrides: Overrides = None,
+    address: Annotated[
+        str | None, typer.Option(help="of the Ray dashboard; default RAY_API_SERVER_ADDRESS, else http://127.0.0.1:8265")
+    ] = None,
+    working_dir: Annotated[Path, typer.Option(help="uploaded to the cluster")] = Path("."),
+    runtime_env: Annotated[Path | None, typer.Option(help="YAML with more of Ray's runtime environment")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on from the newest checkpoint")] = False,
+    wait: Annotated[bool, typer.Option(help="stream the log and return the job's exit code")] = True,
+) -> int:
+    """Train on a Ray cluster. Example: dllm-rl submit configs/tiny_sudoku_ray.yaml --address http://head:8265."""
+    from dllm_rl.config.load import load_config
+
+    load_config(config, overrides or [])  # a typing error is known here, not in a job's log
+    from dllm_rl.cli.submit import run_submit
+
+    return run_submit(
+        config,
+        overrides or [],
+        address=address,
+        working_dir=working_dir,
+        runtime_env=runtime_env,
+        resume=resume,
+        wait=wait,
     )
 
 

@@ -171,11 +171,61 @@ class EngineSection(Section):
     """Entry-point name, or "package.module:Name"."""
     max_batch_tokens: int = Field(default=1 << 16, ge=1)
     """Tokens per forward at most."""
+    rows_per_call: int = Field(default=64, ge=1)
+    """Completions per piece of work; the same pieces for any number of engines, so that results do not depend on it."""
+
+
+class ClusterSection(Section):
+    """Where engines and learners run."""
+
+    kind: Literal["local", "ray"] = "local"
+    """"local": all in this process; "ray": one Ray actor each."""
+    address: str | None = None
+    """Of a running Ray cluster ("auto", "host:port", "ray://host:port"); "local" = a private one on this machine; null
+    = RAY_ADDRESS if it is set, else "local"."""
+    namespace: str = "dllm-rl"
+    """Ray namespace of the run."""
+    engines: int = Field(default=1, ge=1)
+    """Rollout engines."""
+    learners: int = Field(default=1, ge=1)
+    """Learner ranks; more than one needs learner.backend: deepspeed."""
+    colocate: bool = False
+    """Engine i and learner i on the same device."""
+    cpus_per_engine: float = Field(default=1.0, ge=0)
+    """CPUs of each engine."""
+    cpus_per_learner: float = Field(default=1.0, ge=0)
+    """CPUs of each learner rank."""
+    gpus_per_engine: float | None = Field(default=None, ge=0)
+    """GPUs of each engine; null = 1 where the cluster has GPUs (0.5 with colocate), else 0."""
+    gpus_per_learner: float | None = Field(default=None, ge=0)
+    """GPUs of each learner rank; null = as for engines."""
+    wait_s: float = Field(default=600.0, gt=0)
+    """How long to wait for free resources."""
+    transport: Literal["auto", "collective", "object_store", "cuda_ipc"] = "auto"
+    """How weights travel: broadcast (NCCL or gloo), Ray's object store, or CUDA IPC on a shared device."""
+    push: Literal["adapter", "merged"] = "adapter"
+    """With LoRA: send the adapter, or the adapted layers with it merged in, for engines that know no adapters."""
+    bucket_mb: int = Field(default=256, ge=1)
+    """Largest piece of a push, MB."""
+    push_timeout_s: float = Field(default=300.0, gt=0)
+    """Deadline of each step of a push."""
+    hang_s: float = Field(default=600.0, gt=0)
+    """An engine or learner that has work and makes no forward for so long is ended and built anew."""
+    max_restarts: int = Field(default=3, ge=0)
+    """How many engines, and how often the learners, may be lost over the run; then it saves and stops."""
 
 
 class LearnerSection(Section):
     """How weights are updated."""
 
+    backend: Literal["torch", "deepspeed"] = "torch"
+    """"torch" for one process, "deepspeed" for any number of ranks."""
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    """What DeepSpeed shards over ranks: 1 optimiser states, 2 gradients too, 3 parameters too."""
+    offload_optimizer: bool = False
+    """Keep optimiser states in host memory (ZeRO 1 to 3)."""
+    offload_parameters: bool = False
+    """Keep parameters in host memory (ZeRO 3)."""
     lr: float = Field(default=1e-6, gt=0)
     """Peak learning rate."""
     value_lr: float = Field(default=5e-6, gt=0)
@@ -270,5 +320,31 @@ class Config(Section):
     evaluate: EvaluateSection = EvaluateSection()
     checkpoint: CheckpointSection = CheckpointSection()
     diagnostics: DiagnosticsSection = DiagnosticsSection()
+    cluster: ClusterSection = ClusterSection()
     provenance: dict[str, Any] | None = None
     """Versions and source revision, written by the run into its resolved configuration; ignored on input."""
+
+    @model_validator(mode="after")
+    def _one_process(self) -> Config:
+        cluster, learner = self.cluster, self.learner
+        deepspeed = learner.backend == "deepspeed"
+        if cluster.kind == "local" and (cluster.engines, cluster.learners) != (1, 1):
+            raise ValueError(
+                f"cluster.engines = {cluster.engines} and cluster.learners = {cluster.learners} need cluster.kind: "
+                f"ray; cluster.kind: local is one process with one of each"
+            )
+        if cluster.learners > 1 and not deepspeed:
+            raise ValueError(f"cluster.learners = {cluster.learners} needs learner.backend: deepspeed")
+        if cluster.kind == "local" and deepspeed and learner.zero_stage == 3:
+            raise ValueError(
+                "learner.zero_stage = 3 takes the weights apart that an engine in the same process decodes with; set "
+                "cluster.kind: ray, or learner.zero_stage: 2"
+            )
+        offloads = learner.offload_optimizer or learner.offload_parameters
+        if offloads and not deepspeed:
+            raise ValueError("learner.offload_optimizer and offload_parameters need learner.backend: deepspeed")
+        if learner.offload_parameters and learner.zero_stage < 3:
+            raise ValueError(f"learner.offload_parameters needs learner.zero_stage: 3, it is {learner.zero_stage}")
+        if learner.offload_optimizer and learner.zero_stage < 1:
+            raise ValueError("learner.offload_optimizer needs learner.zero_stage: 1 or more")
+        return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,13 +35,14 @@ def evaluate_target(target: Path, overrides: Sequence[str], progress: Progress) 
     config = load_config(target / "config.yaml" if found else target, overrides)
     with tempfile.TemporaryDirectory() as scratch:  # a model made from scratch is not kept
         parts = assemble(config, target if found else Path(scratch), progress)
-        if parts.pool is None:
-            raise ValueError(f"task '{config.data.task.name}' has no rewards: nothing says what counts as solved")
-        with parts.pool as pool:
+        with parts, contextlib.ExitStack() as stack:
+            if parts.pool is None:
+                raise ValueError(f"task '{config.data.task.name}' has no rewards: nothing says what counts as solved")
+            pool = stack.enter_context(parts.pool)
             run_canary(pool, parts.task, parts.task.examples("train")[: config.reward_pool.canary])
             if found is not None:
                 parts.learner.load(found)
-                parts.hand_over()
+            parts.weights.push()
             with progress.track("evaluating", len(parts.held_out) * len(parts.eval_samplings)) as advance:
                 return [
                     evaluate(

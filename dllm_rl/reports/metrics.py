@@ -47,6 +47,7 @@ METRICS: Mapping[str, Metric] = {
     "score_s": Metric("s", "time of reference scoring"),
     "diagnose_s": Metric("s", "time of re-drawing masks for estimate_deviation"),
     "update_s": Metric("s", "time of forward, backward and optimiser"),
+    "push_s": Metric("s", "time of handing weights to the engines"),
     "step_s": Metric("s", "time of the whole step"),
     "eval/*/success": Metric("share", "held-out examples solved, at a decoding speed"),
     "eval/*/tokens_per_forward": Metric("tokens", "held-out completion tokens per denoising forward"),

@@ -1,10 +1,10 @@
-"""What a run leaves behind: config.yaml, metrics.jsonl, samples.jsonl, checkpoints/, plot.png."""
+"""What a run leaves behind: config.yaml, metrics.jsonl, samples.jsonl, ledger.jsonl, checkpoints/, plot.png."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +33,13 @@ class RunFolder:
         """Append decoded completions."""
         self._append("samples.jsonl", [{"step": step, **row} for row in rows])
 
+    def log_prompts(self, step: int, uids: Sequence[str], weights_step: int) -> None:
+        """Append what a step has learned from: the ledger shows that no prompt was lost or came twice."""
+        self._append("ledger.jsonl", [{"step": step, "weights_step": weights_step, "uids": list(uids)}])
+
     def rewind(self, step: int) -> None:
         """Forget records after this step: a resumed run writes them again."""
-        for name in ("metrics.jsonl", "samples.jsonl"):
+        for name in ("metrics.jsonl", "samples.jsonl", "ledger.jsonl"):
             path = self.path / name
             if path.exists():
                 kept = [row for row in read_rows(path) if row["step"] <= step]

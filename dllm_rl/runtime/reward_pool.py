@@ -119,6 +119,7 @@ class RewardPool:
             configure("rewards", spec.name, spec.options)  # here, so that a typing error costs no model load
         self.failures: deque[Failure] = deque(maxlen=20)
         self._specs, self._success = tuple(specs), success
+        self._blamed: set[tuple[int, int]] = set()  # (reward, row) over which a worker has died once
         self._workers = [_Worker(self._specs) for _ in range(num_workers)]
 
     def __enter__(self) -> Self:
@@ -190,6 +191,7 @@ class RewardPool:
             for begin in range(0, len(rows), size)
         )
         left = len(rows) * len(self._specs)
+        self._blamed = set()
         while left:
             for worker in list(self._workers):
                 if waiting and worker.ready and not worker.rows and self._hand_over(worker, *waiting[0], rows):
@@ -204,10 +206,10 @@ class RewardPool:
                     result = self._overrun(worker)
                 else:
                     continue
+                if worker not in self._workers and worker.rows:  # it was ended: the rows it has not judged wait again
+                    waiting.appendleft((worker.reward, list(worker.rows)))
                 if result is None:
                     continue
-                if worker not in self._workers and worker.rows:  # it was ended: the rows it had not begun wait again
-                    waiting.appendleft((worker.reward, list(worker.rows)))
                 left -= 1
                 yield (worker.reward, *result)
 
@@ -223,7 +225,7 @@ class RewardPool:
         return True
 
     def _hear(self, worker: _Worker) -> tuple[int, RewardStatus, float | None, str] | None:
-        """The next result of a worker; None if it only became ready."""
+        """The next result of a worker; None if it only became ready, or died over a row that gets a second chance."""
         try:
             message = worker.inbox.recv()
         except (EOFError, ConnectionResetError):
@@ -244,11 +246,14 @@ class RewardPool:
         self._replace(worker)
         return worker.rows.popleft(), "timeout", None, f"no verdict within {self._specs[worker.reward].timeout_s} s"
 
-    def _died(self, worker: _Worker) -> tuple[int, RewardStatus, float | None, str]:
+    def _died(self, worker: _Worker) -> tuple[int, RewardStatus, float | None, str] | None:
         code = worker.end()
         if not worker.ready:
             raise RuntimeError(f"a reward worker ended at start-up with exit code {code}; its messages are above")
         self._replace(worker)
+        if (worker.reward, worker.rows[0]) not in self._blamed:  # it may have been killed from outside, for memory say
+            self._blamed.add((worker.reward, worker.rows[0]))
+            return None
         return worker.rows.popleft(), "error", None, f"the verifier ended its process (exit code {code})"
 
     def _replace(self, worker: _Worker) -> None:

@@ -46,7 +46,7 @@ def gradient(parts: Parts, batch: RolloutBatch, masks: MaskSample, weight: Tenso
     for work in likelihood.plan(batch, needed, 1 << 16):
         values, pair, _ = likelihood.score(parts.denoiser, batch, needed, work)
         (values * weight[work.row[pair]]).sum().backward()
-    return torch.cat([p.grad.flatten().double() for _, p in parts.learner.named_weights() if p.grad is not None])
+    return torch.cat([p.grad.flatten().double() for p in module.parameters() if p.grad is not None])
 
 
 def misplaced(

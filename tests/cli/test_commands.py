@@ -113,10 +113,10 @@ def test_conversations_with_completions_train_through_the_chat_template(write, t
         )
         return tokenizer
 
-    from dllm_rl import assembly
+    from dllm_rl.members import model
 
-    original = assembly.byte_bpe_tokenizer
-    monkeypatch.setattr(assembly, "byte_bpe_tokenizer", chatty)
+    original = model.byte_bpe_tokenizer
+    monkeypatch.setattr(model, "byte_bpe_tokenizer", chatty)
     said = [{"prompt": [{"role": "user", "content": "hi"}], "completion": [{"role": "assistant", "content": "yo"}]}] * 4
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in said))
     changes = {

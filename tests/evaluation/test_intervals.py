@@ -24,6 +24,13 @@ def test_wilson_against_the_table(successes, n, low, high):
     assert wilson(successes, n) == pytest.approx((low, high), abs=5e-5)
 
 
+def test_rounding_never_puts_the_figure_outside_of_its_interval():
+    for n in range(1, 300):
+        for successes in {0, n // 3, n}:
+            low, high = wilson(successes, n)
+            assert 0 <= low <= successes / n <= high <= 1
+
+
 def test_wilson_is_symmetric_and_needs_data():
     low, high = wilson(7, 10)
     assert wilson(3, 10) == pytest.approx((1 - high, 1 - low))

@@ -1,0 +1,94 @@
+"""Submits a run to a Ray cluster as a job."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+EXCLUDED = ("runs/", ".git/", ".venv/", "venv/", "__pycache__/", "*.pt", "*.safetensors")
+DEFAULT_ADDRESS = "http://127.0.0.1:8265"
+
+
+def run_submit(
+    config: Path,
+    overrides: Sequence[str],
+    *,
+    address: str | None,
+    working_dir: Path,
+    runtime_env: Path | None,
+    resume: bool,
+    wait: bool,
+) -> int:
+    """Upload the working directory, run ``dllm-rl train`` on the cluster, and stream its log.
+
+    Args:
+        config: inside the working directory.
+        overrides: of the configuration.
+        address: of the cluster's dashboard; None takes RAY_API_SERVER_ADDRESS, else this machine's.
+        working_dir: uploaded; must hold the configuration and whatever it names by a relative path.
+        runtime_env: YAML file with more of Ray's runtime environment (pip, env_vars).
+        resume: pass --resume on.
+        wait: stream the log until the job ends.
+    Returns:
+        the job's exit code; 0 if it goes on without us.
+    Raises:
+        ValueError: no such file, no cluster, or a runtime environment that is not one.
+    """
+    from ray.job_submission import JobSubmissionClient
+
+    root = working_dir.resolve()
+    if not config.resolve().is_relative_to(root):
+        raise ValueError(f"'{config}' is not inside '{root}', which is what is uploaded; move it, or set --working-dir")
+    environment: dict[str, Any] = {"working_dir": str(root), "excludes": list(EXCLUDED)}
+    if runtime_env is not None:
+        more = yaml.safe_load(runtime_env.read_text(encoding="utf-8"))
+        if not isinstance(more, dict):
+            raise ValueError(f"'{runtime_env}' must hold a mapping such as 'pip: [...]' or 'env_vars: {{...}}'")
+        environment |= more
+    where = address or os.environ.get("RAY_API_SERVER_ADDRESS") or DEFAULT_ADDRESS
+    relative = config.resolve().relative_to(root)
+    command = ["python", "-m", "dllm_rl", "train", str(relative), *overrides, *(["--resume"] if resume else [])]
+    try:
+        client = JobSubmissionClient(where)
+        job = client.submit_job(entrypoint=shlex.join(command), runtime_env=environment)
+    except (ConnectionError, RuntimeError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(
+            f"no Ray dashboard answers at '{where}' ({reason:.160}); start the cluster with 'ray start --head', or "
+            f"give --address http://host:8265"
+        ) from error
+    print(f"job {job} at {where}", file=sys.stderr)
+    if not wait:
+        return 0
+    try:
+        asyncio.run(_follow(client, job))
+    except KeyboardInterrupt:
+        print(
+            f"detached; the job goes on. Its log: ray job logs {job} --follow --address {where}; to end it: ray job "
+            f"stop {job} --address {where}",
+            file=sys.stderr,
+        )
+        return 0
+    return _exit_code(client, job)
+
+
+async def _follow(client: Any, job: str) -> None:
+    async for lines in client.tail_job_logs(job):
+        print(lines, end="", flush=True)
+
+
+def _exit_code(client: Any, job: str) -> int:
+    info = client.get_job_info(job)
+    if str(info.status) == "SUCCEEDED":
+        return 0
+    if info.driver_exit_code is None:  # it never started, or was stopped
+        print(f"error: job {job} {info.status}: {info.message}", file=sys.stderr)
+        return 1
+    return int(info.driver_exit_code)

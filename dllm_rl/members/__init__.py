@@ -1,0 +1,1 @@
+"""The engines and learners of a run, and the driver's view of them."""

@@ -1,0 +1,224 @@
+"""Engines and learners of a run, made in this process or on a Ray cluster."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dllm_rl.config.plugins import build
+from dllm_rl.config.schema import Config
+from dllm_rl.members.engine import EVALUATE, TRAIN, EngineMember
+from dllm_rl.members.engine_pool import EnginePool
+from dllm_rl.members.learner import LearnerMember, make_learner
+from dllm_rl.members.learner_group import LearnerGroup
+from dllm_rl.members.model import load_model
+from dllm_rl.members.outbox import Transport
+from dllm_rl.members.pump import Handover, Pump, SharedWeights
+from dllm_rl.models.denoiser import TransformersDenoiser
+from dllm_rl.models.tokenizers import vocabulary_digest
+from dllm_rl.protocols import Algorithm, UnmaskingStrategy
+from dllm_rl.runtime.group import Group, Place, gather
+from dllm_rl.runtime.local_group import LocalGroup
+from dllm_rl.types import Sampling
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Crew:
+    """Who does the work.
+
+    Attributes:
+        denoiser: the model of this process; on a cluster without weights, for shapes and token ids.
+        tokenizer: of the model.
+        learner: all learner ranks.
+        engines: all engines.
+        weights: from the one to the others.
+    """
+
+    denoiser: TransformersDenoiser
+    tokenizer: Any
+    learner: LearnerGroup
+    engines: EnginePool
+    weights: Handover
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Orders:
+    """What every process needs in order to build its part; travels by pickle.
+
+    Attributes:
+        config: of the run.
+        path: of the model, the same on every node.
+        folder: the run folder, the same on every node.
+        sampling: of training.
+    """
+
+    config: Config
+    path: str
+    folder: Path
+    sampling: Sampling
+
+    @property
+    def algorithm(self) -> Algorithm:
+        """A fresh instance of the method."""
+        plugin = self.config.algorithm
+        made: Algorithm = build("algorithms", plugin.name, plugin.options)
+        return made
+
+
+def strategies(
+    config: Config, vocabulary: str, device: torch.device, *, trains_policy: bool
+) -> dict[str, UnmaskingStrategy]:
+    """The strategies of training and of evaluation, by role; one and the same if the configuration names one."""
+    plugin, other = config.sampling.strategy, config.evaluate.strategy
+    train = build("strategies", plugin.name, plugin.options)
+    train.bind(vocabulary, device, trained_here=trains_policy)
+    if other is None:
+        return {TRAIN: train, EVALUATE: train}
+    held_out = build("strategies", other.name, other.options)
+    held_out.bind(vocabulary, device, trained_here=False)
+    return {TRAIN: train, EVALUATE: held_out}
+
+
+def local_crew(orders: Orders) -> Crew:
+    """One engine and one learner in this process, over the same weights."""
+    config, algorithm = orders.config, orders.algorithm
+    denoiser, tokenizer = load_model(config, orders.path)
+    vocabulary, trains_policy = vocabulary_digest(tokenizer), algorithm.trains == "policy"
+    chosen = strategies(config, vocabulary, denoiser.device, trains_policy=trains_policy)
+    made: list[LearnerMember] = []
+
+    def learner_member(place: Place) -> LearnerMember:
+        learner = make_learner(
+            config, orders.folder, algorithm, chosen[TRAIN], denoiser, tokenizer, orders.sampling, place
+        )
+        made.append(LearnerMember(learner, place, denoiser, merged=False))
+        return made[-1]
+
+    learners = LocalGroup("learner", learner_member)
+    weights = dict(made[-1].learner.named_weights())
+    engines = LocalGroup(
+        "engine", lambda place: EngineMember(config, denoiser, chosen, vocabulary, weights, place, packed=False)
+    )
+    learner, pool = _views(config, learners, engines, lambda text: None)
+    shared = SharedWeights(learner, pool)
+    shared.push()
+    return Crew(denoiser=denoiser, tokenizer=tokenizer, learner=learner, engines=pool, weights=shared)
+
+
+def ray_crew(orders: Orders, stack: ExitStack, say: Callable[[str], None]) -> Crew:
+    """Actors on a Ray cluster.
+
+    Args:
+        orders: what to build.
+        stack: closes them.
+        say: told what is waited for.
+    Raises:
+        ValueError: no cluster, or one that is too small.
+    """
+    from dllm_rl.runtime.placement import Needs, Placement
+    from dllm_rl.runtime.ray_group import RayGroup
+    from dllm_rl.runtime.session import gpus_there, ray_session
+
+    config, cluster = orders.config, orders.config.cluster
+    wanted = cluster.engines * cluster.cpus_per_engine + cluster.learners * cluster.cpus_per_learner
+    stack.enter_context(ray_session(cluster.address, cluster.namespace, wanted))
+    default = (0.5 if cluster.colocate else 1.0) if gpus_there() else 0.0
+    engine_gpus = default if cluster.gpus_per_engine is None else cluster.gpus_per_engine
+    learner_gpus = default if cluster.gpus_per_learner is None else cluster.gpus_per_learner
+    placement = Placement.reserve(
+        Needs(count=cluster.engines, cpus=cluster.cpus_per_engine, gpus=engine_gpus),
+        Needs(count=cluster.learners, cpus=cluster.cpus_per_learner, gpus=learner_gpus),
+        colocate=cluster.colocate,
+        wait_s=cluster.wait_s,
+        say=say,
+    )
+    stack.callback(placement.close)
+    denoiser, tokenizer = load_model(config, orders.path, weights=False)
+    learners = RayGroup(
+        "learner",
+        functools.partial(_learner_actor, orders),
+        placement.learners,
+        _environment(config, cluster.cpus_per_learner),
+    )
+    stack.callback(learners.close)
+    engines = RayGroup(
+        "engine",
+        functools.partial(_engine_actor, orders),
+        placement.engines,
+        _environment(config, cluster.cpus_per_engine),
+    )
+    stack.callback(engines.close)
+    with ThreadPoolExecutor(2) as both:  # importing and loading takes each of them as long
+        gather([both.submit(group.restart, range(group.size)) for group in (learners, engines)])
+    learner, pool = _views(config, learners, engines, say)
+    transport: Transport = "collective"
+    if cluster.transport != "auto":
+        transport = cluster.transport
+    elif learner_gpus and cluster.colocate:
+        transport = "cuda_ipc" if cluster.engines <= cluster.learners else "object_store"
+    pump = Pump(
+        learner,
+        pool,
+        transport=transport,
+        bucket_bytes=cluster.bucket_mb << 20,
+        timeout_s=cluster.push_timeout_s,
+        say=say,
+    )
+    return Crew(denoiser=denoiser, tokenizer=tokenizer, learner=learner, engines=pool, weights=pump)
+
+
+def _views(
+    config: Config, learners: Group, engines: Group, say: Callable[[str], None]
+) -> tuple[LearnerGroup, EnginePool]:
+    cluster = config.cluster
+    learner = LearnerGroup(learners, hang_s=cluster.hang_s, max_restarts=cluster.max_restarts)
+    pool = EnginePool(
+        engines,
+        rows_per_call=config.engine.rows_per_call,
+        hang_s=cluster.hang_s,
+        max_restarts=cluster.max_restarts,
+        say=say,
+    )
+    return learner, pool
+
+
+def _environment(config: Config, cpus: float) -> Mapping[str, str]:
+    return {"OMP_NUM_THREADS": str(config.run.threads or max(1, int(cpus))), "TOKENIZERS_PARALLELISM": "false"}
+
+
+def _learner_actor(orders: Orders, place: Place) -> LearnerMember:
+    config = orders.config
+    _use_threads(config)
+    algorithm = orders.algorithm
+    denoiser, tokenizer = load_model(config, orders.path)
+    chosen = strategies(
+        config, vocabulary_digest(tokenizer), denoiser.device, trains_policy=algorithm.trains == "policy"
+    )
+    learner = make_learner(config, orders.folder, algorithm, chosen[TRAIN], denoiser, tokenizer, orders.sampling, place)
+    return LearnerMember(learner, place, denoiser, merged=config.cluster.push == "merged")
+
+
+def _engine_actor(orders: Orders, place: Place) -> EngineMember:
+    config = orders.config
+    _use_threads(config)
+    trains_policy = orders.algorithm.trains == "policy"
+    denoiser, tokenizer = load_model(config, orders.path, adapter=config.cluster.push == "adapter")
+    denoiser.module.requires_grad_(False)
+    vocabulary = vocabulary_digest(tokenizer)
+    chosen = strategies(config, vocabulary, denoiser.device, trains_policy=trains_policy)
+    owner = chosen[TRAIN].policy if trains_policy else denoiser.module
+    assert owner is not None, "assemble() refuses strategies without a policy"
+    weights = {name: parameter.data for name, parameter in owner.named_parameters()}
+    return EngineMember(config, denoiser, chosen, vocabulary, weights, place, packed=True)
+
+
+def _use_threads(config: Config) -> None:
+    if config.run.threads is not None:
+        torch.set_num_threads(config.run.threads)

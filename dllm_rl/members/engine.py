@@ -1,0 +1,146 @@
+"""An engine as a member of a group: it decodes for several roles with the same weights, and receives new ones."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dllm_rl import registry
+from dllm_rl.config.plugins import build
+from dllm_rl.config.schema import Config, Plugin
+from dllm_rl.diffusion.layout import block_index
+from dllm_rl.members.outbox import received
+from dllm_rl.models.denoiser import TransformersDenoiser
+from dllm_rl.protocols import RolloutEngine, UnmaskingStrategy
+from dllm_rl.runtime.collective import Broadcast
+from dllm_rl.runtime.group import Place
+from dllm_rl.runtime.parcel import Parcel, pack
+from dllm_rl.runtime.weights import Entry, Inbox, Layout, size_of
+from dllm_rl.types import Prompt, Sampling, Trajectory, WeightsVersion
+
+TRAIN, EVALUATE = "train", "evaluate"
+Role = str | Mapping[str, Any]  # or an expert's strategy: its name and options
+NOTHING = WeightsVersion(step=-1, digest="")
+_PROBED = 8  # tokens of the fixed sequence whose logits show whether an adapter arrives
+
+
+class EngineMember:
+    """Engines over one denoiser, one per role."""
+
+    def __init__(
+        self,
+        config: Config,
+        denoiser: TransformersDenoiser,
+        strategies: Mapping[str, UnmaskingStrategy],
+        vocabulary: str,
+        parameters: Mapping[str, Tensor],
+        place: Place,
+        *,
+        packed: bool,
+    ) -> None:
+        """Make the engines.
+
+        Args:
+            config: of the run.
+            denoiser: the network; in one process the learner's own.
+            strategies: of the roles "train" and "evaluate".
+            vocabulary: digest of the model's vocabulary, for experts with a learned strategy.
+            parameters: what learners send, by their names.
+            place: of this engine.
+            packed: answer with parcels, for the way to another process.
+        """
+        kind = registry.load("engines", config.engine.name)
+        self._make = functools.partial(kind, denoiser, max_batch_tokens=config.engine.max_batch_tokens)
+        self._denoiser, self._vocabulary, self._place, self._packed = denoiser, vocabulary, place, packed
+        self._weights = NOTHING
+        self._engines: dict[str, Any] = {
+            role: self._make(strategy, weights=NOTHING) for role, strategy in strategies.items()
+        }
+        self._inbox = Inbox(parameters, f"engine {place.rank}")
+        self._layout: Layout = ()
+        self._broadcast: Broadcast | None = None
+
+    @property
+    def ticks(self) -> int:
+        """Forwards so far; a sign of life."""
+        return self._denoiser.forwards
+
+    def generate(
+        self, role: Role, prompts: Sequence[Prompt], sampling: Sampling, seed: int, samples_per_prompt: int
+    ) -> list[Trajectory] | Parcel:
+        """Decode; see protocols.RolloutEngine.
+
+        Raises:
+            RuntimeError: the weights are not those of one version.
+        """
+        if not self._inbox.complete:
+            raise RuntimeError(f"engine {self._place.rank} holds an unfinished push of weights and decodes nothing")
+        engine: RolloutEngine = self._engines[role] if isinstance(role, str) else self._expert(role)
+        found = engine.generate(prompts, sampling, seed=seed, samples_per_prompt=samples_per_prompt)
+        return pack(found) if self._packed else found
+
+    def hold(self, weights: WeightsVersion) -> None:
+        """The driver has verified the weights: these they are."""
+        self._inbox.accept()
+        self._weights = weights
+        for engine in self._engines.values():
+            engine.weights = weights
+
+    def join(self, address: tuple[str, int], size: int, timeout_s: float) -> None:
+        """Enter the process group of the learners' rank 0, behind it and the engines before this one."""
+        self._broadcast = Broadcast(
+            address,
+            rank=self._place.rank + 1,
+            size=size,
+            host=self._place.host,
+            device=self._denoiser.device,
+            timeout_s=timeout_s,
+        )
+
+    def begin(self, step: int, layout: Sequence[Sequence[Entry]], *, back: bool) -> None:
+        """See Inbox."""
+        self._inbox.begin(step, layout, back=back)
+        self._layout = layout
+
+    def write(self, number: int, payload: Any) -> None:
+        """Take a bucket: from the process group if there is no payload, else from where the payload says."""
+        if payload is None:
+            assert self._broadcast is not None, "join() comes first"
+            buffer = torch.empty(size_of(self._layout[number]), dtype=torch.uint8, device=self._denoiser.device)
+            self._broadcast(buffer)
+        else:
+            buffer = received(payload, self._denoiser.device)
+        self._inbox.write(number, buffer)
+
+    def commit(self, step: int) -> dict[str, int]:
+        """See Inbox."""
+        return self._inbox.commit(step)
+
+    def probe(self) -> Tensor:
+        """(8, V) float32 logits of a fixed sequence with every token after the first hidden."""
+        denoiser = self._denoiser
+        tokens = torch.full((1, min(_PROBED, denoiser.max_length)), denoiser.mask_id, device=denoiser.device)
+        tokens[0, 0] = denoiser.eos_id
+        valid = torch.ones_like(tokens, dtype=torch.bool)
+        blocks = None
+        if denoiser.block_size is not None:
+            start = torch.ones(1, dtype=torch.int64)
+            blocks = block_index(start, tokens.shape[1], denoiser.block_size, denoiser.block_origin).to(tokens.device)
+        training = denoiser.module.training
+        denoiser.module.eval()
+        with torch.no_grad():
+            states = denoiser.hidden(tokens, tokens == denoiser.mask_id, valid, blocks)
+            logits = denoiser.unembed(states[0]).float().cpu()
+        denoiser.module.train(training)
+        return logits
+
+    def _expert(self, plugin: Mapping[str, Any]) -> RolloutEngine:
+        chosen = Plugin.model_validate(plugin)
+        strategy = build("strategies", chosen.name, chosen.options)
+        strategy.bind(self._vocabulary, self._denoiser.device, trained_here=False)
+        engine: RolloutEngine = self._make(strategy, weights=self._weights, keep_confidence=True)
+        return engine

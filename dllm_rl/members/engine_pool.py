@@ -1,0 +1,124 @@
+"""The driver's view of all engines: work is dealt out in calls of a fixed size, and what a dead engine had is redone.
+
+The calls of a step are the same for any number of engines, and a trajectory is a function of its call: results do not
+depend on how many engines there are, which of them was faster, or which of them died.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from typing import Any
+
+from dllm_rl.members.engine import NOTHING, Role
+from dllm_rl.runtime.group import Group, Lost
+from dllm_rl.runtime.parcel import Parcel, unpack
+from dllm_rl.runtime.watch import HEARTBEAT_S, Watch
+from dllm_rl.types import Prompt, Sampling, Trajectory, WeightsVersion
+
+
+class EnginePool:
+    """Engines behind one generate().
+
+    Attributes:
+        group: the engines.
+        weights: the version that all of them hold.
+        restarts: engines that were lost and built anew.
+        equip: gives a rebuilt engine the current weights and verifies them; set by the pump.
+    """
+
+    def __init__(
+        self, group: Group, *, rows_per_call: int, hang_s: float, max_restarts: int, say: Callable[[str], None]
+    ) -> None:
+        """Take over a group.
+
+        Args:
+            group: of EngineMembers.
+            rows_per_call: completions per call, fewer only where a group of samples is cut off by the end.
+            hang_s: an engine that makes no forward for so long is ended.
+            max_restarts: how many engines may be lost over the run.
+            say: told when one was.
+        """
+        self.group, self.weights, self.restarts = group, NOTHING, 0
+        self.equip: Callable[[int], None] = lambda rank: None
+        self._rows_per_call, self._max_restarts = rows_per_call, max_restarts
+        self._say = say
+        self._watch = Watch(group, hang_s)
+
+    def role(self, role: Role) -> PooledEngine:
+        """The pool as an engine of one role."""
+        return PooledEngine(self, role)
+
+    def generate(
+        self, role: Role, prompts: Sequence[Prompt], sampling: Sampling, seed: int, samples_per_prompt: int
+    ) -> list[Trajectory]:
+        """Decode on all engines; see protocols.RolloutEngine.
+
+        Raises:
+            Lost: more engines were lost than max_restarts.
+        """
+        size = max(1, self._rows_per_call // samples_per_prompt)
+        calls = [prompts[begin : begin + size] for begin in range(0, len(prompts), size)]
+        waiting, idle = deque(range(len(calls))), deque(range(self.group.size))
+        running: dict[Future[Any], tuple[int, int]] = {}
+        found: dict[int, list[Trajectory]] = {}
+        while len(found) < len(calls):
+            while waiting and idle:
+                number, rank = waiting.popleft(), idle.popleft()
+                self._watch.begin(rank)
+                future = self.group.submit(rank, "generate", role, calls[number], sampling, seed, samples_per_prompt)
+                running[future] = (number, rank)
+            finished = wait(running, timeout=HEARTBEAT_S, return_when=FIRST_COMPLETED).done
+            for future in finished:
+                number, rank = running.pop(future)
+                idle.append(rank)
+                try:
+                    answer = future.result()
+                except Lost as lost:
+                    waiting.appendleft(number)
+                    self.replace(lost)
+                    continue
+                found[number] = unpack(answer) if isinstance(answer, Parcel) else answer
+            if not finished:
+                self._watch.look([rank for _, rank in running.values()])
+        return [trajectory for number in range(len(calls)) for trajectory in found[number]]
+
+    def replace(self, lost: Lost, *, equip: bool = True) -> None:
+        """Build a lost engine anew.
+
+        Args:
+            lost: which.
+            equip: give it the weights that the others hold.
+        Raises:
+            Lost: it is one too many, or not one of the engines.
+        """
+        while lost.group == self.group.name and self.restarts < self._max_restarts:
+            self.restarts += 1
+            self._say(f"{lost}; it is built anew, and its prompts are decoded again")
+            try:
+                self.group.restart([lost.rank])
+                if equip:
+                    self.equip(lost.rank)
+                return
+            except Lost as again:
+                lost = again
+        raise lost
+
+
+class PooledEngine:
+    """A protocols.RolloutEngine."""
+
+    def __init__(self, pool: EnginePool, role: Role) -> None:
+        self._pool, self._role = pool, role
+
+    @property
+    def weights(self) -> WeightsVersion:
+        """What the pool holds."""
+        return self._pool.weights
+
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, *, seed: int, samples_per_prompt: int = 1
+    ) -> list[Trajectory]:
+        """See protocols.RolloutEngine."""
+        return self._pool.generate(self._role, prompts, sampling, seed, samples_per_prompt)

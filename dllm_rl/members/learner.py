@@ -1,0 +1,194 @@
+"""A learner rank as a member of a group."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from dllm_rl.config.schema import Config
+from dllm_rl.diffusion.layout import block_rule
+from dllm_rl.learner.policy_learner import PolicyLearner
+from dllm_rl.learner.torch_learner import TorchLearner
+from dllm_rl.members.outbox import Outbox, Outgoing, Transport
+from dllm_rl.models.denoiser import TransformersDenoiser
+from dllm_rl.models.lora import merged_updates
+from dllm_rl.protocols import Algorithm, Learner, UnmaskingStrategy
+from dllm_rl.runtime.group import Place
+from dllm_rl.runtime.weights import Entry
+from dllm_rl.types import LikelihoodEstimate, MaskSample, RolloutBatch, Sampling, WeightsVersion
+
+
+class LearnerRank(Learner, Protocol):
+    """A learner in its own process: one of several ranks, or the only one."""
+
+    def named_weights(self) -> Iterable[tuple[str, nn.Parameter]]:
+        """Trained weights by module name; live, and sharded where the learner shards them."""
+
+
+def make_learner(
+    config: Config,
+    folder: Path,
+    algorithm: Algorithm,
+    strategy: UnmaskingStrategy,
+    denoiser: TransformersDenoiser,
+    tokenizer: Any,
+    sampling: Sampling,
+    place: Place,
+) -> LearnerRank:
+    """The learner that a configuration asks for, over a model.
+
+    Args:
+        config: of the run.
+        folder: the run folder.
+        algorithm: the method.
+        strategy: of training; its policy may be what is trained.
+        denoiser: trained in place.
+        tokenizer: saved beside the weights.
+        sampling: of training.
+        place: of this rank.
+    """
+    seed, total_steps = config.run.seed, config.run.steps
+    if algorithm.trains == "policy":
+        denoiser.module.requires_grad_(False)
+        size, origin = block_rule(denoiser, sampling)
+        return PolicyLearner(
+            strategy,
+            config.learner,
+            total_steps=total_steps,
+            seed=seed,
+            block_size=size,
+            block_origin=origin,
+            sees_block_only=denoiser.block_size is not None,
+        )
+    kind: type[TorchLearner] = TorchLearner
+    if config.learner.backend == "deepspeed":
+        from dllm_rl.learner.deepspeed_learner import DeepSpeedLearner
+        from dllm_rl.learner.zero import join_ranks
+
+        join_ranks(place.rank, place.size, place.address, place.port)
+        kind = DeepSpeedLearner
+    return kind(
+        denoiser,
+        tokenizer,
+        config.learner,
+        total_steps=total_steps,
+        seed=seed,
+        keep_reference=algorithm.needs_reference,
+        keep_values=algorithm.value_clip is not None,
+        dump_folder=folder / "dumps",
+    )
+
+
+class LearnerMember:
+    """A learner with the sending end of pushes."""
+
+    def __init__(self, learner: LearnerRank, place: Place, denoiser: TransformersDenoiser, *, merged: bool) -> None:
+        """Look at what is to be sent.
+
+        Args:
+            learner: of this rank.
+            place: of this rank.
+            denoiser: the model.
+            merged: send adapted layers whole instead of the adapter.
+        """
+        self.learner, self._denoiser = learner, denoiser
+        trained = dict(learner.named_weights())
+        if merged and denoiser.adapter is not None:
+            outgoing = [Outgoing(name, sources, make) for name, sources, make in merged_updates(denoiser)]
+        else:
+            outgoing = [Outgoing(name, [p], functools.partial(_itself, p)) for name, p in trained.items()]
+        gathering = getattr(learner, "reading", _as_they_are)
+        self._outbox = Outbox(outgoing, gathering, leader=place.rank == 0, host=place.host)
+        self._gathering = gathering
+        self._probe = next((p for name, p in trained.items() if ".lora_B." in name), None)
+        self._kept: Tensor | None = None
+
+    @property
+    def ticks(self) -> int:
+        """Micro-batches and buckets so far; a sign of life."""
+        return getattr(self.learner, "ticks", self.learner.step)
+
+    def update(self, *arguments: Any, **options: Any) -> Mapping[str, float]:
+        """See protocols.Learner."""
+        return self.learner.update(*arguments, **options)
+
+    def score(self, batch: RolloutBatch, masks: MaskSample, *, reference: bool) -> LikelihoodEstimate:
+        """See protocols.Learner; on the CPU."""
+        found = self.learner.score(batch, masks, reference=reference)
+        return LikelihoodEstimate(token_logp=found.token_logp.cpu(), draw_logp=found.draw_logp.cpu())
+
+    def skip(self) -> None:
+        """See protocols.Learner."""
+        self.learner.skip()
+
+    def reference_digest(self) -> str:
+        """See protocols.Learner."""
+        return self.learner.reference_digest()
+
+    def drop_reference(self) -> None:
+        """See protocols.Learner."""
+        self.learner.drop_reference()
+
+    def version(self) -> WeightsVersion:
+        """See protocols.Learner."""
+        return self.learner.version()
+
+    def save(self, folder: Path) -> None:
+        """See protocols.Learner."""
+        self.learner.save(folder)
+
+    def load(self, folder: Path) -> int:
+        """See protocols.Learner; returns the step."""
+        self.learner.load(folder)
+        return self.learner.step
+
+    def perturb(self) -> str | None:
+        """Change one B matrix of the adapter so that logits must change; returns its name, None without an adapter."""
+        if self._probe is None:
+            return None
+        with torch.no_grad(), self._gathering([self._probe], writing=True):
+            self._kept = self._probe.detach().clone()
+            self._probe.add_(1.0)
+        return "lora_B"
+
+    def restore(self) -> None:
+        """Undo perturb()."""
+        assert self._probe is not None and self._kept is not None, "perturb() comes first"
+        with torch.no_grad(), self._gathering([self._probe], writing=True):
+            self._probe.copy_(self._kept)
+        self._kept = None
+
+    def entries(self) -> list[Entry]:
+        """See Outbox."""
+        return self._outbox.entries
+
+    def open(self, timeout_s: float) -> tuple[str, int]:
+        """See Outbox."""
+        return self._outbox.open(timeout_s)
+
+    def join(self, size: int, timeout_s: float) -> None:
+        """See Outbox."""
+        self._outbox.join(size, timeout_s)
+
+    def send(self, bucket: Sequence[Entry], transport: Transport) -> Any:
+        """See Outbox."""
+        return self._outbox.send(bucket, transport)
+
+    def finish(self) -> Mapping[str, int]:
+        """See Outbox."""
+        return self._outbox.finish()
+
+
+def _itself(parameter: nn.Parameter) -> Tensor:
+    return parameter
+
+
+@contextlib.contextmanager
+def _as_they_are(parameters: Sequence[nn.Parameter], *, writing: bool = False) -> Iterator[None]:
+    yield

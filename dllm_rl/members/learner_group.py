@@ -1,0 +1,178 @@
+"""The driver's view of all learner ranks: one learner, whose rows are dealt out and whose losses add up."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dllm_rl.protocols import Algorithm
+from dllm_rl.runtime.group import Group, Lost, gather
+from dllm_rl.runtime.watch import HEARTBEAT_S, Watch
+from dllm_rl.types import LikelihoodEstimate, MaskSample, Rewards, RolloutBatch, Share, WeightsVersion
+
+_Call = tuple[tuple[Any, ...], Mapping[str, Any]]
+_GRACE_S = 10.0  # after a failed collective, for the news of who died
+
+
+class LearnerGroup:
+    """A protocols.Learner over a group of LearnerMembers.
+
+    Attributes:
+        group: the ranks.
+        step: finished optimiser steps (batches).
+        restarts: how often the group was built anew.
+        on_rebuild: told when it was.
+    """
+
+    def __init__(self, group: Group, *, hang_s: float, max_restarts: int) -> None:
+        """Take over a group.
+
+        Args:
+            group: of LearnerMembers.
+            hang_s: a rank that makes no micro-batch for so long while it has work is ended.
+            max_restarts: how often the group may be built anew over the run.
+        """
+        self.group, self.step, self.restarts = group, 0, 0
+        self.on_rebuild: Callable[[], None] = lambda: None
+        self._hang_s, self._max_restarts = hang_s, max_restarts
+        self._watch = Watch(group, hang_s)
+
+    def update(
+        self,
+        batch: RolloutBatch,
+        rewards: Rewards,
+        advantage: Tensor,
+        masks: MaskSample,
+        algorithm: Algorithm,
+        *,
+        reference: LikelihoodEstimate | None,
+        share: Share | None = None,
+    ) -> Mapping[str, float]:
+        """See protocols.Learner."""
+        assert share is None, "the group holds whole batches"
+        calls: list[_Call] = []
+        if self.group.size == 1:
+            calls.append(((batch, rewards, advantage, masks, algorithm), {"reference": reference}))
+        else:
+            whole = Share(num_tokens=int(batch.completion.sum()), num_rows=len(batch))
+            for rows in _deal(batch, self.group.size):
+                idle = not len(rows)
+                rows = torch.zeros(1, dtype=torch.int64) if idle else rows
+                few = (batch.select(rows), rewards.select(rows), advantage[rows], masks.select(rows), algorithm)
+                part = None if reference is None else _of_rows(reference, rows)
+                calls.append((few, {"reference": part, "share": dataclasses.replace(whole, idle=idle)}))
+        metrics: Mapping[str, float] = self._all("update", calls)[0]
+        self.step += 1
+        return metrics
+
+    def score(self, batch: RolloutBatch, masks: MaskSample, *, reference: bool = False) -> LikelihoodEstimate:
+        """See protocols.Learner."""
+        if self.group.size == 1:
+            found: LikelihoodEstimate = self._all("score", [((batch, masks), {"reference": reference})])[0]
+            return found
+        dealt = _deal(batch, self.group.size)
+        shares = [rows if len(rows) else torch.zeros(1, dtype=torch.int64) for rows in dealt]
+        parts = self._all("score", [((batch.select(r), masks.select(r)), {"reference": reference}) for r in shares])
+        back = torch.cat(dealt).argsort()
+        used = [part for part, rows in zip(parts, dealt, strict=True) if len(rows)]
+        return LikelihoodEstimate(
+            token_logp=torch.cat([part.token_logp for part in used])[back],
+            draw_logp=torch.cat([part.draw_logp for part in used], dim=1)[:, back],
+        )
+
+    def skip(self) -> Mapping[str, float]:
+        """See protocols.Learner."""
+        self._same("skip")
+        self.step += 1
+        return {}
+
+    def reference_digest(self) -> str:
+        """See protocols.Learner."""
+        digest: str = self._same("reference_digest")
+        return digest
+
+    def drop_reference(self) -> None:
+        """See protocols.Learner."""
+        self._same("drop_reference")
+
+    def version(self) -> WeightsVersion:
+        """See protocols.Learner."""
+        version: WeightsVersion = self._same("version")
+        return version
+
+    def save(self, folder: Path) -> None:
+        """See protocols.Learner."""
+        self._same("save", folder)
+
+    def load(self, folder: Path) -> None:
+        """See protocols.Learner."""
+        self.step = self._same("load", folder)
+
+    def rebuild(self, lost: Lost) -> None:
+        """Build all ranks anew, at step 0: a collective group cannot lose one of its own.
+
+        Raises:
+            Lost: once too often, or not one of the learners.
+        """
+        while lost.group == self.group.name and self.restarts < self._max_restarts:
+            self.restarts += 1
+            try:
+                self.group.restart(range(self.group.size))
+                self.step = 0
+                self.on_rebuild()
+                return
+            except Lost as again:
+                lost = again
+        raise lost
+
+    def _same(self, method: str, *arguments: Any) -> Any:
+        """The same call on every rank; the leader's answer."""
+        return self._all(method, [(arguments, {})] * self.group.size)[0]
+
+    def _all(self, method: str, calls: Sequence[_Call]) -> list[Any]:
+        """One call per rank, looked after. When a rank is lost, the others wait for it in vain and are ended."""
+        futures: dict[Future[Any], int] = {}
+        for rank, (arguments, options) in enumerate(calls):
+            self._watch.begin(rank)
+            futures[self.group.submit(rank, method, *arguments, **options)] = rank
+        left, failed = set(futures), False
+        while left:
+            done, left = wait(left, timeout=_GRACE_S if failed else HEARTBEAT_S, return_when=FIRST_COMPLETED)
+            failures = [error for future in done if (error := future.exception()) is not None]
+            if any(isinstance(error, Lost) for error in failures) or (failed and not done):
+                break
+            failed = failed or bool(failures)
+            if not done:
+                self._watch.look([futures[future] for future in left])
+        errors = [future.exception() for future in futures if future not in left]
+        for future in left:
+            self.group.end(futures[future])
+        wait(left)
+        lost = next((error for error in errors if isinstance(error, Lost)), None)
+        if lost is not None:  # what others raised is a consequence
+            raise lost
+        return gather(list(futures))
+
+
+def _deal(batch: RolloutBatch, size: int) -> list[Tensor]:
+    """Rows of each rank: whole groups (pairs stay together), the largest first to whom has least to compute."""
+    tokens = batch.valid.sum(-1)
+    groups = [(batch.group == number).nonzero().flatten() for number in batch.group.unique().tolist()]
+    groups.sort(key=lambda rows: -int(tokens[rows].sum()))  # stable: the same on every machine
+    load = [0] * size
+    dealt: list[list[Tensor]] = [[] for _ in range(size)]
+    for rows in groups:
+        least = load.index(min(load))
+        load[least] += int(tokens[rows].sum())
+        dealt[least].append(rows)
+    return [torch.cat(rows).sort().values if rows else torch.zeros(0, dtype=torch.int64) for rows in dealt]
+
+
+def _of_rows(estimate: LikelihoodEstimate, rows: Tensor) -> LikelihoodEstimate:
+    return LikelihoodEstimate(token_logp=estimate.token_logp[rows], draw_logp=estimate.draw_logp[:, rows])

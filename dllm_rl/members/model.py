@@ -1,0 +1,110 @@
+"""The model of a run, in whatever process needs it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dllm_rl import seeding
+from dllm_rl.config.schema import Config
+from dllm_rl.models.create import create_denoiser
+from dllm_rl.models.denoiser import TransformersDenoiser
+from dllm_rl.models.loading import load_denoiser, save_denoiser
+from dllm_rl.models.lora import add_lora
+from dllm_rl.models.tokenizers import byte_bpe_tokenizer, character_tokenizer
+from dllm_rl.protocols import Task
+from dllm_rl.types import Example
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+def model_path(config: Config, folder: Path, task: Task, examples: Sequence[Example]) -> str:
+    """Where the model is; one made from scratch is written to the run folder's ``initial`` first.
+
+    Args:
+        config: of the run.
+        folder: the run folder.
+        task: for the characters of a new tokenizer.
+        examples: training examples, for the same.
+    """
+    m = config.model
+    if m.init is None:
+        assert m.path is not None, "the schema wants one of both"
+        return m.path
+    initial = folder / "initial"
+    if not initial.exists():
+        if m.family is None:
+            raise ValueError("model.init needs model.family: llada, dream, sdar or tiny")
+        tokenizer = _tokenizer(m.init.tokenizer, m.init.vocab_size, task, examples)
+        made = create_denoiser(
+            m.family,
+            tokenizer,
+            hidden_size=m.init.hidden_size,
+            num_layers=m.init.num_layers,
+            num_heads=m.init.num_heads,
+            num_kv_heads=m.init.num_kv_heads,
+            intermediate_size=m.init.intermediate_size,
+            max_length=m.init.max_length,
+            block_size=m.block_size,
+            block_origin=m.block_origin or "response",
+            seed=seeding.derive(config.run.seed, "model"),
+        )
+        save_denoiser(made, tokenizer, initial)
+    return str(initial)
+
+
+def load_model(
+    config: Config, path: str, *, weights: bool = True, adapter: bool = True
+) -> tuple[TransformersDenoiser, Any]:
+    """The denoiser, with its adapter if the run trains one, and the tokenizer.
+
+    Args:
+        config: of the run.
+        path: see model_path.
+        weights: False leaves the parameters on the meta device: a driver asks for shapes and token ids only.
+        adapter: False leaves the adapter out: an engine that is sent merged weights.
+    """
+    m = config.model
+    denoiser, tokenizer = load_denoiser(
+        path,
+        family=m.family,
+        dtype=DTYPES[m.dtype],
+        device=_device(m.device) if weights else "meta",
+        revision=m.revision,
+        block_size=m.block_size,
+        block_origin=m.block_origin,
+        trust_remote_code=m.trust_remote_code,
+    )
+    if weights and adapter and m.lora is not None:
+        lora = m.lora
+        seed = seeding.derive(config.run.seed, "lora")
+        add_lora(denoiser, rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout, targets=lora.targets, seed=seed)
+    if weights and m.gradient_checkpointing:
+        denoiser.module.gradient_checkpointing_enable()
+    return denoiser, tokenizer
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch has no one type for it
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"model.device = '{name}' cannot be used ({reason:.120}); auto, cpu or cuda") from error
+    return device
+
+
+def _tokenizer(kind: str, vocab_size: int, task: Task, examples: Sequence[Example]) -> Any:
+    texts = [_text(e.prompt) + "".join(filter(None, (e.completion, e.chosen, e.rejected))) for e in examples]
+    if kind == "characters":
+        return character_tokenizer("".join(sorted({c for text in texts for c in text} | set(task.characters))))
+    return byte_bpe_tokenizer(texts, vocab_size)
+
+
+def _text(prompt: str | list[dict[str, str]]) -> str:
+    return prompt if isinstance(prompt, str) else "\n".join(message["content"] for message in prompt)

@@ -1,0 +1,218 @@
+"""Weights from the learners to the engines, checked by what the engines say they hold.
+
+For each bucket the learners gather and send while the engines receive; every such call runs under a deadline, so that
+what does not take part is named with its rank, the phase and the tensors. An engine gets no prompt until the digests
+that it computed from its own parameters equal those of what was sent.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from typing import Any
+
+from dllm_rl.members.engine_pool import EnginePool
+from dllm_rl.members.learner_group import LearnerGroup
+from dllm_rl.members.outbox import Transport
+from dllm_rl.models.digest import joined
+from dllm_rl.runtime.group import Group, Lost, gather
+from dllm_rl.runtime.weights import Entry, PushError, PushTimeout, buckets, compare, size_of
+from dllm_rl.types import WeightsVersion
+
+_Call = tuple[Group, int, str, tuple[Any, ...], Mapping[str, Any]]
+_GRACE_S = 10.0
+_CHANGE = 1e-5  # of the largest logit; what a perturbed adapter must change at least
+
+
+class Handover(ABC):
+    """From a learner to engines."""
+
+    def __init__(self, learner: LearnerGroup, engines: EnginePool) -> None:
+        self._learner, self._engines = learner, engines
+
+    @abstractmethod
+    def push(self, *, back: bool = False) -> WeightsVersion:
+        """Give all engines the learners' weights.
+
+        Args:
+            back: older weights than the engines hold are meant.
+        """
+
+    def verify(self) -> None:
+        """The first act of a run: engines must hold what is sent, and decode with it.
+
+        With an adapter, one of its matrices is changed, sent and changed back: logits must follow.
+
+        Raises:
+            PushError: they do not.
+        """
+        self.push(back=True)
+        learners, engines = self._learner.group, self._engines.group
+        before = engines.call("probe")
+        if not learners.call("perturb")[0]:
+            return
+        try:
+            self.push()
+            during = engines.call("probe")
+        finally:
+            learners.call("restore")
+        self.push()
+        after = engines.call("probe")
+        for rank, (first, second, third) in enumerate(zip(before, during, after, strict=True)):
+            scale = first.abs().max().item() * _CHANGE
+            if (second - first).abs().max().item() <= scale:
+                raise PushError(f"engine {rank}: its logits do not change when the adapter that it is sent does")
+            if (third - first).abs().max().item() > scale:
+                raise PushError(f"engine {rank}: its logits did not come back with the adapter's old values")
+
+
+class SharedWeights(Handover):
+    """Engines and the learner are one process and hold the same tensors: there is nothing to move."""
+
+    def push(self, *, back: bool = False) -> WeightsVersion:
+        """Tell the engines which weights they hold."""
+        self._engines.weights = version = self._learner.version()
+        self._engines.group.call("hold", version)
+        return version
+
+
+class Pump(Handover):
+    """Moves weights between processes.
+
+    Attributes:
+        bytes_sent: payload of the last push, once however many engines received it.
+        seconds: of the last push, digests included.
+    """
+
+    def __init__(
+        self,
+        learner: LearnerGroup,
+        engines: EnginePool,
+        *,
+        transport: Transport,
+        bucket_bytes: int,
+        timeout_s: float,
+        say: Callable[[str], None],
+    ) -> None:
+        """Ask the learners what they have.
+
+        Args:
+            learner: sends.
+            engines: receive; what they lose is re-equipped from here.
+            transport: how.
+            bucket_bytes: largest bucket.
+            timeout_s: for each bucket.
+            say: told when another way had to be taken.
+        """
+        super().__init__(learner, engines)
+        self._learners = learner.group
+        self._transport: Transport = transport
+        self._bucket_bytes, self._timeout_s, self._say = bucket_bytes, timeout_s, say
+        self._connected = False
+        self.bytes_sent, self.seconds = 0, 0.0
+        engines.equip = self._equip
+        learner.on_rebuild = self._disconnect
+
+    def push(self, *, back: bool = False) -> WeightsVersion:
+        """See Handover.
+
+        Raises:
+            PushError: what went wrong, with rank, phase and tensor.
+            Lost: a learner was lost, or more engines than may be.
+        """
+        while True:
+            try:
+                ranks = range(self._engines.group.size)
+                if self._transport == "collective" and not self._connected:
+                    self._connect()
+                self._engines.weights = self._push(ranks, back=back, transport=self._transport, step=self._learner.step)
+                return self._engines.weights
+            except Lost as lost:
+                self._connected = False
+                # Its successor is equipped by the next attempt, with all others.
+                self._engines.replace(lost, equip=False)
+
+    def _equip(self, rank: int) -> None:
+        """A rebuilt engine gets the weights that the others hold."""
+        self._connected = False
+        # Others may be decoding, so that a collective would wait for them.
+        held = self._engines.weights
+        version = self._push([rank], back=True, transport="object_store", step=held.step)
+        if version != held:
+            raise PushError(f"engine {rank} was given other weights than the other engines hold (step {held.step})")
+
+    def _push(self, ranks: Sequence[int], *, back: bool, transport: Transport, step: int) -> WeightsVersion:
+        started = time.perf_counter()
+        entries: list[Entry] = self._learners.submit(0, "entries").result(self._timeout_s)
+        layout = buckets(entries, self._bucket_bytes)
+        targets, learners = self._engines.group, range(self._learners.size)
+        self._together("begin", "", [(targets, rank, "begin", (step, layout), {"back": back}) for rank in ranks])
+        for number, bucket in enumerate(layout):
+            what = f"{bucket[0].name} and {len(bucket) - 1} more" if len(bucket) > 1 else bucket[0].name
+            sends: list[_Call] = [(self._learners, rank, "send", (bucket, transport), {}) for rank in learners]
+            if transport == "collective":
+                sends += [(targets, rank, "write", (number, None), {}) for rank in ranks]
+                self._together("broadcast", what, sends)
+                continue
+            payloads = self._together("send", what, sends)
+            given = [payloads[rank if transport == "cuda_ipc" else 0] for rank in ranks]
+            gifts = zip(ranks, given, strict=True)
+            self._together("write", what, [(targets, rank, "write", (number, gift), {}) for rank, gift in gifts])
+        sent: Mapping[str, int] = self._together(
+            "finish", "", [(self._learners, rank, "finish", (), {}) for rank in learners]
+        )[0]
+        held = self._together("commit", "", [(targets, rank, "commit", (step,), {}) for rank in ranks])
+        for rank, digests in zip(ranks, held, strict=True):
+            compare(f"engine {rank}", sent, digests)
+        version = WeightsVersion(step=step, digest=joined(sent))
+        self._together("accept", "", [(targets, rank, "hold", (version,), {}) for rank in ranks])
+        self.bytes_sent, self.seconds = sum(map(size_of, layout)), time.perf_counter() - started
+        return version
+
+    def _connect(self) -> None:
+        size = 1 + self._engines.group.size
+        try:
+            address = self._learners.submit(0, "open", self._timeout_s).result(self._timeout_s)
+            joins: list[_Call] = [(self._learners, 0, "join", (size, self._timeout_s), {})]
+            joins += [
+                (self._engines.group, rank, "join", (address, size, self._timeout_s), {})
+                for rank in range(self._engines.group.size)
+            ]
+            self._together("join", "", joins)
+            self._connected = True
+        except (PushTimeout, RuntimeError) as error:
+            if isinstance(error, Lost):
+                raise
+            self._say(f"weights go through Ray's object store: no process group could be set up ({error})")
+            self._transport = "object_store"
+
+    def _disconnect(self) -> None:
+        self._connected = False
+
+    def _together(self, phase: str, what: str, calls: Sequence[_Call]) -> Any:
+        """Make calls at the same time; results in order.
+
+        Raises:
+            Lost: a member died.
+            PushTimeout: naming who did not finish.
+        """
+        of: dict[Future[Any], str] = {}
+        for group, rank, method, arguments, options in calls:
+            of[group.submit(rank, method, *arguments, **options)] = f"{group.name} {rank}"
+        left = wait(of, timeout=self._timeout_s, return_when=FIRST_EXCEPTION).not_done
+        if any(future.done() and future.exception() for future in of):  # the news of a death may come a little later
+            left = wait(left, timeout=_GRACE_S, return_when=FIRST_EXCEPTION).not_done
+        errors = [future.exception() for future in of if future.done()]
+        lost = next((error for error in errors if isinstance(error, Lost)), None)
+        if lost is not None:  # what others raised is a consequence
+            raise lost
+        if left and not any(errors):
+            names = ", ".join(sorted(of[future] for future in left))
+            raise PushTimeout(
+                f"push of weights: {names} did not finish '{phase}'{f' of {what}' if what else ''} within "
+                f"{math.ceil(self._timeout_s)} s"
+            )
+        return gather([future for future in of if future.done()])

@@ -1,0 +1,132 @@
+"""Members that do one job, in this process or each in a Ray actor: one interface, and the driver does not know which.
+
+A member is any object; its public methods are called by name. Futures are the standard library's, so that waiting for
+any of several members, with a deadline, is concurrent.futures.wait.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+
+class Lost(RuntimeError):
+    """A member has died or was ended because it hung.
+
+    Attributes:
+        group: name of its group.
+        rank: its number.
+        reason: what is known about the end.
+    """
+
+    def __init__(self, group: str, rank: int, reason: str) -> None:
+        super().__init__(f"{group} {rank} is lost: {reason}")
+        self.group, self.rank, self.reason = group, rank, reason
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Lost, (self.group, self.rank, self.reason)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where a member stands in its group.
+
+    Attributes:
+        rank: number of the member.
+        size: members of the group.
+        address: host where rank 0 can be reached.
+        host: where this member can be reached.
+        port: free port there, for a rendezvous.
+    """
+
+    rank: int = 0
+    size: int = 1
+    address: str = "127.0.0.1"
+    host: str = "127.0.0.1"
+    port: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pulse:
+    """A sign of life.
+
+    Attributes:
+        ticks: grows while the member works (forwards, micro-batches); a member that hangs stands still.
+        pid: process.
+        host: node.
+        rss_bytes: resident memory.
+        cpu_percent: of one core, since the last pulse.
+        gpu_bytes: memory allocated on its accelerator, 0 without one.
+    """
+
+    ticks: int
+    pid: int
+    host: str
+    rss_bytes: int
+    cpu_percent: float
+    gpu_bytes: int
+
+
+Build = Callable[[Place], Any]
+
+
+class Group(ABC):
+    """Members 0 .. size - 1.
+
+    Attributes:
+        name: what its members are called in messages, e.g. "engine".
+        size: number of members.
+    """
+
+    name: str
+    size: int
+
+    @abstractmethod
+    def submit(self, rank: int, method: str, *args: Any, **kwargs: Any) -> Future[Any]:
+        """Call a method of one member. The future raises what the member raised, or Lost."""
+
+    @abstractmethod
+    def pulse(self, rank: int) -> Future[Pulse]:
+        """A sign of life, also while a call is under way."""
+
+    @abstractmethod
+    def restart(self, ranks: Sequence[int]) -> None:
+        """End these members and build them anew, together (a rendezvous needs all of them).
+
+        Raises:
+            Lost: one of them did not come up.
+        """
+
+    @abstractmethod
+    def end(self, rank: int) -> None:
+        """End a member that hangs; calls under way raise Lost."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """End all members."""
+
+    def call(self, method: str, *args: Any, **kwargs: Any) -> list[Any]:
+        """Call a method of all members at once with the same arguments; results by rank."""
+        return gather([self.submit(rank, method, *args, **kwargs) for rank in range(self.size)])
+
+    def scatter(self, method: str, shares: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """Call a method of all members at once, each with its own arguments; results by rank."""
+        assert len(shares) == self.size, f"{len(shares)} shares for {self.size} members"
+        return gather([self.submit(rank, method, *share) for rank, share in enumerate(shares)])
+
+    def __enter__(self) -> Group:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def gather(futures: Sequence[Future[Any]]) -> list[Any]:
+    """Results in order; raises the first failure that is not merely a consequence (Lost) of another."""
+    failures = [error for future in futures if (error := future.exception()) is not None]
+    if failures:
+        raise next((error for error in failures if not isinstance(error, Lost)), failures[0])
+    return [future.result() for future in futures]

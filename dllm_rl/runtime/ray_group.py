@@ -1,0 +1,190 @@
+"""Members in Ray actors, one each, at fixed places of a placement group."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import re
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from dllm_rl.runtime.blame import mark
+from dllm_rl.runtime.group import Build, Group, Lost, Place, Pulse, gather
+from dllm_rl.runtime.placement import Slot
+from dllm_rl.runtime.usage import Usage
+
+START_UP_S = 600.0  # importing torch and loading a large model from a slow disk
+
+
+@contextlib.contextmanager
+def _marked() -> Iterator[None]:
+    try:
+        yield
+    except BaseException as error:
+        mark(error)
+        raise
+
+
+class Host:
+    """What runs in an actor: it builds the member and passes calls on."""
+
+    def __init__(self) -> None:
+        self._member: Any = None
+        self._usage = Usage()
+
+    def rendezvous(self) -> tuple[str, int]:
+        """(address, free port) of this node."""
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return ray.util.get_node_ip_address(), probe.getsockname()[1]
+
+    def build(self, make: Build, place: Place) -> None:
+        """Make the member."""
+        with _marked():
+            self._member = make(dataclasses.replace(place, host=ray.util.get_node_ip_address()))
+
+    def invoke(self, method: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Call a method of the member."""
+        with _marked():
+            return getattr(self._member, method)(*args, **kwargs)
+
+    @ray.method(concurrency_group="control")
+    def pulse(self) -> Pulse:
+        """A sign of life; answered beside a call that is under way."""
+        return self._usage.pulse(getattr(self._member, "ticks", 0))
+
+
+class RayGroup(Group):
+    """Actors that the driver owns: they end with it."""
+
+    def __init__(self, name: str, build: Build, slots: Sequence[Slot], env: Mapping[str, str]) -> None:
+        """Take note of what to start; restart() starts it.
+
+        Args:
+            name: for messages.
+            build: picklable; makes a member for its place.
+            slots: where each member runs and what it gets.
+            env: environment variables of the actors.
+        """
+        self.name, self.size = name, len(slots)
+        self._build, self._slots, self._env = build, list(slots), dict(env)
+        self._actors: list[Any] = [None] * self.size
+        self._why: dict[int, str] = {}
+        self._rendezvous = ("127.0.0.1", 0)
+
+    def submit(self, rank: int, method: str, *args: Any, **kwargs: Any) -> Future[Any]:
+        """See Group."""
+        actor = self._actors[rank]
+        if actor is None:
+            return self._gone(rank)
+        return self._future(rank, actor.invoke.remote(method, args, kwargs))
+
+    def pulse(self, rank: int) -> Future[Pulse]:
+        """See Group."""
+        actor = self._actors[rank]
+        return self._gone(rank) if actor is None else self._future(rank, actor.pulse.remote())
+
+    def restart(self, ranks: Sequence[int]) -> None:
+        """See Group."""
+        # The address of rank 0 comes first: members of a collective group need it in order to meet.
+        for rank in ranks:
+            self._kill(rank)
+            self._why.pop(rank, None)
+            self._actors[rank] = self._start(self._slots[rank])
+        if 0 in ranks:
+            asked = self._future(0, self._actors[0].rendezvous.remote())
+            if wait([asked], timeout=START_UP_S).not_done:
+                raise Lost(self.name, 0, f"it did not come up within {START_UP_S:g} s; is there still room for it?")
+            self._rendezvous = asked.result()
+        address, port = self._rendezvous
+        places = [Place(rank=rank, size=self.size, address=address, port=port) for rank in ranks]
+        builds = {
+            self._future(place.rank, self._actors[place.rank].build.remote(self._build, place)): place.rank
+            for place in places
+        }
+        late = wait(builds, timeout=START_UP_S, return_when=FIRST_EXCEPTION).not_done
+        if late and not any(future.done() and future.exception() for future in builds):
+            rank = min(builds[future] for future in late)
+            raise Lost(self.name, rank, f"it did not come up within {START_UP_S:g} s; is there still room for it?")
+        gather([future for future in builds if future.done()])
+
+    def end(self, rank: int) -> None:
+        """See Group."""
+        self._why[rank] = "ended by the driver because it made no progress"
+        self._kill(rank)
+
+    def close(self) -> None:
+        """End all members."""
+        for rank in range(self.size):
+            self._kill(rank)
+
+    def pids(self) -> list[int]:
+        """Process of each member."""
+        return [self.pulse(rank).result(START_UP_S).pid for rank in range(self.size)]
+
+    def _start(self, slot: Slot) -> Any:
+        place = PlacementGroupSchedulingStrategy(
+            slot.placement, placement_group_bundle_index=slot.bundle, placement_group_capture_child_tasks=False
+        )
+        actor: Any = ray.remote(concurrency_groups={"control": 1})
+        return (
+            actor(Host)
+            .options(
+                num_cpus=slot.cpus,
+                num_gpus=slot.gpus,
+                scheduling_strategy=place,
+                max_restarts=0,  # a new process needs weights before it gets work: that is the driver's to do
+                runtime_env={"env_vars": self._env},
+            )
+            .remote()
+        )
+
+    def _kill(self, rank: int) -> None:
+        actor, self._actors[rank] = self._actors[rank], None
+        if actor is not None:
+            with contextlib.suppress(Exception):  # it may be gone already
+                ray.kill(actor, no_restart=True)
+
+    def _gone(self, rank: int) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_exception(Lost(self.name, rank, self._why.get(rank, "it was ended")))
+        return future
+
+    def _future(self, rank: int, reference: Any) -> Future[Any]:
+        """Of a call; what the member raised comes out as it was, an actor's death as Lost."""
+        future: Future[Any] = Future()
+        future.set_running_or_notify_cancel()
+
+        def hand_over(done: Future[Any]) -> None:
+            error = done.exception()
+            if error is None:
+                future.set_result(done.result())
+            else:
+                future.set_exception(self._translated(rank, error))
+
+        reference.future().add_done_callback(hand_over)
+        return future
+
+    def _translated(self, rank: int, error: BaseException) -> BaseException:
+        if isinstance(error, ray.exceptions.RayTaskError):
+            cause: BaseException | None = error.cause
+            if cause is None:
+                return error
+            cause.__cause__ = error  # its text holds the traceback of the actor
+            return cause
+        if isinstance(error, ray.exceptions.RayActorError | ray.exceptions.ActorUnavailableError):
+            return Lost(self.name, rank, self._why.get(rank, _brief(error)))
+        return error
+
+
+def _brief(error: BaseException) -> str:
+    """Ray's own words without its guesses and numbers; the process number helps to find its log."""
+    text = " ".join(str(error).split())
+    process = re.search(r"\bpid: (\d+)", text)
+    first = re.split(r"\.(?: |$)| class_name:", text)[0]
+    return first[:200] + (f" (process {process[1]})" if process else "")

@@ -1,0 +1,53 @@
+"""The connection to a Ray cluster. A cluster that was there before is never stopped, wiped or reconfigured."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+
+
+@contextmanager
+def ray_session(address: str | None, namespace: str, cpus: float) -> Iterator[None]:
+    """Be connected inside.
+
+    Args:
+        address: of a running cluster ("auto", "host:port", "ray://..."); "local" starts a private one on this machine;
+            None takes RAY_ADDRESS, else "local".
+        namespace: where named things of this run live.
+        cpus: what the run wants; a private cluster claims to have as many, so that members may share cores.
+    Raises:
+        ValueError: nothing answers there.
+    """
+    if ray.is_initialized():  # the caller's connection, the caller's to close
+        yield
+        return
+    where = address or os.environ.get("RAY_ADDRESS") or "local"
+    private: dict[str, Any] = {"num_cpus": max(os.cpu_count() or 1, math.ceil(cpus)), "include_dashboard": False}
+    try:
+        ray.init(
+            address=where,
+            namespace=namespace,
+            logging_level=logging.ERROR,
+            **(private if where == "local" else {}),
+        )
+    except (ConnectionError, OSError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(
+            f"no Ray cluster answers at '{where}' ({reason:.160}); start one with 'ray start --head', or set "
+            f"cluster.address: local"
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()  # ends a private cluster; from any other it only disconnects
+
+
+def gpus_there() -> bool:
+    """Whether the connected cluster has GPUs."""
+    return bool(ray.cluster_resources().get("GPU", 0))

@@ -1,0 +1,36 @@
+"""What a process uses."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+
+import psutil
+
+from dllm_rl.runtime.group import Pulse
+
+
+class Usage:
+    """Memory and processor time of this process."""
+
+    def __init__(self) -> None:
+        self._process = psutil.Process()
+        self._process.cpu_percent()  # the first call starts the clock
+
+    def pulse(self, ticks: int) -> Pulse:
+        """A sign of life with current figures.
+
+        Args:
+            ticks: the member's own measure of progress.
+        """
+        torch = sys.modules.get("torch")  # not worth importing for a figure
+        on_gpu = torch is not None and torch.cuda.is_available()
+        return Pulse(
+            ticks=ticks,
+            pid=os.getpid(),
+            host=socket.gethostname(),
+            rss_bytes=self._process.memory_info().rss,
+            cpu_percent=self._process.cpu_percent(),
+            gpu_bytes=torch.cuda.memory_allocated() if torch is not None and on_gpu else 0,
+        )

@@ -1,0 +1,113 @@
+"""Whole runs on a private Ray cluster against the same runs in one process."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dllm_rl.members.engine_pool import PooledEngine
+from dllm_rl.reports.run_folder import read_rows
+from dllm_rl.runtime.group import Lost
+from dllm_rl.train import train
+
+ROOT = Path(__file__).resolve().parents[2]
+LOCAL = ("cluster.kind=local", "cluster.engines=1")
+
+
+def weights(folder, step=5):
+    return load_file(next(folder.glob(f"checkpoints/step-{step:06d}/model/*.safetensors")))
+
+
+def rows(folder):
+    return [{k: v for k, v in row.items() if not k.endswith("_s")} for row in read_rows(folder / "metrics.jsonl")]
+
+
+def assert_same_bits(first, second):
+    one, other = weights(first), weights(second)
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    """A run of five steps with LoRA in this process; all checkpoints are kept."""
+    from dllm_rl.config.load import load_config
+
+    output = tmp_path_factory.mktemp("local")
+    overrides = [f"run.output={output}", "run.steps=5", "checkpoint.keep=9", "model.lora.rank=4", *LOCAL]
+    folder = train(load_config(ROOT / "configs" / "tiny_sudoku_ray.yaml", overrides)).folder
+    assert all(row["grad_norm"] > 0 for row in rows(folder) if "grad_norm" in row), "or nothing would be compared"
+    first, last = weights(folder, 2), weights(folder)
+    assert any(not torch.equal(first[name], last[name]) for name in first)
+    return folder
+
+
+def test_a_cluster_gives_the_bits_of_one_process(one_process, tiny, ray_cluster):
+    folder = train(tiny("model.lora.rank=4", "checkpoint.keep=9")).folder
+    assert rows(folder) == rows(one_process)
+    assert_same_bits(folder, one_process)
+    ledgers = [list(read_rows(f / "ledger.jsonl")) for f in (folder, one_process)]
+    assert ledgers[0] == ledgers[1] and [row["step"] for row in ledgers[0]] == [1, 2, 3, 4, 5]
+
+
+def test_a_run_goes_on_with_another_number_of_engines_and_gives_the_same_bits(one_process, tiny, ray_cluster):
+    config = tiny("model.lora.rank=4", "checkpoint.keep=9", "cluster.engines=1", "cluster.transport=object_store")
+    folder = Path(config.run.output) / config.run.name
+    shutil.copytree(one_process, folder)
+    train(config, from_checkpoint="step-000002")
+    assert_same_bits(folder, one_process)
+    assert rows(folder) == rows(one_process)
+
+
+def test_two_zero_3_ranks_learn_what_one_process_learns(tiny, ray_cluster):
+    changes = ("algorithm={name: masked_sft}", "data.prompts_per_step=6", "learner.tokens_per_microbatch=256")
+    alone = train(tiny(*changes, *LOCAL)).folder
+    more = ("cluster.engines=1", "cluster.learners=2", "learner.backend=deepspeed", "learner.zero_stage=3")
+    ranks = train(tiny(*changes, *more)).folder
+    one, other = weights(alone), weights(ranks)
+    assert all(torch.allclose(one[name], other[name], rtol=0, atol=1e-6) for name in one)
+    for mine, its in zip(rows(alone), rows(ranks), strict=True):
+        assert mine == pytest.approx(its, rel=1e-4, abs=1e-6)
+
+
+def test_one_loss_too_many_saves_and_says_so(tiny, monkeypatch):
+    calls = []
+
+    def generate(engine, *arguments, **options):
+        calls.append(None)
+        if len(calls) == 4:
+            raise Lost("engine", 0, "it was killed")
+        return original(engine, *arguments, **options)
+
+    original = PooledEngine.generate
+    monkeypatch.setattr(PooledEngine, "generate", generate)
+    config = tiny(*LOCAL, "cluster.max_restarts=0", "checkpoint.every_steps=null", "evaluate.at_end=false")
+    message = r"engine 0 is lost: it was killed; cluster.max_restarts = 0 are used up; step 3 is saved; .* --resume"
+    with pytest.raises(RuntimeError, match=message):
+        train(config)
+    assert train(config, resume=True).steps == 5
+
+
+def test_sigterm_or_whatever_asks_saves_between_steps(tiny):
+    asked = iter([False, True, True])
+    config = tiny(*LOCAL, "checkpoint.every_steps=null", "evaluate.at_end=false")
+    assert train(config, stop=lambda: next(asked)).steps == 2
+    assert train(config, resume=True).steps == 5
+
+
+@pytest.mark.parametrize("what", [["--together"]])
+def test_what_is_killed_leaves_no_trace_in_the_weights(what):
+    """Engine in mid-generation, learner in mid-update and reward worker in one run; a whole node in another."""
+    environment = os.environ | {"RAY_AUTH_MODE": "disabled", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "chaos.py", *what], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("the same bits") == 2
+    assert "engine 1 is lost" in done.stdout and "learner 0 is lost" in done.stdout

@@ -1,0 +1,103 @@
+"""The receiving end of a push: what is announced must come, fit, be newer, and arrive as it was sent."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dllm_rl.models.digest import tensor_digests
+from dllm_rl.runtime.weights import (
+    DigestMismatch,
+    DroppedBucket,
+    Entry,
+    Inbox,
+    StaleVersion,
+    UnknownWeight,
+    buckets,
+    compare,
+    fill,
+    size_of,
+)
+
+VALUES = {
+    "a": torch.randn(3, 5),
+    "b": torch.randn(7).bfloat16(),
+    "c": torch.randn(2, 2, 2),
+    "d": torch.tensor(3.0),
+    "e": torch.randn(100),
+}
+ENTRIES = [Entry(name, tuple(value.shape), value.dtype) for name, value in VALUES.items()]
+
+
+def inbox():
+    return Inbox({name: torch.zeros_like(value) for name, value in VALUES.items()}, "engine 3")
+
+
+def buffer_of(bucket):
+    buffer = torch.zeros(size_of(bucket), dtype=torch.uint8)
+    fill(buffer, bucket, VALUES)
+    return buffer
+
+
+@pytest.mark.parametrize("limit", [1, 64, 100, 128, 1 << 20])
+def test_what_is_sent_arrives_in_buckets_of_any_size(limit):
+    layout, box = buckets(ENTRIES, limit), inbox()
+    assert [entry for bucket in layout for entry in bucket] == ENTRIES
+    assert all(size_of(bucket) <= limit or len(bucket) == 1 for bucket in layout)
+    box.begin(4, layout)
+    assert not box.complete
+    for number in reversed(range(len(layout))):
+        box.write(number, buffer_of(layout[number]))
+    sent = tensor_digests(VALUES.items())
+    compare("engine 3", sent, box.commit(4))
+    box.accept()
+    assert box.complete and box.step == 4
+    for name, value in VALUES.items():
+        assert torch.equal(box._parameters[name], value)
+
+
+def test_a_bucket_that_does_not_come_is_named():
+    layout, box = buckets(ENTRIES, 64), inbox()
+    box.begin(1, layout)
+    for number in range(len(layout)):
+        if number != 1:
+            box.write(number, buffer_of(layout[number]))
+    with pytest.raises(DroppedBucket, match=r"engine 3 received 2 of 3 buckets of step 1; bucket 1 is missing \(b, c"):
+        box.commit(1)
+    assert not box.complete, "half of a push must not be decoded with"
+
+
+def test_older_weights_are_refused_unless_they_are_meant():
+    layout, box = buckets(ENTRIES, 1 << 20), inbox()
+    box.begin(5, layout)
+    box.write(0, buffer_of(layout[0]))
+    box.commit(5)
+    with pytest.raises(StaleVersion, match="engine 3 holds the weights of step 5 and was offered those of 4"):
+        box.begin(4, layout)
+    box.begin(5, layout)
+    box.begin(2, layout, back=True)
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        (Entry("lora.a", (3, 5), torch.float32), "engine 3 has no weight 'lora.a'; it has a, b, c and 2 more"),
+        (Entry("a", (5, 3), torch.float32), r"'a' is \(3, 5\) torch.float32, it was offered \(5, 3\) torch.float32"),
+        (Entry("a", (3, 5), torch.bfloat16), r"'a' is \(3, 5\) torch.float32, it was offered \(3, 5\) torch.bfloat16"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_changes(entry, message):
+    box = inbox()
+    with pytest.raises(UnknownWeight, match=message):
+        box.begin(0, [[entry]])
+    assert box.complete
+
+
+def test_a_corrupted_byte_is_found_and_its_tensor_named():
+    layout, box = buckets(ENTRIES, 1 << 20), inbox()
+    box.begin(0, layout)
+    buffer = buffer_of(layout[0])
+    buffer[64 + 3] ^= 1  # in b
+    box.write(0, buffer)
+    with pytest.raises(DigestMismatch, match="engine 3 holds other values than were sent in 1 of 5 tensors, first 'b'"):
+        compare("engine 3", tensor_digests(VALUES.items()), box.commit(0))
