@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -30,7 +32,7 @@ def test_the_slurm_script_is_valid_bash_and_holds_the_values(tmp_path):
 
 
 def test_the_slurm_script_passes_sigterm_and_the_exit_code_on(tmp_path):
-    """The script with stand-ins for Slurm's and Ray's commands: the driver is told to stop, and its code is returned."""
+    """With stand-ins for Slurm's and Ray's commands: the driver is told to stop, and its code is returned."""
     tools = tmp_path / "bin"
     tools.mkdir()
     commands = {
@@ -39,7 +41,7 @@ def test_the_slurm_script_passes_sigterm_and_the_exit_code_on(tmp_path):
         "sleep": '[ "$1" = 60 ] && exec /bin/sleep 60; true',
         "hostname": "echo 127.0.0.1",
         "srun": 'while [[ "$1" == --* ]]; do shift; done; exec "$@"',
-        "dllm-rl": 'trap "echo saved; exit $CODE" TERM; echo ready; for i in $(seq 100); do /bin/sleep 0.1; done; exit 9',
+        "dllm-rl": 'trap "echo saved; exit $CODE" TERM; echo ready; for i in {1..100}; do /bin/sleep 0.1; done; exit 9',
     }
     for name, body in commands.items():
         path = tools / name
@@ -59,9 +61,6 @@ def test_the_slurm_script_passes_sigterm_and_the_exit_code_on(tmp_path):
             assert process.stdout.readline() == "saved\n"
             assert process.wait(20) == code
         finally:
-            import os
-            import signal
-
             os.killpg(process.pid, signal.SIGKILL)
 
 

@@ -83,7 +83,8 @@ def submit(
     config: Annotated[Path, typer.Argument(help="YAML file inside the working directory")],
     overrides: Overrides = None,
     address: Annotated[
-        str | None, typer.Option(help="of the Ray dashboard; default RAY_API_SERVER_ADDRESS, else http://127.0.0.1:8265")
+        str | None,
+        typer.Option(help="of the Ray dashboard; default RAY_API_SERVER_ADDRESS, else http://127.0.0.1:8265"),
     ] = None,
     working_dir: Annotated[Path, typer.Option(help="uploaded to the cluster")] = Path("."),
     runtime_env: Annotated[Path | None, typer.Option(help="YAML with more of Ray's runtime environment")] = None,

@@ -2,8 +2,8 @@
 
     python scripts/benchmark/weights.py --mb 400 --engines 2
 
-Real Ray actors on this machine: one sender, the engines, and the pump of a run between them. Each figure is the median of
-some pushes after one that does not count. Memory is what sender and engines grew by at their peak, in buckets.
+Real Ray actors on this machine: one sender, the engines, and the pump of a run between them. Each figure is the median
+of some pushes after one that does not count. Memory is what sender and engines grew by at their peak, in buckets.
 """
 
 from __future__ import annotations
