@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from dllm_rl.ahead import Ahead
 from dllm_rl.assembly import Parts
 from dllm_rl.config.load import resumable
 from dllm_rl.config.schema import Config
@@ -42,13 +43,31 @@ def starting_point(
     return found
 
 
-def go_back(parts: Parts, run: RunFolder, lost: Lost, config: Config, show: Progress) -> int:
+class State:
+    """What a checkpoint holds: the learner's state, and batches that wait for it."""
+
+    def __init__(self, parts: Parts, ahead: Ahead) -> None:
+        self.parts, self.ahead = parts, ahead
+
+    def save(self, folder: Path) -> None:
+        """Write it into a folder."""
+        self.parts.learner.save(folder)
+        self.ahead.save(folder)
+
+    def load(self, folder: Path) -> None:
+        """Restore what save wrote."""
+        self.parts.learner.load(folder)
+        self.ahead.load(folder, self.parts.learner.step)
+
+
+def go_back(state: State, run: RunFolder, lost: Lost, config: Config, show: Progress) -> int:
     """Build lost learners anew and return to the newest checkpoint; returns its step.
 
     Raises:
         RuntimeError: more was lost than cluster.max_restarts; what could be saved is saved.
     """
-    learner = parts.learner
+    parts, learner = state.parts, state.parts.learner
+    state.ahead.drop()
     try:
         learner.rebuild(lost)
     except Lost as again:
@@ -61,7 +80,7 @@ def go_back(parts: Parts, run: RunFolder, lost: Lost, config: Config, show: Prog
             f"then go on with --resume"
         ) from lost
     if checkpoint.names(run.checkpoints):
-        learner.load(checkpoint.find(run.checkpoints, None))
+        state.load(checkpoint.find(run.checkpoints, None))
     parts.weights.push(back=True)
     run.rewind(learner.step)
     show.say(f"{lost}; the learners were built anew and go on from step {learner.step}")

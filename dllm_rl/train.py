@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dllm_rl import seeding
+from dllm_rl.ahead import Ahead
 from dllm_rl.assembly import Parts, assemble
 from dllm_rl.config.load import dump
 from dllm_rl.config.schema import Config
-from dllm_rl.estimator import estimator_metrics
 from dllm_rl.evaluation.evaluate import Evaluation, evaluate
-from dllm_rl.experience import Collected, demonstrate, roll_out
+from dllm_rl.experience import Collected
 from dllm_rl.learner import checkpoint
-from dllm_rl.recovery import go_back, starting_point
+from dllm_rl.recovery import State, go_back, starting_point
 from dllm_rl.reference import References
 from dllm_rl.reports.clock import Clock
 from dllm_rl.reports.plot import plot_run
@@ -24,6 +24,7 @@ from dllm_rl.reports.provenance import provenance
 from dllm_rl.reports.run_folder import RunFolder
 from dllm_rl.runtime.canary import run_canary
 from dllm_rl.runtime.group import Lost
+from dllm_rl.step import one_step
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,8 +79,10 @@ def train(
             if pool is not None:
                 stack.enter_context(pool)
                 run_canary(pool, parts.task, parts.task.examples("train")[: config.reward_pool.canary])
+            ahead = stack.enter_context(Ahead(parts, config))
+            state = State(parts, ahead)
             if found is not None:
-                learner.load(found)
+                state.load(found)
             parts.weights.verify()
             run.rewind(-1 if found is None else learner.step)
             run.write_config(dump(config.model_copy(update={"provenance": provenance()})))
@@ -96,7 +99,7 @@ def train(
         while learner.step < total_steps and not stopping:
             step = learner.step
             try:
-                collected, learned, timer = _step(parts, config, references, step)
+                collected, learned, timer = one_step(parts, config, ahead, references)
                 run.log(learner.step, {**collected.metrics, **learned, **timer.seconds})
                 run.log_samples(learner.step, collected.samples[: config.run.log_samples])
                 run.log_prompts(learner.step, collected.uids, int(collected.batch.weights_step.min()))
@@ -109,10 +112,10 @@ def train(
                     with clock("checkpoint_s"):
                         counters = {"seconds": clock.seconds}
                         checkpoint.write(
-                            run.checkpoints, learner.step, counters, learner.save, keep=config.checkpoint.keep
+                            run.checkpoints, learner.step, counters, state.save, keep=config.checkpoint.keep
                         )
             except Lost as lost:
-                advance(go_back(parts, run, lost, config, show) - step, "")
+                advance(go_back(state, run, lost, config, show) - step, "")
     plot_run(run.metrics(), run.path / "plot.png", title=config.run.name)
     return Summary(folder=folder, steps=learner.step, before=before, after=after, seconds=clock.seconds)
 
@@ -139,39 +142,6 @@ def _hold_out(parts: Parts, run: RunFolder, clock: Clock, seed: int, show: Progr
             results.append(result)
     run.log(parts.learner.step, {name: value for result in results for name, value in result.metrics().items()})
     return results
-
-
-def _step(
-    parts: Parts, config: Config, references: References, step: int
-) -> tuple[Collected, Mapping[str, float], Clock]:
-    """One batch: collected, judged, learned from, and its weights handed to the engines."""
-    timer, seed, algorithm, learner = Clock(), config.run.seed, parts.algorithm, parts.learner
-    with timer("step_s"):
-        prompts = parts.source.batch(step)
-        if algorithm.source == "rollouts":
-            collected = roll_out(parts, config, prompts, step, timer)
-        else:
-            collected = demonstrate(parts, prompts)
-        batch, rewards = collected.batch, collected.rewards
-        advantage = algorithm.advantages(rewards, batch)
-        keep = algorithm.keep(rewards, batch).nonzero().flatten()
-        learned: dict[str, float] = {"kept_rows": len(keep) / len(batch)}
-        if len(keep) == 0:
-            learner.skip()
-            return collected, learned, timer
-        batch, rewards, advantage = batch.select(keep), rewards.select(keep), advantage[keep]
-        masks = algorithm.masks(batch, seeding.generator_for(seed, "masks", step))
-        with timer("score_s"):
-            reference = references.of(batch, masks)
-        if _due(step, config.diagnostics.every_steps):
-            with timer("diagnose_s"):
-                key = seeding.derive(seed, "diagnostics", step)
-                learned |= estimator_metrics(learner, algorithm, batch, config.diagnostics, key)
-        with timer("update_s"):
-            learned |= learner.update(batch, rewards, advantage, masks, algorithm, reference=reference)
-        with timer("push_s"):
-            parts.weights.push()
-    return collected, learned, timer
 
 
 def _due(step: int, every: int | None) -> bool:

@@ -2,7 +2,8 @@
 
     python scripts/chaos.py                     # every fault in a run of its own
     python scripts/chaos.py engine learner      # these
-    python scripts/chaos.py --together          # engine, learner and reward worker in one run
+    python scripts/chaos.py engine,learner node # two of them in one run
+    python scripts/chaos.py engine --set rollout.max_staleness=1
 
 Each line says what was killed, how long the run took and whether its weights are the same, bit for bit. Exit code 1 if
 one differs. Only processes that this script has started are ended.
@@ -157,12 +158,13 @@ def attempt(faults: Sequence[str], overrides: Sequence[str]) -> tuple[str, list[
 def main() -> int:
     """Run the faults that were asked for."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("faults", nargs="*", choices=[*FAULTS, []], help="what to kill (default: all)")
-    parser.add_argument("--together", action="store_true", help="engine, learner and reward worker in one run")
+    parser.add_argument("faults", nargs="*", help=f"{', '.join(FAULTS)}; joined by commas: in one run (default: each)")
     parser.add_argument("--set", nargs="*", default=[], help="section.key=value on top of the configuration")
     arguments = parser.parse_args()
-    single = [(fault,) for fault in arguments.faults or FAULTS]
-    plans: list[tuple[str, ...]] = [FAULTS[:3], FAULTS[3:]] if arguments.together else [*single]
+    plans = [tuple(fault.split(",")) for fault in arguments.faults or FAULTS]
+    unknown = {fault for plan in plans for fault in plan} - set(FAULTS)
+    if unknown:
+        parser.error(f"unknown fault {', '.join(sorted(unknown))}; there are {', '.join(FAULTS)}")
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as output:
         one_process = ["cluster.kind=local", "cluster.engines=1", f"run.output={output}", f"run.steps={STEPS}"]

@@ -29,8 +29,9 @@ LAYERS: list[list[str]] = [
     ["dllm_rl.runtime", "dllm_rl.learner", "dllm_rl.reports"],
     ["dllm_rl.evaluation", "dllm_rl.members"],
     ["dllm_rl.assembly", "dllm_rl.estimator"],
-    ["dllm_rl.experience", "dllm_rl.recovery"],
-    ["dllm_rl.reference"],
+    ["dllm_rl.experience"],
+    ["dllm_rl.ahead", "dllm_rl.reference"],
+    ["dllm_rl.recovery", "dllm_rl.step"],
     ["dllm_rl.train", "dllm_rl.evaluation.standalone", "dllm_rl.conformance"],
     ["dllm_rl.cli"],
 ]

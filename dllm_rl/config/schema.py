@@ -175,6 +175,18 @@ class EngineSection(Section):
     """Completions per piece of work; the same pieces for any number of engines, so that results do not depend on it."""
 
 
+class RolloutSection(Section):
+    """How far decoding may be ahead of learning."""
+
+    max_staleness: int = Field(default=0, ge=0)
+    """Optimiser steps by which the weights that decode a batch may be older than those that learn from it; 0 = strictly
+    on-policy; from 1 on, decoding and learning run at the same time (cluster.kind: ray)."""
+    correction: Literal["token", "sequence"] | None = None
+    """Truncated importance weights for stale rollouts, per token or per completion; costs a replay of the rollout."""
+    correction_cap: float = Field(default=2.0, gt=0)
+    """Largest such weight."""
+
+
 class ClusterSection(Section):
     """Where engines and learners run."""
 
@@ -320,6 +332,7 @@ class Config(Section):
     evaluate: EvaluateSection = EvaluateSection()
     checkpoint: CheckpointSection = CheckpointSection()
     diagnostics: DiagnosticsSection = DiagnosticsSection()
+    rollout: RolloutSection = RolloutSection()
     cluster: ClusterSection = ClusterSection()
     provenance: dict[str, Any] | None = None
     """Versions and source revision, written by the run into its resolved configuration; ignored on input."""

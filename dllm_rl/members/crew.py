@@ -169,6 +169,7 @@ def ray_crew(orders: Orders, stack: ExitStack, say: Callable[[str], None]) -> Cr
         transport=transport,
         bucket_bytes=cluster.bucket_mb << 20,
         timeout_s=cluster.push_timeout_s,
+        keep=config.rollout.max_staleness > 0,
         say=say,
     )
     return Crew(denoiser=denoiser, tokenizer=tokenizer, learner=learner, engines=pool, weights=pump)

@@ -176,9 +176,9 @@ class LearnerMember:
         """See Outbox."""
         self._outbox.join(size, timeout_s)
 
-    def send(self, bucket: Sequence[Entry], transport: Transport) -> Any:
+    def send(self, bucket: Sequence[Entry], transport: Transport, *, keep: bool) -> Any:
         """See Outbox."""
-        return self._outbox.send(bucket, transport)
+        return self._outbox.send(bucket, transport, keep=keep)
 
     def finish(self) -> Mapping[str, int]:
         """See Outbox."""

@@ -77,8 +77,16 @@ class Outbox:
             self._store.address, rank=0, size=size, host=self._host, device=self._device, timeout_s=timeout_s
         )
 
-    def send(self, bucket: Sequence[Entry], transport: Transport) -> Any:
-        """Give a bucket away; returns what engines need in order to find it, None for the collective."""
+    def send(self, bucket: Sequence[Entry], transport: Transport, *, keep: bool = False) -> Any:
+        """Give a bucket away.
+
+        Args:
+            bucket: names of the tensors.
+            transport: how.
+            keep: put it into the object store too, for an engine that is built anew before the next push.
+        Returns:
+            what engines need in order to find it; with the collective only if it is kept, else None.
+        """
         wanted = [self._outgoing[entry.name] for entry in bucket]
         sources = [source for one in wanted for source in one.sources]
         with torch.no_grad(), self._gathering(sources):
@@ -88,18 +96,21 @@ class Outbox:
             self._sent |= tensor_digests(values.items())
             buffer = torch.empty(size_of(bucket), dtype=torch.uint8, device=self._device)
             fill(buffer, bucket, values)
-        if transport == "object_store":
+        stored = None
+        if keep or transport == "object_store":
             import ray
 
-            return [ray.put(buffer.cpu().numpy())]  # in a list: the engine fetches it, not the driver
+            stored = [ray.put(buffer.cpu().numpy())] if self._leader else None  # a list: the driver must not fetch it
+        if transport == "object_store":
+            return stored
         if transport == "cuda_ipc":
             from torch.multiprocessing.reductions import reduce_tensor
 
             self._held = buffer  # must outlive the receiver's copy
-            return pickle.dumps(reduce_tensor(buffer))
+            return pickle.dumps(reduce_tensor(buffer)), stored
         assert self._broadcast is not None, "join() comes first"
         self._broadcast(buffer)
-        return None
+        return stored
 
     def finish(self) -> Mapping[str, int]:
         """Digests of what was sent since the last call."""

@@ -12,6 +12,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from dataclasses import dataclass
 from typing import Any
 
 from dllm_rl.members.engine_pool import EnginePool
@@ -19,7 +20,7 @@ from dllm_rl.members.learner_group import LearnerGroup
 from dllm_rl.members.outbox import Transport
 from dllm_rl.models.digest import joined
 from dllm_rl.runtime.group import Group, Lost, gather
-from dllm_rl.runtime.weights import Entry, PushError, PushTimeout, buckets, compare, size_of
+from dllm_rl.runtime.weights import Entry, Layout, PushError, PushTimeout, buckets, compare, size_of
 from dllm_rl.types import WeightsVersion
 
 _Call = tuple[Group, int, str, tuple[Any, ...], Mapping[str, Any]]
@@ -79,6 +80,15 @@ class SharedWeights(Handover):
         return version
 
 
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """A push that can be repeated without the learners."""
+
+    layout: Layout
+    payloads: Sequence[Any]
+    sent: Mapping[str, int]
+
+
 class Pump(Handover):
     """Moves weights between processes.
 
@@ -95,6 +105,7 @@ class Pump(Handover):
         transport: Transport,
         bucket_bytes: int,
         timeout_s: float,
+        keep: bool = False,
         say: Callable[[str], None],
     ) -> None:
         """Ask the learners what they have.
@@ -105,13 +116,15 @@ class Pump(Handover):
             transport: how.
             bucket_bytes: largest bucket.
             timeout_s: for each bucket.
+            keep: hold the last push in the object store, for engines that are lost while learners work on the next.
             say: told when another way had to be taken.
         """
         super().__init__(learner, engines)
         self._learners = learner.group
         self._transport: Transport = transport
         self._bucket_bytes, self._timeout_s, self._say = bucket_bytes, timeout_s, say
-        self._connected = False
+        self._keep, self._connected = keep, False
+        self._kept: _Kept | None = None
         self.bytes_sent, self.seconds = 0, 0.0
         engines.equip = self._equip
         learner.on_rebuild = self._disconnect
@@ -136,11 +149,17 @@ class Pump(Handover):
                 self._engines.replace(lost, equip=False)
 
     def _equip(self, rank: int) -> None:
-        """A rebuilt engine gets the weights that the others hold."""
+        """A rebuilt engine gets the weights that the others hold. Others may be decoding: no collective."""
         self._connected = False
-        # Others may be decoding, so that a collective would wait for them.
         held = self._engines.weights
-        version = self._push([rank], back=True, transport="object_store", step=held.step)
+        if self._kept is None:
+            version = self._push([rank], back=True, transport="object_store", step=held.step)
+        else:  # the learners may be at work on the next weights already
+            engines = self._engines.group
+            self._together("begin", "", [(engines, rank, "begin", (held.step, self._kept.layout), {"back": True})])
+            for number, payload in enumerate(self._kept.payloads):
+                self._together("write", "", [(engines, rank, "write", (number, payload), {})])
+            version = self._settle([rank], held.step, self._kept.sent)
         if version != held:
             raise PushError(f"engine {rank} was given other weights than the other engines hold (step {held.step})")
 
@@ -148,28 +167,40 @@ class Pump(Handover):
         started = time.perf_counter()
         entries: list[Entry] = self._learners.submit(0, "entries").result(self._timeout_s)
         layout = buckets(entries, self._bucket_bytes)
-        targets, learners = self._engines.group, range(self._learners.size)
-        self._together("begin", "", [(targets, rank, "begin", (step, layout), {"back": back}) for rank in ranks])
+        engines, learners = self._engines.group, range(self._learners.size)
+        self._together("begin", "", [(engines, rank, "begin", (step, layout), {"back": back}) for rank in ranks])
+        stored: list[Any] = []
         for number, bucket in enumerate(layout):
             what = f"{bucket[0].name} and {len(bucket) - 1} more" if len(bucket) > 1 else bucket[0].name
-            sends: list[_Call] = [(self._learners, rank, "send", (bucket, transport), {}) for rank in learners]
+            keep = {"keep": self._keep}
+            sends: list[_Call] = [(self._learners, rank, "send", (bucket, transport), keep) for rank in learners]
             if transport == "collective":
-                sends += [(targets, rank, "write", (number, None), {}) for rank in ranks]
-                self._together("broadcast", what, sends)
+                sends += [(engines, rank, "write", (number, None), {}) for rank in ranks]
+                stored.append(self._together("broadcast", what, sends)[0])
                 continue
             payloads = self._together("send", what, sends)
-            given = [payloads[rank if transport == "cuda_ipc" else 0] for rank in ranks]
-            gifts = zip(ranks, given, strict=True)
-            self._together("write", what, [(targets, rank, "write", (number, gift), {}) for rank, gift in gifts])
-        sent: Mapping[str, int] = self._together(
-            "finish", "", [(self._learners, rank, "finish", (), {}) for rank in learners]
-        )[0]
-        held = self._together("commit", "", [(targets, rank, "commit", (step,), {}) for rank in ranks])
+            if transport == "cuda_ipc":
+                stored.append(payloads[0][1])
+                gifts = [(rank, payloads[rank][0]) for rank in ranks]
+            else:
+                stored.append(payloads[0])
+                gifts = [(rank, payloads[0]) for rank in ranks]
+            self._together("write", what, [(engines, rank, "write", (number, gift), {}) for rank, gift in gifts])
+        finishes: list[_Call] = [(self._learners, rank, "finish", (), {}) for rank in learners]
+        sent: Mapping[str, int] = self._together("finish", "", finishes)[0]
+        version = self._settle(ranks, step, sent)
+        self._kept = _Kept(layout, stored, sent) if self._keep else None
+        self.bytes_sent, self.seconds = sum(map(size_of, layout)), time.perf_counter() - started
+        return version
+
+    def _settle(self, ranks: Sequence[int], step: int, sent: Mapping[str, int]) -> WeightsVersion:
+        """Compare what engines hold with what was sent; then they may decode."""
+        engines = self._engines.group
+        held = self._together("commit", "", [(engines, rank, "commit", (step,), {}) for rank in ranks])
         for rank, digests in zip(ranks, held, strict=True):
             compare(f"engine {rank}", sent, digests)
         version = WeightsVersion(step=step, digest=joined(sent))
-        self._together("accept", "", [(targets, rank, "hold", (version,), {}) for rank in ranks])
-        self.bytes_sent, self.seconds = sum(map(size_of, layout)), time.perf_counter() - started
+        self._together("accept", "", [(engines, rank, "hold", (version,), {}) for rank in ranks])
         return version
 
     def _connect(self) -> None:
@@ -190,7 +221,7 @@ class Pump(Handover):
             self._transport = "object_store"
 
     def _disconnect(self) -> None:
-        self._connected = False
+        self._connected, self._kept = False, None  # what lost learners have stored is lost with them
 
     def _together(self, phase: str, what: str, calls: Sequence[_Call]) -> Any:
         """Make calls at the same time; results in order.

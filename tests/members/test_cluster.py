@@ -101,13 +101,21 @@ def test_sigterm_or_whatever_asks_saves_between_steps(tiny):
     assert train(config, resume=True).steps == 5
 
 
-@pytest.mark.parametrize("what", [["--together"]])
-def test_what_is_killed_leaves_no_trace_in_the_weights(what):
-    """Engine in mid-generation, learner in mid-update and reward worker in one run; a whole node in another."""
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["engine,learner,reward_worker", "node"],
+        ["engine,learner", "--set", "rollout.max_staleness=1", "rollout.correction=token"],
+    ],
+    ids=["in turn", "decoding ahead"],
+)
+def test_what_is_killed_leaves_no_trace_in_the_weights(arguments):
+    """Engine in mid-generation, learner in mid-update, reward worker; a whole node; against a run in one process."""
     environment = os.environ | {"RAY_AUTH_MODE": "disabled", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, ROOT / "scripts" / "chaos.py", *what], capture_output=True, text=True, env=environment
+        [sys.executable, ROOT / "scripts" / "chaos.py", *arguments], capture_output=True, text=True, env=environment
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("the same bits") == 2
+    runs = [one for one in arguments if one.split(",")[0] in ("engine", "node")]
+    assert done.stdout.count("the same bits") == len(runs)
     assert "engine 1 is lost" in done.stdout and "learner 0 is lost" in done.stdout

@@ -79,10 +79,10 @@ class Sender(LearnerMember):
             found[0] = Entry(found[0].name.replace("default", "other"), found[0].shape, found[0].dtype)
         return found
 
-    def send(self, bucket, transport):
+    def send(self, bucket, transport, *, keep):
         if self.fault == "hang":
             time.sleep(4)
-        return super().send(bucket, transport)
+        return super().send(bucket, transport, keep=keep)
 
 
 class Receiver(EngineMember):

@@ -1,0 +1,45 @@
+"""Correction for rollouts of older weights: truncated importance weights, from replaying each rollout.
+
+    rho_i = min(p_now(token_i | state) / p_then(token_i | state), cap)
+
+where the state is the one in which the engine committed the token, and p_then is what the engine recorded: the ratio is
+exact for any estimator that the algorithm uses afterwards.
+
+Source: Espeholt et al. 2018 (IMPALA, V-trace), arXiv:1802.01561; per token or per sequence as in Yao et al. 2025,
+"Your efficient RL framework secretly brings you off-policy RL training".
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from dllm_rl.types import RolloutBatch
+
+
+def truncated_weights(
+    now: Tensor, batch: RolloutBatch, *, cap: float, level: Literal["token", "sequence"]
+) -> tuple[Tensor, dict[str, float]]:
+    """Factors for the advantages.
+
+    Args:
+        now: (N, L) nats; log-probability of each generated token in the state of its commit, under current weights.
+        batch: with behaviour_logp of the same tokens under the weights that generated them.
+        cap: largest factor.
+        level: "token" gives (N, L), "sequence" (N,) factors.
+    Returns:
+        the factors, without gradient, and figures to log.
+    """
+    generated = batch.generated
+    log_ratio = torch.where(generated, now.detach() - batch.behaviour_logp.to(now.device), 0.0)
+    if level == "sequence":
+        log_ratio = log_ratio.sum(-1)
+    ratio = log_ratio.exp()
+    units = ratio[generated] if level == "token" else ratio
+    figures = {
+        "stale_ratio": units.mean().item() if units.numel() else 1.0,
+        "stale_truncated": (units > cap).float().mean().item() if units.numel() else 0.0,
+    }
+    return ratio.clamp(max=cap), figures

@@ -1,0 +1,78 @@
+"""One optimiser step: a batch is taken, learned from, and the new weights are handed to the engines."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dllm_rl import seeding
+from dllm_rl.ahead import Ahead
+from dllm_rl.assembly import Parts
+from dllm_rl.config.schema import Config
+from dllm_rl.diffusion import masking
+from dllm_rl.diffusion.staleness import truncated_weights
+from dllm_rl.estimator import estimator_metrics
+from dllm_rl.experience import Collected
+from dllm_rl.reference import References
+from dllm_rl.reports.clock import Clock
+from dllm_rl.types import RolloutBatch
+
+
+def one_step(
+    parts: Parts, config: Config, ahead: Ahead, references: References
+) -> tuple[Collected, dict[str, float], Clock]:
+    """What was collected, the metrics of learning from it, and where the time went.
+
+    Args:
+        parts: of the run.
+        config: of the run.
+        ahead: gives the batch.
+        references: gives reference likelihoods.
+    """
+    timer, seed, algorithm, learner = Clock(), config.run.seed, parts.algorithm, parts.learner
+    step = learner.step
+    with timer("step_s"):
+        with timer("wait_s"):
+            collected, times = ahead.take(step)
+        timer.add(times)
+        batch, rewards = collected.batch, collected.rewards
+        learned: dict[str, float] = {}
+        if config.rollout.max_staleness:
+            learned["staleness"] = step - batch.weights_step.float().mean().item()
+        advantage = algorithm.advantages(rewards, batch)
+        keep = algorithm.keep(rewards, batch).nonzero().flatten()
+        learned["kept_rows"] = len(keep) / len(batch)
+        if len(keep) == 0:
+            learner.skip()
+        else:
+            batch, rewards, advantage = batch.select(keep), rewards.select(keep), advantage[keep]
+            masks = algorithm.masks(batch, seeding.generator_for(seed, "masks", step))
+            with timer("score_s"):
+                reference = references.of(batch, masks)
+                if config.rollout.correction is not None and bool((batch.weights_step < step).any()):
+                    advantage, figures = _corrected(advantage, parts, config, batch)
+                    learned |= figures
+            every = config.diagnostics.every_steps
+            if every is not None and step % every == 0:
+                with timer("diagnose_s"):
+                    key = seeding.derive(seed, "diagnostics", step)
+                    learned |= estimator_metrics(learner, algorithm, batch, config.diagnostics, key)
+            with timer("update_s"):
+                learned |= learner.update(batch, rewards, advantage, masks, algorithm, reference=reference)
+        with timer("push_s"):
+            ahead.settle()
+            parts.weights.push()
+    return collected, learned, timer
+
+
+def _corrected(advantage: Tensor, parts: Parts, config: Config, batch: RolloutBatch) -> tuple[Tensor, dict[str, float]]:
+    level = config.rollout.correction
+    assert level is not None, "the caller asked"
+    replay = masking.along_trajectory(batch.unmask_step, batch.generated, blocks=batch.blocks)
+    now = parts.learner.score(batch, replay).token_logp
+    factor, figures = truncated_weights(now, batch, cap=config.rollout.correction_cap, level=level)
+    if advantage.dim() < factor.dim():
+        advantage = advantage[:, None]
+    elif advantage.dim() > factor.dim():
+        factor = factor[:, None]
+    return advantage * factor.to(advantage.device, torch.float32), figures

@@ -1,0 +1,104 @@
+"""Decoding ahead of learning: which weights decode which batch, and runs that resume with the same bits."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dllm_rl.config.load import load_config
+from dllm_rl.diffusion.staleness import truncated_weights
+from dllm_rl.learner import checkpoint
+from dllm_rl.reports.run_folder import read_rows
+from dllm_rl.train import train
+
+TINY = Path(__file__).resolve().parents[1] / "configs" / "tiny_sudoku_ray.yaml"
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    def make(name, *overrides):
+        local = ("cluster.kind=local", "cluster.engines=1", "evaluate.at_end=false", "checkpoint.every_steps=1")
+        return load_config(
+            TINY, [f"run.output={tmp_path / name}", "run.steps=6", "checkpoint.keep=9", *local, *overrides]
+        )
+
+    return make
+
+
+def rows(folder):
+    return [{k: v for k, v in row.items() if not k.endswith("_s")} for row in read_rows(folder / "metrics.jsonl")]
+
+
+def weights(folder):
+    return load_file(next(folder.glob("checkpoints/step-000006/model/*.safetensors")))
+
+
+@pytest.mark.parametrize("lead", [0, 1, 3])
+def test_a_batch_is_decoded_with_weights_that_are_exactly_so_old(tiny, lead):
+    folder = train(tiny("run", f"rollout.max_staleness={lead}")).folder
+    ledger = list(read_rows(folder / "ledger.jsonl"))
+    assert [row["weights_step"] for row in ledger] == [max(0, step - lead) for step in range(6)]
+    prompts = [uid for row in ledger for uid in row["uids"]]
+    assert len(prompts) == 6 * 16 == len(set(prompts)), "none twice in the first epoch, none lost"
+    if lead:
+        assert [row["staleness"] for row in rows(folder)] == [min(step, lead) for step in range(6)]
+
+
+@pytest.mark.parametrize("begin", [1, 4])
+def test_a_stale_run_resumes_with_the_same_bits(tiny, begin):
+    changes = ("rollout.max_staleness=2", "rollout.correction=token")
+    whole = train(tiny("whole", *changes)).folder
+    config = tiny("resumed", *changes)
+    folder = Path(config.run.output) / config.run.name
+    shutil.copytree(whole, folder)
+    train(config, from_checkpoint=f"step-{begin:06d}")
+    assert rows(folder) == rows(whole)
+    one, other = weights(whole), weights(folder)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_what_waits_is_dropped_where_less_staleness_is_allowed(tiny):
+    whole = train(tiny("run", "rollout.max_staleness=2")).folder
+    root = whole / "checkpoints"
+    assert (checkpoint.find(root, "step-000002") / "ahead.pt").is_file()
+    assert not (checkpoint.find(root, "step-000006") / "ahead.pt").exists(), "nothing waits at the end"
+    again = train(tiny("run", "rollout.max_staleness=0"), from_checkpoint="step-000002").folder
+    assert [row["weights_step"] for row in read_rows(again / "ledger.jsonl")] == [0, 0, 2, 3, 4, 5]
+
+
+def test_correction_changes_stale_steps_only(tiny):
+    stale = ("rollout.max_staleness=1",)
+    plain = rows(train(tiny("plain", *stale)).folder)
+    for level in ("token", "sequence"):
+        corrected = rows(train(tiny(level, *stale, f"rollout.correction={level}")).folder)
+        assert corrected[0] == plain[0] and "stale_ratio" not in corrected[0], "the first batch is fresh"
+        assert corrected[1]["loss"] != plain[1]["loss"]
+        assert corrected[1]["stale_ratio"] > 0
+        still = rows(train(tiny(f"still-{level}", *stale, f"rollout.correction={level}", "learner.lr=1.0e-12")).folder)
+        assert all(row["stale_ratio"] == pytest.approx(1, abs=1e-4) for row in still[1:] if "stale_ratio" in row)
+    fresh = rows(train(tiny("fresh", "rollout.correction=token")).folder)
+    assert not any("stale_ratio" in row for row in fresh)
+
+
+def test_truncated_weights_by_hand(tiny_batch):
+    batch = tiny_batch
+    now = batch.behaviour_logp + torch.where(batch.generated, torch.tensor(3.0).log(), 7.0)
+    factor, figures = truncated_weights(now, batch, cap=2.0, level="token")
+    assert torch.equal(factor[batch.generated], torch.full((int(batch.generated.sum()),), 2.0))
+    assert torch.equal(factor[~batch.generated], torch.ones(int((~batch.generated).sum())))
+    assert figures["stale_ratio"] == pytest.approx(3.0) and figures["stale_truncated"] == 1.0
+    now = batch.behaviour_logp - 0.25 * batch.generated
+    factor, figures = truncated_weights(now, batch, cap=2.0, level="sequence")
+    assert torch.allclose(factor, (-0.25 * batch.generated.sum(-1)).exp())
+    assert figures["stale_truncated"] == 0.0
+
+
+@pytest.fixture
+def tiny_batch():
+    from dllm_rl.conformance import cases
+
+    return cases.batch(blocks=False)
