@@ -26,6 +26,8 @@ from dllm_rl.models.denoiser import TransformersDenoiser
 from dllm_rl.plans import Plan
 from dllm_rl.protocols import Algorithm, RolloutEngine, Task, UnmaskingStrategy
 from dllm_rl.reports.progress import Progress
+from dllm_rl.runtime.group import Group
+from dllm_rl.runtime.local_group import LocalGroup
 from dllm_rl.runtime.reward_pool import RewardPool, RewardSpec
 from dllm_rl.types import Example, Prompt, Sampling
 
@@ -66,6 +68,12 @@ class Parts:
     sampling: Sampling
     eval_samplings: Sequence[Sampling]
     closing: ExitStack
+
+    @property
+    def actors(self) -> list[Group]:
+        """Who does the work in processes of their own."""
+        groups = [self.engines.group, self.learner.group]
+        return [group for group in groups if not isinstance(group, LocalGroup)]
 
     @property
     def engine(self) -> RolloutEngine:

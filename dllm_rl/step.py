@@ -62,6 +62,8 @@ def one_step(
         with timer("push_s"):
             ahead.settle()
             parts.weights.push()
+    known = sum(timer.seconds.get(name, 0.0) for name in ("wait_s", "score_s", "diagnose_s", "update_s", "push_s"))
+    timer.seconds["other_s"] = timer.seconds["step_s"] - known
     return collected, learned, timer
 
 

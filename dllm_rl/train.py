@@ -15,6 +15,7 @@ from dllm_rl.config.schema import Config
 from dllm_rl.evaluation.evaluate import Evaluation, evaluate
 from dllm_rl.experience import Collected
 from dllm_rl.learner import checkpoint
+from dllm_rl.members.usage import usage
 from dllm_rl.recovery import State, go_back, starting_point
 from dllm_rl.reference import References
 from dllm_rl.reports.clock import Clock
@@ -22,6 +23,7 @@ from dllm_rl.reports.plot import plot_run
 from dllm_rl.reports.progress import Progress, Quiet
 from dllm_rl.reports.provenance import provenance
 from dllm_rl.reports.run_folder import RunFolder
+from dllm_rl.reports.tracking import Trackers
 from dllm_rl.runtime.canary import run_canary
 from dllm_rl.runtime.group import Lost
 from dllm_rl.step import one_step
@@ -71,8 +73,17 @@ def train(
     show, seed, total_steps = progress or Quiet(), config.run.seed, config.run.steps
     folder = Path(config.run.output) / config.run.name
     found = starting_point(config, folder, resume, from_checkpoint, show)
-    run, clock = RunFolder(folder), Clock()
+    clock = Clock()
     with ExitStack() as stack:
+        trackers = Trackers(
+            config.tracking.to,
+            project=config.tracking.project,
+            run=config.run.name,
+            folder=folder,
+            settings=config.model_dump(),
+            say=show.say,
+        )
+        run = RunFolder(folder, stack.enter_context(trackers).log)
         with clock("setup_s"):
             parts = stack.enter_context(assemble(config, folder, show))
             learner, pool = parts.learner, parts.pool
@@ -100,7 +111,7 @@ def train(
             step = learner.step
             try:
                 collected, learned, timer = one_step(parts, config, ahead, references)
-                run.log(learner.step, {**collected.metrics, **learned, **timer.seconds})
+                run.log(learner.step, {**collected.metrics, **learned, **timer.seconds, **usage(parts.actors)})
                 run.log_samples(learner.step, collected.samples[: config.run.log_samples])
                 run.log_prompts(learner.step, collected.uids, int(collected.batch.weights_step.min()))
                 clock.add(timer)

@@ -122,7 +122,7 @@ def outcome(config: Config) -> tuple[str, list[dict[str, Any]], list[str]]:
     folder = train(config, progress=said).folder
     weights = load_file(next(folder.glob(f"checkpoints/step-{config.run.steps:06d}/model/*.safetensors")))
     rows = [
-        {name: value for name, value in row.items() if not name.endswith("_s")}
+        {name: value for name, value in row.items() if not name.endswith("_s") and not name.startswith("usage/")}
         for row in read_rows(folder / "metrics.jsonl")
     ]
     return digest(weights.items()), rows, said.lines

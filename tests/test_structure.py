@@ -34,6 +34,7 @@ LAYERS: list[list[str]] = [
     ["dllm_rl.recovery", "dllm_rl.step"],
     ["dllm_rl.train", "dllm_rl.evaluation.standalone", "dllm_rl.conformance"],
     ["dllm_rl.cli"],
+    ["dllm_rl.__main__"],
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 FOR_PLUGINS = {"types", "plans", "protocols", "diffusion", "models", "config", "seeding", "registry"}

@@ -307,6 +307,15 @@ class DiagnosticsSection(Section):
     """Draws of all masks per row."""
 
 
+class TrackingSection(Section):
+    """Where metrics go beside metrics.jsonl."""
+
+    to: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = []
+    """Experiment trackers; one that fails is left out and never stops the run."""
+    project: str = "dllm-rl"
+    """Project or experiment, for trackers that know such a thing."""
+
+
 class CheckpointSection(Section):
     """When state is saved."""
 
@@ -332,6 +341,7 @@ class Config(Section):
     evaluate: EvaluateSection = EvaluateSection()
     checkpoint: CheckpointSection = CheckpointSection()
     diagnostics: DiagnosticsSection = DiagnosticsSection()
+    tracking: TrackingSection = TrackingSection()
     rollout: RolloutSection = RolloutSection()
     cluster: ClusterSection = ClusterSection()
     provenance: dict[str, Any] | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,16 @@ from dllm_rl.reports.metrics import describe
 class RunFolder:
     """Writes a run's records. Every line is flushed, so a killed run loses at most the line being written."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(
+        self, path: Path, also: Callable[[int, Mapping[str, float]], None] = lambda step, values: None
+    ) -> None:
+        """Make the folder.
+
+        Args:
+            path: of the run.
+            also: told every row of metrics.
+        """
+        self.path, self._also = path, also
         self.checkpoints = path / "checkpoints"
         path.mkdir(parents=True, exist_ok=True)
 
@@ -28,6 +36,7 @@ class RunFolder:
         for name in values:
             describe(name)
         self._append("metrics.jsonl", [{"step": step, **values}])
+        self._also(step, values)
 
     def log_samples(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
         """Append decoded completions."""

@@ -60,6 +60,7 @@ class Pulse:
         rss_bytes: resident memory.
         cpu_percent: of one core, since the last pulse.
         gpu_bytes: memory allocated on its accelerator, 0 without one.
+        gpu_percent: how busy that is; None without one, or if it cannot be asked.
     """
 
     ticks: int
@@ -68,6 +69,7 @@ class Pulse:
     rss_bytes: int
     cpu_percent: float
     gpu_bytes: int
+    gpu_percent: float | None = None
 
 
 Build = Callable[[Place], Any]

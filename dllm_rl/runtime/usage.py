@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
+from typing import Any
 
 import psutil
 
@@ -33,4 +34,12 @@ class Usage:
             rss_bytes=self._process.memory_info().rss,
             cpu_percent=self._process.cpu_percent(),
             gpu_bytes=torch.cuda.memory_allocated() if torch is not None and on_gpu else 0,
+            gpu_percent=_busy(torch) if on_gpu else None,
         )
+
+
+def _busy(torch: Any) -> float | None:
+    try:
+        return float(torch.cuda.utilization())
+    except Exception:  # nvidia-ml-py is not installed, or the driver does not tell
+        return None

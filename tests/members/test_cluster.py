@@ -26,7 +26,11 @@ def weights(folder, step=5):
 
 
 def rows(folder):
-    return [{k: v for k, v in row.items() if not k.endswith("_s")} for row in read_rows(folder / "metrics.jsonl")]
+    """Metrics without what depends on the machine."""
+    return [
+        {name: value for name, value in row.items() if not name.endswith("_s") and not name.startswith("usage/")}
+        for row in read_rows(folder / "metrics.jsonl")
+    ]
 
 
 def assert_same_bits(first, second):
@@ -53,6 +57,9 @@ def test_a_cluster_gives_the_bits_of_one_process(one_process, tiny, ray_cluster)
     assert rows(folder) == rows(one_process)
     assert_same_bits(folder, one_process)
     ledgers = [list(read_rows(f / "ledger.jsonl")) for f in (folder, one_process)]
+    used = next(iter(read_rows(folder / "metrics.jsonl")))
+    for name in ("engine-0", "engine-1", "learner-0"):
+        assert used[f"usage/{name}/rss_mb"] > 50 and used[f"usage/{name}/cpu_percent"] >= 0
     assert ledgers[0] == ledgers[1] and [row["step"] for row in ledgers[0]] == [1, 2, 3, 4, 5]
 
 
