@@ -16,6 +16,7 @@ from dllm_rl.config.plugins import build
 from dllm_rl.config.schema import Config, RewardPlugin
 from dllm_rl.data.prompts import encode, encode_completion
 from dllm_rl.data.source import PromptSource
+from dllm_rl.extras import need
 from dllm_rl.members.crew import Orders, local_crew, ray_crew
 from dllm_rl.members.engine import EVALUATE, TRAIN
 from dllm_rl.members.engine_pool import EnginePool
@@ -200,6 +201,7 @@ def _assemble(config: Config, folder: Path, show: Progress, stack: ExitStack) ->
 def _check_learner(config: Config, algorithm: Algorithm) -> None:
     if config.learner.backend == "torch":
         return
+    need("deepspeed", "deepspeed", "learner.backend: deepspeed")
     why = None
     if algorithm.trains == "policy":
         why = "trains an unmasking policy"

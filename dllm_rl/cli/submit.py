@@ -6,14 +6,19 @@ import asyncio
 import os
 import shlex
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from dllm_rl.extras import need
+
 EXCLUDED = ("runs/", ".git/", ".venv/", "venv/", "__pycache__/", "*.pt", "*.safetensors")
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
+RETRY_S = 2.0
+ATTEMPTS = 30  # a dashboard that is silent for about a minute is given up
 
 
 def run_submit(
@@ -41,6 +46,7 @@ def run_submit(
     Raises:
         ValueError: no such file, no cluster, or a runtime environment that is not one.
     """
+    need("ray", "ray", "dllm-rl submit")
     from ray.job_submission import JobSubmissionClient
 
     root = working_dir.resolve()
@@ -68,7 +74,7 @@ def run_submit(
     if not wait:
         return 0
     try:
-        asyncio.run(_follow(client, job))
+        return _exit_code(job, _follow(client, job))
     except KeyboardInterrupt:
         print(
             f"detached; the job goes on. Its log: ray job logs {job} --follow --address {where}; to end it: ray job "
@@ -76,16 +82,46 @@ def run_submit(
             file=sys.stderr,
         )
         return 0
-    return _exit_code(client, job)
 
 
-async def _follow(client: Any, job: str) -> None:
-    async for lines in client.tail_job_logs(job):
-        print(lines, end="", flush=True)
+def _follow(client: Any, job: str) -> Any:
+    """Print the log until the job has ended, and return what is known of it.
+
+    The log's connection may break, and the dashboard be away, meanwhile.
+    """
+    shown, failures = 0, 0
+    while True:
+        try:
+            shown = asyncio.run(_tail(client, job, shown))
+            info = client.get_job_info(job)
+            if info.status.is_terminal():
+                return info
+            failures = 0
+        except Exception as error:  # of requests, of aiohttp, of Ray: whatever it is, the job is not to be given up
+            failures += 1
+            if failures > ATTEMPTS:
+                reason = str(error).strip().split("\n")[0]
+                raise ValueError(
+                    f"the dashboard has not answered {failures} times ({reason:.160}); job {job} may well go on: ask "
+                    f"'ray job status {job}', and do not submit it again before it has ended"
+                ) from error
+        time.sleep(RETRY_S)
 
 
-def _exit_code(client: Any, job: str) -> int:
-    info = client.get_job_info(job)
+async def _tail(client: Any, job: str, shown: int) -> int:
+    """Print what the log has beyond its first ``shown`` characters, and return how many it has."""
+    seen = 0
+    try:
+        async for lines in client.tail_job_logs(job):  # always from the beginning
+            print(lines[max(shown - seen, 0) :], end="", flush=True)
+            seen += len(lines)
+    except Exception:
+        if seen <= shown:  # else some of it came, and the rest is asked for again
+            raise
+    return max(seen, shown)
+
+
+def _exit_code(job: str, info: Any) -> int:
     if str(info.status) == "SUCCEEDED":
         return 0
     if info.driver_exit_code is None:  # it never started, or was stopped

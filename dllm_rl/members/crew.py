@@ -14,6 +14,7 @@ import torch
 
 from dllm_rl.config.plugins import build
 from dllm_rl.config.schema import Config
+from dllm_rl.extras import need
 from dllm_rl.members.engine import EVALUATE, TRAIN, EngineMember
 from dllm_rl.members.engine_pool import EnginePool
 from dllm_rl.members.learner import LearnerMember, make_learner
@@ -122,6 +123,7 @@ def ray_crew(orders: Orders, stack: ExitStack, say: Callable[[str], None]) -> Cr
     Raises:
         ValueError: no cluster, or one that is too small.
     """
+    need("ray", "ray", "cluster.kind: ray")
     from dllm_rl.runtime.placement import Needs, Placement
     from dllm_rl.runtime.ray_group import RayGroup
     from dllm_rl.runtime.session import gpus_there, ray_session

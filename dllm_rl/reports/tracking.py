@@ -6,10 +6,11 @@ metrics.jsonl.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from dllm_rl.extras import need
 
 PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow", "trackio": "trackio"}
 
@@ -42,10 +43,7 @@ class Trackers:
         self._say = say
         self._live: dict[str, Any] = {}
         for name in names:
-            if importlib.util.find_spec(PACKAGES[name]) is None:
-                raise ValueError(
-                    f"tracking.to: {name} is not installed; pip install 'dllm-rl[{name}]', or leave it out"
-                )
+            need(PACKAGES[name], name, f"tracking.to: {name}")
         for name in names:
             self._try(name, self._start, name, project, run, folder / "tracking", settings)
 

@@ -10,9 +10,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from dllm_rl.cli import submit
 from dllm_rl.cli.main import main
 from dllm_rl.reports.run_folder import read_rows
 
@@ -112,7 +114,8 @@ def test_ctrl_c_detaches_and_the_job_goes_on(head, folder):
         metrics = folder.parent / "runs" / "long" / "metrics.jsonl"
         deadline = time.monotonic() + 120
         while not metrics.exists():
-            assert time.monotonic() < deadline and process.poll() is None
+            assert process.poll() is None, "".join(process.communicate())
+            assert time.monotonic() < deadline, "no step within two minutes"
             time.sleep(0.2)
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
@@ -129,6 +132,41 @@ def test_ctrl_c_detaches_and_the_job_goes_on(head, folder):
             deadline = time.monotonic() + 60
             while str(client.get_job_status(job)) == "RUNNING" and time.monotonic() < deadline:
                 time.sleep(0.2)
+
+
+class Broken:
+    """A dashboard whose connection breaks: before anything came, after a part, and at the log's end."""
+
+    log = ("one\ntw", "o\nthree\n", "four\n")
+
+    def __init__(self, *lengths):
+        self.lengths = list(lengths)
+
+    async def tail_job_logs(self, job):
+        length = self.lengths.pop(0)
+        for lines in self.log[:length]:
+            yield lines
+        if self.lengths:
+            raise RuntimeError("WebSocket connection closed unexpectedly")
+
+    def get_job_info(self, job):
+        from ray.job_submission import JobStatus
+
+        status = JobStatus.RUNNING if self.lengths else JobStatus.FAILED
+        return SimpleNamespace(status=status, driver_exit_code=3, message="ended")
+
+
+def test_a_broken_connection_loses_and_repeats_nothing(monkeypatch, capsys):
+    monkeypatch.setattr(submit, "RETRY_S", 0.0)
+    info = submit._follow(Broken(0, 1, 0, 1, 3, 3), "job")
+    assert capsys.readouterr().out == "".join(Broken.log)
+    assert submit._exit_code("job", info) == 3
+
+
+def test_a_dashboard_that_stays_away_is_said(monkeypatch):
+    monkeypatch.setattr(submit, "RETRY_S", 0.0)
+    with pytest.raises(ValueError, match=r"has not answered 31 times .*job j1 may well go on"):
+        submit._follow(Broken(*[0] * 100), "j1")
 
 
 def test_what_cannot_be_submitted_is_one_line_and_exit_code_2(folder, capsys):

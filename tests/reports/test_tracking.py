@@ -88,5 +88,7 @@ def test_one_that_fails_is_said_once_and_nothing_is_lost(recorded, tmp_path, whe
 
 def test_one_that_is_not_installed_is_refused(monkeypatch, tmp_path):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"tracking.to: mlflow is not installed; pip install 'dllm-rl\[mlflow\]'"):
+    with pytest.raises(
+        ValueError, match=r"tracking.to: mlflow needs mlflow, which is not installed; pip install 'dllm-rl\[mlflow\]'"
+    ):
         Trackers(["mlflow"], project="p", run="r", folder=tmp_path, settings={}, say=print)
