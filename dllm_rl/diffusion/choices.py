@@ -15,6 +15,7 @@ from dllm_rl.diffusion.decoding import take_best
 
 _HALF_BITS = 1 << 26  # a 52-bit uniform number holds two independent 26-bit ones
 _NEVER = float("-inf")
+_GRID = 1024  # steps per nat between which the guard does not tell utilities apart
 
 
 def draw_bernoulli(utility: Tensor, allowed: Tensor, noise: Tensor) -> Tensor:
@@ -29,9 +30,7 @@ def draw_bernoulli(utility: Tensor, allowed: Tensor, noise: Tensor) -> Tensor:
     Source: "Bernoulli" of arXiv:2512.09106 with its argmax guard at every forward, not in evaluation only.
     """
     chosen = allowed & (noise < utility.double().sigmoid())
-    one = torch.ones(len(utility), dtype=torch.int64, device=utility.device)
-    chosen = torch.where(chosen.any(-1, keepdim=True), chosen, take_best(utility, allowed, one))
-    return numbered(chosen)
+    return numbered(torch.where(chosen.any(-1, keepdim=True), chosen, _guard(utility, allowed)))
 
 
 def bernoulli_logp(utility: Tensor, allowed: Tensor, order: Tensor) -> Tensor:
@@ -46,8 +45,7 @@ def bernoulli_logp(utility: Tensor, allowed: Tensor, order: Tensor) -> Tensor:
     each = torch.where(chosen, logsigmoid(utility), logsigmoid(-utility))
     logp = each.masked_fill(~allowed, 0.0).sum(-1)
     none = logsigmoid(-utility).masked_fill(~allowed, 0.0).sum(-1)
-    one = torch.ones(len(utility), dtype=torch.int64, device=utility.device)
-    guarded = (chosen == take_best(utility.detach(), allowed, one)).all(-1) & allowed.any(-1)
+    guarded = (chosen == _guard(utility.detach(), allowed)).all(-1) & allowed.any(-1)
     return torch.where(guarded, torch.logaddexp(logp, none), logp)
 
 
@@ -107,6 +105,16 @@ def plackett_luce_logp(utility: Tensor, allowed: Tensor, order: Tensor) -> Tenso
 def numbered(chosen: Tensor) -> Tensor:
     """The order (R, W) int64 of a choice (R, W) bool that was made at once: numbered from the left."""
     return chosen.cumsum(-1) * chosen
+
+
+def _guard(utility: Tensor, allowed: Tensor) -> Tensor:
+    """(R, W) bool; the position of highest utility, the leftmost of those that differ by a network's rounding only.
+
+    Without the grid, equal positions would be ordered by rounding errors, which depend on the other rows of a batch:
+    scoring would take another position for the guard's than sampling did.
+    """
+    one = torch.ones(len(utility), dtype=torch.int64, device=utility.device)
+    return take_best((utility * _GRID).round(), allowed, one)
 
 
 def _gumbel(uniform: Tensor) -> Tensor:

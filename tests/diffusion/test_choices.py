@@ -71,6 +71,16 @@ def test_bernoulli_by_hand():
         assert logp.exp().item() == pytest.approx(probability)
 
 
+def test_the_guard_takes_no_notice_of_rounding_errors():
+    """Scoring sees the utilities of sampling only up to a last bit; equal positions stay a tie, which goes left."""
+    sampled, scored = torch.tensor([[-2.0, -2.0 + 1e-6]]), torch.tensor([[-2.0 + 1e-6, -2.0]])
+    allowed, noise = torch.ones(1, 2, dtype=torch.bool), torch.full((1, 2), 0.999, dtype=torch.float64)
+    order = choices.draw_bernoulli(sampled, allowed, noise)
+    assert order.tolist() == [[1, 0]]
+    before, after = (choices.bernoulli_logp(utility, allowed, order).item() for utility in (sampled, scored))
+    assert after == pytest.approx(before, abs=1e-5)
+
+
 def test_plackett_luce_by_hand():
     """Weights 1 and 3, STOP 1: first among positions alone, then against STOP; a last position leaves STOP certain."""
     utility = torch.tensor([[0.0, math.log(3)]], dtype=torch.float64)
