@@ -1,29 +1,50 @@
 """Batches collected up to max_staleness steps before they are learned from: decoding and learning overlap.
 
-The schedule does not depend on who is faster: batch s is decoded with the weights of step s - max_staleness (of the
-start, for the first ones), so that a run is a function of its configuration and resumes with the same bits.
+By default the schedule does not depend on who is faster: batch s is decoded with the weights of step s - max_staleness
+(of the start, for the first ones), so that a run is a function of its configuration and resumes with the same bits.
 
     max_staleness = 1      decode 0 | decode 1 | decode 2 | ...
                                     | learn 0  | learn 1  | ...      weights are pushed at every |
+
+New weights wait there for engines that still decode with older ones. With pause_blocks they do not: completions pause
+at the end of a block, the weights are pushed, and decoding goes on under them. Engines then rest only when
+max_staleness batches wait for the learner, and every token knows the weights that chose it.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
 
 from dllm_rl.assembly import Parts
 from dllm_rl.config.schema import Config
-from dllm_rl.experience import Collected, demonstrate, roll_out
+from dllm_rl.experience import Collected, collect, decode, demonstrate
 from dllm_rl.reports.clock import Clock
-from dllm_rl.types import Rewards, RolloutBatch
+from dllm_rl.types import GIVEN, Rewards, RolloutBatch, Trajectory, WeightsVersion
 
 FILE = "ahead.pt"
 Batch = tuple[Collected, Clock]
+
+
+@dataclass(slots=True)
+class _Begun:
+    """A batch that is being decoded: its completions after some blocks."""
+
+    trajectories: list[Trajectory] | None = None
+    blocks: int = 0
+    clock: Clock = field(default_factory=Clock)
+
+
+class _Dropped(Exception):
+    """The run went back while a batch was decoded."""
 
 
 class Ahead:
@@ -34,66 +55,112 @@ class Ahead:
 
         Args:
             parts: of the run.
-            config: of the run; rollout.max_staleness decides.
+            config: of the run; its section rollout decides.
         """
         self._parts, self._config = parts, config
         self._lead = config.rollout.max_staleness if parts.algorithm.source == "rollouts" else 0
         # In one process the learner changes the weights that the engine decodes with: the same schedule, no overlap.
         overlap = self._lead > 0 and config.cluster.kind != "local"
         self._thread = ThreadPoolExecutor(1, "ahead") if overlap else None
+        self._pause = config.rollout.pause_blocks
         self._batches: dict[int, Future[Batch]] = {}
+        self._begun: dict[int, _Begun] = {}
+        # Whoever uses the engines holds the second lock; who waits for it holds the first, so that turns alternate.
+        self._turn, self._engines = Lock(), Lock()
 
     def take(self, step: int) -> Batch:
-        """The batch of a step and how long its parts took; starts those that the engines' weights are for."""
+        """The batch of a step and how long its parts took; starts those that max_staleness allows to."""
         for later in range(step, min(step + self._lead, self._config.run.steps - 1) + 1):
             if later not in self._batches:
                 self._batches[later] = self._start(later)
         return self._batches.pop(step).result()
 
-    def settle(self) -> None:
-        """Wait for what is being decoded: the weights are about to change."""
-        for future in self._batches.values():
-            future.exception()  # raised when its step takes it
+    @contextmanager
+    def still(self) -> Iterator[None]:
+        """Nothing is decoded meanwhile: the engines are free for new weights, or for something else."""
+        if self._pause is None:
+            for future in self._batches.values():
+                future.exception()  # raised when its step takes it
+        with self._engines_alone():
+            yield
 
     def drop(self) -> None:
         """Forget everything: the run goes back."""
-        self.settle()
-        self._batches = {}
+        with self.still():
+            self._batches, self._begun = {}, {}
 
     def save(self, folder: Path) -> None:
-        """Write the batches that wait, decoded with weights that a resumed run no longer has."""
-        self.settle()
-        if self._batches:
-            torch.save({step: _plain(future.result()) for step, future in self._batches.items()}, folder / FILE)
+        """Write the batches that wait or have begun, decoded with weights that a resumed run no longer has."""
+        with self.still():
+            waiting = {step: _plain(future.result()) for step, future in self._batches.items() if future.done()}
+            begun = {step: _plain_begun(one) for step, one in self._begun.items() if one.trajectories is not None}
+        if waiting or begun:
+            torch.save({"waiting": waiting, "begun": begun}, folder / FILE)
 
     def load(self, folder: Path, step: int) -> None:
         """Restore what save wrote, as far as max_staleness still allows it."""
         self.drop()
         if not (folder / FILE).is_file():
             return
-        for number, values in torch.load(folder / FILE, weights_only=True).items():
-            age = number - int(values["batch"]["weights_step"].min())
-            if step <= number <= step + self._lead and age <= self._lead:
+        saved = torch.load(folder / FILE, weights_only=True)
+        for number, values in saved["waiting"].items():
+            found = _restored(values)
+            if self._allows(step, number, found[0].batch.oldest_weights):
                 self._batches[number] = Future()
-                self._batches[number].set_result(_restored(values))
+                self._batches[number].set_result(found)
+        for number, values in saved["begun"].items():
+            begun = _restored_begun(values)
+            steps = torch.cat([t.weights_step[t.weights_step != GIVEN] for t in begun.trajectories or ()])
+            if self._pause is not None and self._allows(step, number, int(steps.min())):
+                self._begun[number] = begun
+
+    def _allows(self, step: int, number: int, oldest: int) -> bool:
+        return step <= number <= step + self._lead and number - oldest <= self._lead
 
     def _start(self, step: int) -> Future[Batch]:
+        begun = self._begun.setdefault(step, _Begun())
         if self._thread is not None:
-            return self._thread.submit(self._collect, step)
+            return self._thread.submit(self._collect, step, begun)
         future: Future[Batch] = Future()
-        future.set_result(self._collect(step))
+        future.set_result(self._collect(step, begun))
         return future
 
-    def _collect(self, step: int) -> Batch:
-        timer, prompts = Clock(), self._parts.source.batch(step)
-        if self._parts.algorithm.source == "rollouts":
-            return roll_out(self._parts, self._config, prompts, step, timer), timer
-        return demonstrate(self._parts, prompts), timer
+    def _collect(self, step: int, begun: _Begun) -> Batch:
+        timer, prompts = begun.clock, self._parts.source.batch(step)
+        if self._parts.algorithm.source != "rollouts":
+            del self._begun[step]
+            return demonstrate(self._parts, prompts), timer
+        found = begun.trajectories
+        while found is None or any(t.finish == "paused" for t in found):
+            with self._engines_alone():
+                self._still_wanted(step, begun)
+                blocks = None if self._pause is None else begun.blocks + self._pause
+                found = decode(self._parts, self._config, prompts, step, timer, begun=found, blocks=blocks)
+                begun.trajectories, begun.blocks = found, blocks or 0
+        with self._engines_alone():
+            self._still_wanted(step, begun)
+            collected = collect(self._parts, self._config, prompts, found, step, timer)
+            del self._begun[step]
+        return collected, timer
+
+    def _still_wanted(self, step: int, begun: _Begun) -> None:
+        if self._begun.get(step) is not begun:
+            raise _Dropped
+
+    @contextmanager
+    def _engines_alone(self) -> Iterator[None]:
+        with self._turn:
+            self._engines.acquire()
+        try:
+            yield
+        finally:
+            self._engines.release()
 
     def __enter__(self) -> Ahead:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self._begun = {}
         if self._thread is not None:
             self._thread.shutdown(wait=error[0] is None, cancel_futures=True)
 
@@ -122,6 +189,18 @@ def _restored(values: dict[str, Any]) -> Batch:
         uids=values["uids"],
     )
     return collected, clock
+
+
+def _plain_begun(begun: _Begun) -> dict[str, Any]:
+    rows = [_fields(t) | {"weights": _fields(t.weights)} for t in begun.trajectories or ()]
+    return {"trajectories": rows, "blocks": begun.blocks, "seconds": begun.clock.seconds}
+
+
+def _restored_begun(values: dict[str, Any]) -> _Begun:
+    clock = Clock()
+    clock.seconds = values["seconds"]
+    rows = [Trajectory(**row | {"weights": WeightsVersion(**row["weights"])}) for row in values["trajectories"]]
+    return _Begun(rows, values["blocks"], clock)
 
 
 def _fields(value: Any) -> dict[str, Any]:

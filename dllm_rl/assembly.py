@@ -16,6 +16,7 @@ from dllm_rl.config.plugins import build
 from dllm_rl.config.schema import Config, RewardPlugin
 from dllm_rl.data.prompts import encode, encode_completion
 from dllm_rl.data.source import PromptSource
+from dllm_rl.diffusion.layout import block_rule
 from dllm_rl.extras import need
 from dllm_rl.members.crew import Orders, local_crew, ray_crew
 from dllm_rl.members.engine import EVALUATE, TRAIN
@@ -149,6 +150,12 @@ def _assemble(config: Config, folder: Path, show: Progress, stack: ExitStack) ->
         raise ValueError(
             f"sampling.max_new_tokens = {sampling.max_new_tokens} leaves no room for a prompt: the model takes "
             f"{denoiser.max_length} tokens"
+        )
+    pause, size = config.rollout.pause_blocks, block_rule(denoiser, sampling)[0]
+    if pause is not None and pause * size >= sampling.max_new_tokens:
+        raise ValueError(
+            f"rollout.pause_blocks = {pause} blocks of {size} tokens are a whole completion (sampling.max_new_tokens = "
+            f"{sampling.max_new_tokens}), so none would ever pause; set fewer, or a smaller sampling.block_size"
         )
     limit = min(room, config.data.max_prompt_tokens or room)
 

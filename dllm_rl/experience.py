@@ -62,14 +62,44 @@ def roll_out(
     step: int,
     timer: Callable[[str], AbstractContextManager[None]],
 ) -> Collected:
-    """Decode samples_per_prompt completions per prompt and judge them; then further ones that the algorithm asks for.
+    """Decode and collect in one go."""
+    return collect(parts, config, prompts, decode(parts, config, prompts, step, timer), step, timer)
+
+
+def decode(
+    parts: Parts,
+    config: Config,
+    prompts: Sequence[Prompt],
+    step: int,
+    timer: Callable[[str], AbstractContextManager[None]],
+    *,
+    begun: Sequence[Trajectory] | None = None,
+    blocks: int | None = None,
+) -> list[Trajectory]:
+    """Decode samples_per_prompt completions per prompt, or go on with begun ones; see RolloutEngine.generate."""
+    key, size = seeding.derive(config.run.seed, "rollout", step), config.data.samples_per_prompt
+    with timer("rollout_s"):
+        return parts.engine.generate(
+            prompts, parts.sampling, seed=key, samples_per_prompt=size, begun=begun, blocks=blocks
+        )
+
+
+def collect(
+    parts: Parts,
+    config: Config,
+    prompts: Sequence[Prompt],
+    trajectories: list[Trajectory],
+    step: int,
+    timer: Callable[[str], AbstractContextManager[None]],
+) -> Collected:
+    """Judge what was decoded; then decode and judge further completions that the algorithm asks for.
 
     Raises:
         RuntimeError: more than reward_pool.max_failure_fraction of the rows could not be judged.
     """
     seed, size = config.run.seed, config.data.samples_per_prompt
-    wanted = [Further(group=number, prompt=prompt) for number, prompt in enumerate(prompts)]
-    drawn = _draw(parts, wanted, size, seeding.derive(seed, "rollout", step), timer)
+    wanted = [Further(group=number, prompt=prompt) for number, prompt in enumerate(prompts) for _ in range(size)]
+    drawn = _judged(parts, wanted, trajectories, timer)
     failed = 1 - drawn.rewards.included.float().mean().item()
     if failed > config.reward_pool.max_failure_fraction:
         assert parts.pool is not None, "it has just judged"
@@ -85,7 +115,7 @@ def roll_out(
         canvas = parts.sampling.max_new_tokens
         further = parts.algorithm.further(prompts, rewards, batch, canvas=canvas, generator=generator)
         for number, kind in enumerate(_kinds(further)):
-            more = _draw(parts, kind, 1, seeding.derive(seed, "further", step, number), timer)
+            more = _draw(parts, kind, seeding.derive(seed, "further", step, number), timer)
             drawn = _Drawn.join(drawn, more)
         if further:
             everything = _collate(parts, drawn)
@@ -120,24 +150,31 @@ def _kinds(further: Sequence[Further]) -> Sequence[Sequence[Further]]:
 def _draw(
     parts: Parts,
     wanted: Sequence[Further],
-    samples: int,
     seed: int,
     timer: Callable[[str], AbstractContextManager[None]],
 ) -> _Drawn:
     """Decode and judge rollouts of one kind."""
-    assert parts.pool is not None, "assemble() refuses rollouts without rewards"
     strategy, block_size = wanted[0].strategy, wanted[0].block_size
     engine = parts.engine if strategy is None else parts.expert_engine(strategy)
     sampling = parts.sampling if block_size is None else dataclasses.replace(parts.sampling, block_size=block_size)
     with timer("rollout_s"):
-        trajectories = engine.generate([w.prompt for w in wanted], sampling, seed=seed, samples_per_prompt=samples)
-    repeated = [w for w in wanted for _ in range(samples)]
-    prompts = [w.prompt for w in repeated]
+        trajectories = engine.generate([w.prompt for w in wanted], sampling, seed=seed)
+    return _judged(parts, wanted, trajectories, timer)
+
+
+def _judged(
+    parts: Parts,
+    wanted: Sequence[Further],
+    trajectories: list[Trajectory],
+    timer: Callable[[str], AbstractContextManager[None]],
+) -> _Drawn:
+    assert parts.pool is not None, "assemble() refuses rollouts without rewards"
+    prompts = [w.prompt for w in wanted]
     texts = completion_texts(trajectories, parts.tokenizer)
     with timer("reward_s"):
         rewards = judge(parts.pool, prompts, texts, [t.completion_length for t in trajectories])
-    expert = [w.strategy is not None for w in repeated]
-    return _Drawn(trajectories, prompts, texts, [w.group for w in repeated], expert, rewards)
+    expert = [w.strategy is not None for w in wanted]
+    return _Drawn(trajectories, prompts, texts, [w.group for w in wanted], expert, rewards)
 
 
 def _collate(parts: Parts, drawn: _Drawn) -> RolloutBatch:

@@ -38,7 +38,9 @@ def one_step(
         batch, rewards = collected.batch, collected.rewards
         learned: dict[str, float] = {}
         if config.rollout.max_staleness:
-            learned["staleness"] = step - batch.weights_step.float().mean().item()
+            learned["staleness"] = step - batch.weights_step[batch.generated].float().mean().item()
+            if config.rollout.pause_blocks is not None:
+                learned["paused_rows"] = _several_weights(batch).float().mean().item()
         advantage = algorithm.advantages(rewards, batch)
         keep = algorithm.keep(rewards, batch).nonzero().flatten()
         learned["kept_rows"] = len(keep) / len(batch)
@@ -49,7 +51,7 @@ def one_step(
             masks = algorithm.masks(batch, seeding.generator_for(seed, "masks", step))
             with timer("score_s"):
                 reference = references.of(batch, masks)
-                if config.rollout.correction is not None and bool((batch.weights_step < step).any()):
+                if config.rollout.correction is not None and batch.oldest_weights < step:
                     advantage, figures = _corrected(advantage, parts, config, batch)
                     learned |= figures
             every = config.diagnostics.every_steps
@@ -59,12 +61,18 @@ def one_step(
                     learned |= estimator_metrics(learner, algorithm, batch, config.diagnostics, key)
             with timer("update_s"):
                 learned |= learner.update(batch, rewards, advantage, masks, algorithm, reference=reference)
-        with timer("push_s"):
-            ahead.settle()
+        with timer("push_s"), ahead.still():
             parts.weights.push()
     known = sum(timer.seconds.get(name, 0.0) for name in ("wait_s", "score_s", "diagnose_s", "update_s", "push_s"))
     timer.seconds["other_s"] = timer.seconds["step_s"] - known
     return collected, learned, timer
+
+
+def _several_weights(batch: RolloutBatch) -> Tensor:
+    """(N,) bool: rows that were paused and went on with other weights."""
+    steps = batch.weights_step
+    newest = steps.masked_fill(~batch.generated, -1).amax(-1)
+    return ((steps != newest[:, None]) & batch.generated).any(-1)
 
 
 def _corrected(advantage: Tensor, parts: Parts, config: Config, batch: RolloutBatch) -> tuple[Tensor, dict[str, float]]:

@@ -102,7 +102,7 @@ def train(
         before: Sequence[Evaluation] = ()
         after: Sequence[Evaluation] = ()
         if config.evaluate.at_start and found is None:
-            before = _hold_out(parts, run, clock, seed, show)
+            before = _hold_out(parts, ahead, run, clock, seed, show)
         advance = stack.enter_context(show.track("training", total_steps))
         advance(learner.step, "")
 
@@ -113,12 +113,12 @@ def train(
                 collected, learned, timer = one_step(parts, config, ahead, references)
                 run.log(learner.step, {**collected.metrics, **learned, **timer.seconds, **usage(parts.actors)})
                 run.log_samples(learner.step, collected.samples[: config.run.log_samples])
-                run.log_prompts(learner.step, collected.uids, int(collected.batch.weights_step.min()))
+                run.log_prompts(learner.step, collected.uids, collected.batch.oldest_weights)
                 clock.add(timer)
                 advance(1, _note(collected, learned))
                 last, stopping = learner.step == total_steps, stop()
                 if _due(learner.step, config.evaluate.every_steps) or (last and config.evaluate.at_end):
-                    after = _hold_out(parts, run, clock, seed, show)
+                    after = _hold_out(parts, ahead, run, clock, seed, show)
                 if _due(learner.step, config.checkpoint.every_steps) or last or stopping:
                     with clock("checkpoint_s"):
                         counters = {"seconds": clock.seconds}
@@ -131,15 +131,17 @@ def train(
     return Summary(folder=folder, steps=learner.step, before=before, after=after, seconds=clock.seconds)
 
 
-def _hold_out(parts: Parts, run: RunFolder, clock: Clock, seed: int, show: Progress) -> Sequence[Evaluation]:
+def _hold_out(
+    parts: Parts, ahead: Ahead, run: RunFolder, clock: Clock, seed: int, show: Progress
+) -> Sequence[Evaluation]:
     if parts.pool is None:
         show.say("no reward functions: held-out evaluation is left out")
         return ()
     if not parts.held_out:
         show.say("the task has no held-out examples: evaluation is left out")
         return ()
-    results = []
-    with clock("evaluate_s"), show.track("evaluating", len(parts.held_out) * len(parts.eval_samplings)) as advance:
+    results, total = [], len(parts.held_out) * len(parts.eval_samplings)
+    with ahead.still(), clock("evaluate_s"), show.track("evaluating", total) as advance:
         for sampling in parts.eval_samplings:
             result = evaluate(
                 parts.eval_engine,

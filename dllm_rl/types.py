@@ -16,7 +16,7 @@ from torch import Tensor
 
 GIVEN = -1  # unmask_step of a position that was given (prompt, injected token, padding), not generated
 
-Finish = Literal["eos", "length"]
+Finish = Literal["eos", "length", "paused"]
 BlockOrigin = Literal["response", "sequence"]
 
 
@@ -139,9 +139,11 @@ class Trajectory:
         behaviour_logp: (L,) float32 nats; log p(token | state before its commit) under the untempered model
             distribution without the mask token; 0 where not generated.
         num_forwards: denoising forwards that the row took part in.
-        finish: "eos" if an EOS ended the row, else "length".
+        finish: "eos" if an EOS ended the row, "length" if the canvas is full, "paused" if blocks are left to decode.
         exact: whether behaviour_logp are those of the learner's own network (no approximate cache).
-        weights: the weights that generated it.
+        weights: the weights that generated it, or its last blocks.
+        weights_step: (L,) int64; optimiser step of the weights that committed the position, several per row if it was
+            paused; GIVEN where it was given or never decoded.
         order: (L,) int64; place in the order in which its forward's positions were chosen, from 1; 0 where not decoded.
             None if the engine does not tell.
         confidence: (T, L) float32 for T forwards; probability of the token proposed at each position that the forward
@@ -160,6 +162,7 @@ class Trajectory:
     finish: Finish
     exact: bool
     weights: WeightsVersion
+    weights_step: Tensor
     order: Tensor | None = None
     confidence: Tensor | None = None
 
@@ -184,7 +187,7 @@ class RolloutBatch:
         prompt_length: (N,) int64.
         group: (N,) int64; rows of one prompt share a number.
         num_forwards: (N,) int64.
-        weights_step: (N,) int64; optimiser step of the weights that generated the row.
+        weights_step: (N, L) int64; optimiser step of the weights that committed the token, GIVEN where none did.
         blocks: (N, L) int64 block numbers (diffusion.layout.block_index) for block-causal models, else None.
         exact: every row's behaviour_logp are the learner's own.
         order: (N, L) int64 or None; see Trajectory.
@@ -216,6 +219,12 @@ class RolloutBatch:
     def generated(self) -> Tensor:
         """(N, L) bool: the completion without its hints."""
         return self.completion & ~self.hint
+
+    @property
+    def oldest_weights(self) -> int:
+        """Optimiser step of the oldest weights that committed a token."""
+        steps = self.weights_step[self.weights_step != GIVEN]
+        return int(steps.min()) if len(steps) else 0
 
     @property
     def tokens_per_forward(self) -> Tensor:

@@ -24,24 +24,59 @@ class Request:
         prompt: the prompt.
         sample: number of the sample within the prompt's group.
         key: counter that all of the row's randomness hangs on.
+        begun: where it was paused, or None.
     """
 
     index: int
     prompt: Prompt
     sample: int
     key: int
+    begun: Trajectory | None
+
+    def tokens(self, length: int, mask_id: int) -> Tensor:
+        """(length,) int64: the prompt and the canvas with what is known of it, mask tokens elsewhere."""
+        start = len(self.prompt.token_ids)
+        tokens = torch.full((length,), mask_id)
+        tokens[:start] = torch.tensor(self.prompt.token_ids)
+        for offset, token in self.prompt.injected.items():
+            tokens[start + offset] = token
+        if self.begun is not None:
+            known = self.begun.unmask_step < self.begun.num_forwards
+            tokens[: len(known)][known] = self.begun.tokens[known]
+        return tokens
+
+    def hidden(self, length: int, canvas: int) -> Tensor:
+        """(length,) bool: the canvas without what is known of it."""
+        start = len(self.prompt.token_ids)
+        hidden = torch.zeros(length, dtype=torch.bool)
+        if self.begun is not None:
+            hidden[: start + canvas] = self.begun.unmask_step == self.begun.num_forwards
+            return hidden
+        hidden[start : start + canvas] = True
+        hidden[[start + offset for offset in self.prompt.injected]] = False
+        return hidden
 
 
 def requests(
-    denoiser: Denoiser, prompts: Sequence[Prompt], sampling: Sampling, seed: int, samples_per_prompt: int
+    denoiser: Denoiser,
+    prompts: Sequence[Prompt],
+    sampling: Sampling,
+    seed: int,
+    samples_per_prompt: int,
+    begun: Sequence[Trajectory] | None,
 ) -> list[Request]:
     """One request per row, prompt-major.
 
     Raises:
-        ValueError: a prompt that does not fit the model, an injected offset outside the canvas, a foreign block size.
+        ValueError: a prompt that does not fit the model, an injected offset outside the canvas, a foreign block size,
+            rows that were begun for other prompts.
     """
     if samples_per_prompt < 1:
         raise ValueError(f"samples_per_prompt = {samples_per_prompt}: must be at least 1")
+    if begun is not None:
+        want = [(prompt.uid, sample) for prompt in prompts for sample in range(samples_per_prompt)]
+        if [(t.prompt_uid, t.sample) for t in begun] != want:
+            raise ValueError("begun must hold the trajectories of the same prompts and samples, in the same order")
     if denoiser.block_size is not None and sampling.block_size not in (None, denoiser.block_size):
         raise ValueError(
             f"sampling.block_size = {sampling.block_size}, but this block-causal model decodes blocks of "
@@ -63,9 +98,8 @@ def requests(
                 f"{sampling.max_new_tokens} tokens"
             )
     return [
-        Request(row * samples_per_prompt + sample, prompt, sample, derive(seed, prompt.uid, sample))
-        for row, prompt in enumerate(prompts)
-        for sample in range(samples_per_prompt)
+        Request(index, prompt, sample, derive(seed, prompt.uid, sample), None if begun is None else begun[index])
+        for index, (prompt, sample) in enumerate((p, s) for p in prompts for s in range(samples_per_prompt))
     ]
 
 
@@ -113,7 +147,7 @@ def trajectory(
     eos_id: int,
     weights: WeightsVersion,
 ) -> Trajectory:
-    """A finished row.
+    """A finished or paused row.
 
     Args:
         request: what was asked for.
@@ -131,6 +165,10 @@ def trajectory(
     length = start + sampling.max_new_tokens
     tokens, step, logp, order = (t[:length].cpu().clone() for t in (tokens, unmask_step, logp, order))
     generated = step != GIVEN
+    weights_step = torch.where(generated, weights.step, GIVEN)
+    if request.begun is not None:
+        earlier = generated & (step < request.begun.num_forwards)
+        weights_step = torch.where(earlier, request.begun.weights_step, weights_step)
     ends = (generated & (tokens == eos_id)).nonzero().flatten()
     completion_length = int(ends[0]) + 1 - start if len(ends) else sampling.max_new_tokens
     decoded = generated.clone()
@@ -151,9 +189,10 @@ def trajectory(
         unmask_step=step,
         behaviour_logp=logp,
         num_forwards=num_forwards,
-        finish="eos" if len(ends) else "length",
+        finish="eos" if len(ends) else "paused" if bool(never.any()) else "length",
         exact=True,
         weights=weights,
+        weights_step=weights_step,
         order=order,
         confidence=None if confidence is None else confidence[:num_forwards, :length].cpu().clone(),
     )

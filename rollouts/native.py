@@ -28,13 +28,14 @@ CHUNK_ELEMENTS = 1 << 25  # 0.7 GB at the peak of a greedy choice, 1.5 GB with t
 class _Rows:
     """State of the rows that are still decoding; every tensor has one entry per row.
 
-    row (N,) index into the batch's requests; tokens, hidden, valid, canvas, step, logp, order, blocks (N, L);
-    confidence (N, T, L), T = 0 unless it is kept; key, forward (N,).
+    row (N,) index into the batch's requests; tokens, hidden, due (to be decoded in this call), valid, canvas, step,
+    logp, order, blocks (N, L); confidence (N, T, L), T = 0 unless it is kept; key, forward (N,).
     """
 
     row: Tensor
     tokens: Tensor
     hidden: Tensor
+    due: Tensor
     valid: Tensor
     canvas: Tensor
     step: Tensor
@@ -48,6 +49,22 @@ class _Rows:
     def keep(self, rows: Tensor) -> None:
         for field in dataclasses.fields(self):
             setattr(self, field.name, getattr(self, field.name)[rows])
+
+    def restore(self, row: int, begun: Trajectory) -> None:
+        """Put a row where it was paused; tokens and hidden are there already."""
+        forwards, length = begun.num_forwards, len(begun.tokens)
+        self.forward[row] = forwards
+        self.step[row, :length] = begun.unmask_step.masked_fill(begun.unmask_step == forwards, GIVEN)
+        self.logp[row, :length] = begun.behaviour_logp
+        if begun.order is not None:
+            self.order[row, :length] = begun.order
+        if begun.confidence is not None and self.confidence.shape[1]:
+            self.confidence[row, :forwards, :length] = begun.confidence
+
+    @property
+    def left(self) -> Tensor:
+        """(N, L) bool: still to be decoded in this call."""
+        return self.hidden & self.due
 
 
 class NativeEngine:
@@ -79,17 +96,25 @@ class NativeEngine:
         self._whole = keep_confidence or strategy.reads_canvas
 
     def generate(
-        self, prompts: Sequence[Prompt], sampling: Sampling, *, seed: int, samples_per_prompt: int = 1
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        *,
+        seed: int,
+        samples_per_prompt: int = 1,
+        begun: Sequence[Trajectory] | None = None,
+        blocks: int | None = None,
     ) -> list[Trajectory]:
         """See protocols.RolloutEngine."""
-        todo = requests(self._denoiser, prompts, sampling, seed, samples_per_prompt)
+        wanted = requests(self._denoiser, prompts, sampling, seed, samples_per_prompt, begun)
+        finished = {r.index: r.begun for r in wanted if r.begun is not None and r.begun.finish != "paused"}
+        todo = [request for request in wanted if request.index not in finished]
         todo.sort(key=lambda request: len(request.prompt.token_ids))
-        finished: dict[int, Trajectory] = {}
         decode = self._decode_full if self._denoiser.block_size is None else self._decode_blocks
         with inference(self._denoiser.module):
             for batch in self._batches(todo, sampling):
-                finished.update(decode(batch, sampling))
-        return [finished[index] for index in range(len(todo))]
+                finished.update(decode(self._start(batch, sampling, blocks), batch, sampling))
+        return [finished[index] for index in range(len(wanted))]
 
     def _batches(self, todo: list[Request], sampling: Sampling) -> Iterator[list[Request]]:
         batch: list[Request] = []
@@ -102,42 +127,41 @@ class NativeEngine:
         if batch:
             yield batch
 
-    def _start(self, batch: list[Request], sampling: Sampling) -> _Rows:
+    def _start(self, batch: list[Request], sampling: Sampling, count: int | None) -> _Rows:
         start = torch.tensor([len(request.prompt.token_ids) for request in batch])
         end = start + sampling.max_new_tokens
         length = int(end.max())
         position = torch.arange(length)
-        tokens = torch.full((len(batch), length), self._denoiser.mask_id)
-        canvas = (position >= start[:, None]) & (position < end[:, None])
-        hidden = canvas.clone()
-        for row, request in enumerate(batch):  # set-up, once per row
-            tokens[row, : start[row]] = torch.tensor(request.prompt.token_ids)
-            for offset, token in request.prompt.injected.items():
-                tokens[row, start[row] + offset] = token
-                hidden[row, start[row] + offset] = False
+        tokens = torch.stack([request.tokens(length, self._denoiser.mask_id) for request in batch])
+        hidden = torch.stack([request.hidden(length, sampling.max_new_tokens) for request in batch])
         size, origin = block_rule(self._denoiser, sampling)
+        blocks = block_index(start, length, size, origin)
+        first = blocks.gather(1, start[:, None])
         rows = _Rows(
             row=torch.arange(len(batch)),
             tokens=tokens,
             hidden=hidden,
+            due=torch.ones_like(hidden) if count is None else blocks < first + count,
             valid=position < end[:, None],
-            canvas=canvas,
+            canvas=(position >= start[:, None]) & (position < end[:, None]),
             step=torch.full_like(tokens, GIVEN),
             logp=torch.zeros(tokens.shape),
             order=torch.zeros_like(tokens),
             confidence=torch.zeros(len(batch), sampling.max_new_tokens if self._whole else 0, length),
-            blocks=block_index(start, length, size, origin),
+            blocks=blocks,
             key=torch.tensor([request.key for request in batch]),
             forward=torch.zeros(len(batch), dtype=torch.int64),
         )
+        for row, request in enumerate(batch):  # set-up, once per row
+            if request.begun is not None:
+                rows.restore(row, request.begun)
         for field in dataclasses.fields(rows):
             setattr(rows, field.name, getattr(rows, field.name).to(self._denoiser.device))
         return rows
 
-    def _decode_full(self, batch: list[Request], sampling: Sampling) -> Iterator[tuple[int, Trajectory]]:
-        rows = self._start(batch, sampling)
+    def _decode_full(self, rows: _Rows, batch: list[Request], sampling: Sampling) -> Iterator[tuple[int, Trajectory]]:
         position = torch.arange(rows.tokens.shape[1], device=rows.tokens.device).expand_as(rows.tokens)
-        yield from self._retire(rows, ~rows.hidden.any(-1), batch, sampling)
+        yield from self._retire(rows, ~rows.left.any(-1), batch, sampling)
         beyond = int(rows.blocks.max()) + 1 if len(rows.row) else 0
         while len(rows.row):
             current = torch.where(rows.hidden, rows.blocks, beyond).amin(-1, keepdim=True)
@@ -150,15 +174,21 @@ class NativeEngine:
             place = position[: len(rows.row)]
             self._commit(rows, place, rows.hidden & inside, rows.valid, states, sampling, copy)
             complete = ~(rows.hidden & inside).any(-1)
-            done = complete & (self._ended(rows, inside) | ~rows.hidden.any(-1))
+            done = complete & (self._ended(rows, inside) | ~rows.left.any(-1))
             yield from self._retire(rows, done, batch, sampling)
 
-    def _decode_blocks(self, batch: list[Request], sampling: Sampling) -> Iterator[tuple[int, Trajectory]]:
-        denoiser, rows = self._denoiser, self._start(batch, sampling)
+    def _decode_blocks(self, rows: _Rows, batch: list[Request], sampling: Sampling) -> Iterator[tuple[int, Trajectory]]:
+        denoiser = self._denoiser
         size, origin = block_rule(denoiser, sampling)
         device = rows.tokens.device
-        prompt_length = torch.tensor([len(request.prompt.token_ids) for request in batch], device=device)
+        yield from self._retire(rows, ~rows.left.any(-1), batch, sampling)
+        if not len(rows.row):
+            return
+        prompt_length = torch.tensor([len(batch[row].prompt.token_ids) for row in rows.row.tolist()], device=device)
         begin = prompt_length if origin == "response" else prompt_length // size * size
+        first = rows.blocks.gather(1, prompt_length[:, None]).squeeze(1)
+        current = rows.blocks.masked_fill(~rows.hidden, int(rows.blocks.max())).amin(-1)
+        begin = begin + (current - first) * size  # what is known before it is context, as the prompt is
         longest = int(begin.max())
         clean = torch.arange(longest, device=device) < begin[:, None]
         cache = denoiser.prefill(rows.tokens[:, :longest], clean, rows.blocks[:, :longest])
@@ -173,7 +203,7 @@ class NativeEngine:
                 copy = torch.arange(len(states), device=device)
                 self._commit(rows, place, active, valid, states, sampling, copy)
             inside = rows.blocks == rows.blocks.gather(1, place[:, :1])
-            done = self._ended(rows, inside) | ~rows.hidden.any(-1)
+            done = self._ended(rows, inside) | ~rows.left.any(-1)
             stay = (~done).nonzero().flatten()
             yield from self._retire(rows, done, batch, sampling)
             if not len(stay):

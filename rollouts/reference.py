@@ -40,26 +40,31 @@ class ReferenceEngine:
         self._whole = keep_confidence or strategy.reads_canvas
 
     def generate(
-        self, prompts: Sequence[Prompt], sampling: Sampling, *, seed: int, samples_per_prompt: int = 1
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        *,
+        seed: int,
+        samples_per_prompt: int = 1,
+        begun: Sequence[Trajectory] | None = None,
+        blocks: int | None = None,
     ) -> list[Trajectory]:
         """See protocols.RolloutEngine."""
-        rows = requests(self._denoiser, prompts, sampling, seed, samples_per_prompt)
+        rows = requests(self._denoiser, prompts, sampling, seed, samples_per_prompt, begun)
         with inference(self._denoiser.module):
-            return [self._decode(request, sampling) for request in rows]
+            return [self._decode(request, sampling, blocks) for request in rows]
 
-    def _decode(self, request: Request, sampling: Sampling) -> Trajectory:
+    def _decode(self, request: Request, sampling: Sampling, count: int | None) -> Trajectory:
+        begun = request.begun
+        if begun is not None and begun.finish != "paused":
+            return begun
         denoiser, device = self._denoiser, self._denoiser.device
         start = len(request.prompt.token_ids)
         length = start + sampling.max_new_tokens
         size, origin = block_rule(denoiser, sampling)
         blocks = block_index(torch.tensor([start], device=device), length, size, origin)
-        tokens = torch.full((1, length), denoiser.mask_id, device=device)
-        tokens[0, :start] = torch.tensor(request.prompt.token_ids, device=device)
-        hidden = torch.zeros(1, length, dtype=torch.bool, device=device)
-        hidden[0, start:] = True
-        for offset, token in request.prompt.injected.items():
-            tokens[0, start + offset] = token
-            hidden[0, start + offset] = False
+        tokens = request.tokens(length, denoiser.mask_id)[None].to(device)
+        hidden = request.hidden(length, sampling.max_new_tokens)[None].to(device)
         valid = torch.ones_like(hidden)
         step = torch.full((1, length), GIVEN, device=device)
         logp = torch.zeros(1, length, device=device)
@@ -68,7 +73,12 @@ class ReferenceEngine:
         key = torch.tensor([[request.key]], device=device)
         position = torch.arange(length, device=device)[None]
         forward = 0
-        for block in sorted(set(blocks[0, start:].tolist())):
+        if begun is not None:
+            forward, seen = begun.num_forwards, [] if begun.confidence is None else list(begun.confidence.to(device))
+            step[0] = begun.unmask_step.masked_fill(begun.unmask_step == forward, GIVEN)
+            logp[0] = begun.behaviour_logp
+            order[0] = 0 if begun.order is None else begun.order
+        for block in sorted(set(blocks[0, start:].tolist()))[:count]:
             inside = (blocks == block) & (position >= start)
             while bool((active := hidden & inside).any()):
                 states = denoiser.hidden(tokens, hidden, valid, None if denoiser.block_size is None else blocks)
@@ -109,7 +119,7 @@ class ReferenceEngine:
             unmask_step=step[0],
             logp=logp[0],
             order=order[0],
-            confidence=torch.stack([torch.zeros(length), *seen])[1:] if self._whole else None,
+            confidence=torch.stack([torch.zeros(length, device=device), *seen])[1:] if self._whole else None,
             num_forwards=forward,
             eos_id=denoiser.eos_id,
             weights=self.weights,

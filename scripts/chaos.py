@@ -80,7 +80,7 @@ class Saboteur:
         self._updates = self._rollouts = self._verdicts = 0
         self._generate, self._update, self._score = EnginePool.generate, LearnerGroup.update, RewardPool.score
 
-    def generate(self, pool: EnginePool, *arguments: Any) -> Any:
+    def generate(self, pool: EnginePool, *arguments: Any, **options: Any) -> Any:
         """In place of EnginePool.generate: strikes in the second step."""
         self._rollouts += 1
         if self._rollouts > 2 and "engine" in self.left:
@@ -90,7 +90,7 @@ class Saboteur:
         if self._rollouts > 2 and "node" in self.left:
             self.left.remove("node")
             at_work(pool.group, 1, lambda: self._drop_node_of(pool.group, 1))
-        return self._generate(pool, *arguments)
+        return self._generate(pool, *arguments, **options)
 
     def update(self, learner: LearnerGroup, *arguments: Any, **options: Any) -> Any:
         """In place of LearnerGroup.update: strikes in the fourth step, after a checkpoint and some more."""

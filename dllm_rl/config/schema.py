@@ -181,6 +181,9 @@ class RolloutSection(Section):
     max_staleness: int = Field(default=0, ge=0)
     """Optimiser steps by which the weights that decode a batch may be older than those that learn from it; 0 = strictly
     on-policy; from 1 on, decoding and learning run at the same time (cluster.kind: ray)."""
+    pause_blocks: int | None = Field(default=None, ge=1)
+    """Decoding blocks after which completions pause if new weights are there, to go on with them; runs then depend on
+    who is faster. null = new weights wait until the batches are decoded, and runs are reproducible."""
     correction: Literal["token", "sequence"] | None = None
     """Truncated importance weights for stale rollouts, per token or per completion; costs a replay of the rollout."""
     correction_cap: float = Field(default=2.0, gt=0)
@@ -355,6 +358,11 @@ class Config(Section):
             raise ValueError(
                 f"cluster.engines = {cluster.engines} and cluster.learners = {cluster.learners} need cluster.kind: "
                 f"ray; cluster.kind: local is one process with one of each"
+            )
+        if self.rollout.pause_blocks is not None and (cluster.kind == "local" or not self.rollout.max_staleness):
+            raise ValueError(
+                f"rollout.pause_blocks = {self.rollout.pause_blocks}: only what is decoded while the learner works can "
+                f"pause; set cluster.kind: ray and rollout.max_staleness: 1 or more"
             )
         if cluster.learners > 1 and not deepspeed:
             raise ValueError(f"cluster.learners = {cluster.learners} needs learner.backend: deepspeed")

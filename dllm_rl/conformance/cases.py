@@ -52,7 +52,7 @@ def batch(*, blocks: bool, decoded: bool = True, group_size: int = 3) -> Rollout
         prompt_length=start,
         group=torch.arange(len(_PROMPTS)) // group_size,
         num_forwards=torch.full((len(_PROMPTS),), 4 if decoded else 0),
-        weights_step=torch.zeros(len(_PROMPTS), dtype=torch.int64),
+        weights_step=torch.where(step == GIVEN, GIVEN, 0),
         blocks=block_index(start, length, BLOCK, "response") if blocks else None,
         exact=True,
         order=torch.where(step >= 0, 1, 0),

@@ -19,6 +19,7 @@ from dllm_rl.types import GIVEN, Prompt, Sampling, Trajectory, WeightsVersion
 
 FAMILIES = ("tiny", "dream", "sdar")  # full attention, shifted predictions, block-causal with a cache
 WEIGHTS = WeightsVersion(step=7, digest="conformance")
+NEWER = WeightsVersion(step=8, digest="newer")
 SAMPLED = Sampling(max_new_tokens=8, temperature=1.0, tokens_per_step=2, block_size=cases.BLOCK)
 GREEDY = Sampling(max_new_tokens=8, temperature=0.0, tokens_per_step=2, block_size=cases.BLOCK)
 LOGP_TOLERANCE = 1e-4  # float32
@@ -39,9 +40,11 @@ class Subject:
             )
             denoiser.eos_id = int((said.bincount() / len(said) - 0.08).abs().argmin())
 
-    def make(self, denoiser: TransformersDenoiser, strategy: str = "low_confidence") -> RolloutEngine:
+    def make(
+        self, denoiser: TransformersDenoiser, strategy: str = "low_confidence", weights: WeightsVersion = WEIGHTS
+    ) -> RolloutEngine:
         """The engine under test."""
-        made: RolloutEngine = self.engine(denoiser, build("strategies", strategy, {}), weights=WEIGHTS)
+        made: RolloutEngine = self.engine(denoiser, build("strategies", strategy, {}), weights=weights)
         return made
 
     def oracle(self, denoiser: TransformersDenoiser, strategy: str = "low_confidence") -> RolloutEngine:
@@ -164,6 +167,36 @@ def log_probabilities_are_the_learners(subject: Subject) -> None:
         require(float(off.max()) <= LOGP_TOLERANCE, f"{family}: off by up to {float(off.max()):.2g} nats")
 
 
+def pausing_changes_nothing(subject: Subject) -> None:
+    """Rows that pause and go on end as those that never did, and tell which weights decoded what."""
+    for family, denoiser in subject.models.items():
+        for strategy in ("low_confidence", "random", "confidence_threshold"):
+            where = f"{family}, {strategy}"
+            engine = subject.make(denoiser, strategy)
+            whole = engine.generate(PROMPTS, SAMPLED, seed=6, samples_per_prompt=2)
+            begun = engine.generate(PROMPTS, SAMPLED, seed=6, samples_per_prompt=2, blocks=1)
+            require(any(t.finish == "paused" for t in begun), f"{where}: no row pauses after 1 block")
+            ended = subject.make(denoiser, strategy, NEWER).generate(
+                PROMPTS, SAMPLED, seed=6, samples_per_prompt=2, begun=begun
+            )
+            _same(ended, whole, f"{where}, paused after 1 block")
+            for first, t in zip(begun, ended, strict=True):
+                want = torch.where(t.unmask_step < first.num_forwards, WEIGHTS.step, NEWER.step)
+                if first.finish != "paused":
+                    want = torch.full_like(want, WEIGHTS.step)
+                want[(t.unmask_step == GIVEN) | (t.unmask_step == t.num_forwards)] = GIVEN
+                require(
+                    torch.equal(t.weights_step, want),
+                    f"{where}, prompt {t.prompt_uid}: weights_step {t.weights_step.tolist()}, not {want.tolist()}",
+                )
+                kept = first.unmask_step < first.num_forwards
+                require(
+                    torch.equal(first.tokens[kept], t.tokens[kept])
+                    and torch.equal(first.behaviour_logp[kept], t.behaviour_logp[kept]),
+                    f"{where}, prompt {t.prompt_uid}: what was decoded before the pause has changed",
+                )
+
+
 def what_does_not_fit_is_refused(subject: Subject) -> None:
     """A prompt that leaves no room for the canvas is a ValueError that names it."""
     for family, denoiser in subject.models.items():
@@ -182,5 +215,6 @@ CHECKS: tuple[Callable[[Subject], None], ...] = (
     seeds_decide,
     trajectories_are_complete,
     log_probabilities_are_the_learners,
+    pausing_changes_nothing,
     what_does_not_fit_is_refused,
 )

@@ -50,7 +50,7 @@ def collate(
         prompt_length=start,
         group=torch.tensor(group),
         num_forwards=torch.tensor([t.num_forwards for t in trajectories]),
-        weights_step=torch.tensor([t.weights.step for t in trajectories]),
+        weights_step=_padded([t.weights_step for t in trajectories], width, GIVEN),
         blocks=None if block_size is None else block_index(start, width, block_size, block_origin),
         exact=all(t.exact for t in trajectories),
         order=_if_all([t.order for t in trajectories], lambda rows: _padded(rows, width, 0)),
@@ -106,7 +106,6 @@ def supervised(
     start = torch.tensor([len(prompt.token_ids) for prompt in prompts])
     position = torch.arange(width)
     valid = position < torch.tensor([len(row) for row in rows])[:, None]
-    zeros = torch.zeros(len(rows), dtype=torch.int64)
     return RolloutBatch(
         tokens=_padded(rows, width, pad_id),
         valid=valid,
@@ -117,8 +116,8 @@ def supervised(
         behaviour_logp=torch.zeros(valid.shape),
         prompt_length=start,
         group=torch.tensor(group),
-        num_forwards=zeros,
-        weights_step=zeros,
+        num_forwards=torch.zeros(len(rows), dtype=torch.int64),
+        weights_step=torch.full(valid.shape, GIVEN),
         blocks=None if block_size is None else block_index(start, width, block_size, block_origin),
         exact=True,
     ).check()

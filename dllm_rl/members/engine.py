@@ -18,7 +18,7 @@ from dllm_rl.models.denoiser import TransformersDenoiser
 from dllm_rl.protocols import RolloutEngine, UnmaskingStrategy
 from dllm_rl.runtime.collective import Broadcast
 from dllm_rl.runtime.group import Place
-from dllm_rl.runtime.parcel import Parcel, pack
+from dllm_rl.runtime.parcel import Parcel, pack, unpack
 from dllm_rl.runtime.weights import Entry, Inbox, Layout, size_of
 from dllm_rl.types import Prompt, Sampling, Trajectory, WeightsVersion
 
@@ -70,7 +70,14 @@ class EngineMember:
         return self._denoiser.forwards
 
     def generate(
-        self, role: Role, prompts: Sequence[Prompt], sampling: Sampling, seed: int, samples_per_prompt: int
+        self,
+        role: Role,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        seed: int,
+        samples_per_prompt: int,
+        begun: Parcel | None = None,
+        blocks: int | None = None,
     ) -> list[Trajectory] | Parcel:
         """Decode; see protocols.RolloutEngine.
 
@@ -80,7 +87,14 @@ class EngineMember:
         if not self._inbox.complete:
             raise RuntimeError(f"engine {self._place.rank} holds an unfinished push of weights and decodes nothing")
         engine: RolloutEngine = self._engines[role] if isinstance(role, str) else self._expert(role)
-        found = engine.generate(prompts, sampling, seed=seed, samples_per_prompt=samples_per_prompt)
+        found = engine.generate(
+            prompts,
+            sampling,
+            seed=seed,
+            samples_per_prompt=samples_per_prompt,
+            begun=None if begun is None else unpack(begun),
+            blocks=blocks,
+        )
         return pack(found) if self._packed else found
 
     def hold(self, weights: WeightsVersion) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from dllm_rl.members.engine import NOTHING, Role
 from dllm_rl.runtime.group import Group, Lost
-from dllm_rl.runtime.parcel import Parcel, unpack
+from dllm_rl.runtime.parcel import Parcel, pack, unpack
 from dllm_rl.runtime.watch import HEARTBEAT_S, Watch
 from dllm_rl.types import Prompt, Sampling, Trajectory, WeightsVersion
 
@@ -51,7 +51,15 @@ class EnginePool:
         return PooledEngine(self, role)
 
     def generate(
-        self, role: Role, prompts: Sequence[Prompt], sampling: Sampling, seed: int, samples_per_prompt: int
+        self,
+        role: Role,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        *,
+        seed: int,
+        samples_per_prompt: int = 1,
+        begun: Sequence[Trajectory] | None = None,
+        blocks: int | None = None,
     ) -> list[Trajectory]:
         """Decode on all engines; see protocols.RolloutEngine.
 
@@ -59,7 +67,11 @@ class EnginePool:
             Lost: more engines were lost than max_restarts.
         """
         size = max(1, self._rows_per_call // samples_per_prompt)
-        calls = [prompts[begin : begin + size] for begin in range(0, len(prompts), size)]
+        begins = range(0, len(prompts), size)
+        calls = [(prompts[begin : begin + size], sampling, seed, samples_per_prompt) for begin in begins]
+        starts: list[Parcel | None] = [None] * len(calls)
+        if begun is not None:
+            starts = [pack(begun[begin * samples_per_prompt :][: size * samples_per_prompt]) for begin in begins]
         waiting, idle = deque(range(len(calls))), deque(range(self.group.size))
         running: dict[Future[Any], tuple[int, int]] = {}
         found: dict[int, list[Trajectory]] = {}
@@ -67,7 +79,7 @@ class EnginePool:
             while waiting and idle:
                 number, rank = waiting.popleft(), idle.popleft()
                 self._watch.begin(rank)
-                future = self.group.submit(rank, "generate", role, calls[number], sampling, seed, samples_per_prompt)
+                future = self.group.submit(rank, "generate", role, *calls[number], starts[number], blocks)
                 running[future] = (number, rank)
             finished = wait(running, timeout=HEARTBEAT_S, return_when=FIRST_COMPLETED).done
             for future in finished:
@@ -117,8 +129,6 @@ class PooledEngine:
         """What the pool holds."""
         return self._pool.weights
 
-    def generate(
-        self, prompts: Sequence[Prompt], sampling: Sampling, *, seed: int, samples_per_prompt: int = 1
-    ) -> list[Trajectory]:
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, **options: Any) -> list[Trajectory]:
         """See protocols.RolloutEngine."""
-        return self._pool.generate(self._role, prompts, sampling, seed, samples_per_prompt)
+        return self._pool.generate(self._role, prompts, sampling, **options)

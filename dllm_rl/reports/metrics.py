@@ -47,6 +47,7 @@ METRICS: Mapping[str, Metric] = {
     "score_s": Metric("s", "time of reference scoring"),
     "diagnose_s": Metric("s", "time of re-drawing masks for estimate_deviation"),
     "update_s": Metric("s", "time of forward, backward and optimiser"),
+    "paused_rows": Metric("share", "completions that paused for new weights and went on with them"),
     "staleness": Metric("steps", "mean age of the weights that decoded the batch"),
     "stale_ratio": Metric("", "mean importance ratio of stale tokens or completions, before truncation"),
     "stale_truncated": Metric("share", "of them, those whose ratio was cut"),

@@ -55,6 +55,26 @@ def foreign_policy(folder):
 # name: (changes of the configuration, or a function of tmp_path that makes the files they need and returns them;
 #        words of the message)
 PLANS: dict[str, tuple[dict[str, Any] | Callable[[Path], dict[str, Any]], list[str]]] = {
+    "several engines in one process": (
+        {"cluster.engines": 2},
+        ["cluster.engines = 2 and cluster.learners = 1 need cluster.kind: ray"],
+    ),
+    "several torch learners": (
+        {"cluster": {"kind": "ray", "learners": 2}},
+        ["cluster.learners = 2 needs learner.backend: deepspeed"],
+    ),
+    "weights that are sharded under the engine": (
+        {"learner.backend": "deepspeed", "learner.zero_stage": 3},
+        ["learner.zero_stage = 3", "cluster.kind: ray"],
+    ),
+    "parameters offloaded that are not sharded": (
+        {"learner.backend": "deepspeed", "learner.offload_parameters": True},
+        ["learner.offload_parameters needs learner.zero_stage: 3, it is"],
+    ),
+    "completions that pause for weights that wait for them": (
+        {"rollout.pause_blocks": 1},
+        ["rollout.pause_blocks = 1", "set cluster.kind: ray and rollout.max_staleness: 1 or more"],
+    ),
     "a quadrature that has no table": (
         {"algorithm": {"name": "gdpo", "nodes": 6}},
         ["algorithm.nodes = 6: must be 1..5"],

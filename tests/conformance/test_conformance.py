@@ -24,7 +24,7 @@ from dllm_rl.conformance.violation import Violation
 from dllm_rl.data.sudoku import Sudoku4
 from dllm_rl.protocols import UnmaskingStrategy
 from dllm_rl.seeding import generator_for
-from dllm_rl.types import Loss, MaskSample
+from dllm_rl.types import GIVEN, Loss, MaskSample
 from rollouts.native import NativeEngine
 
 ROWS = {
@@ -174,31 +174,47 @@ class Dice(UnmaskingStrategy):
 class ByPosition(NativeEngine):
     """Seeds rows by their place in the batch."""
 
-    def generate(self, prompts, sampling, *, seed, samples_per_prompt=1):
-        return super().generate(prompts, sampling, seed=seed + len(prompts), samples_per_prompt=samples_per_prompt)
+    def generate(self, prompts, sampling, *, seed, **options):
+        return super().generate(prompts, sampling, seed=seed + len(prompts), **options)
 
 
 class OneSeed(NativeEngine):
-    def generate(self, prompts, sampling, *, seed, samples_per_prompt=1):
-        return super().generate(prompts, sampling, seed=0, samples_per_prompt=samples_per_prompt)
+    def generate(self, prompts, sampling, *, seed, **options):
+        return super().generate(prompts, sampling, seed=0, **options)
 
 
 class Approximate(NativeEngine):
-    def generate(self, prompts, sampling, *, seed, samples_per_prompt=1):
-        rows = super().generate(prompts, sampling, seed=seed, samples_per_prompt=samples_per_prompt)
+    def generate(self, prompts, sampling, *, seed, **options):
+        rows = super().generate(prompts, sampling, seed=seed, **options)
         return [dataclasses.replace(t, behaviour_logp=t.behaviour_logp * 1.01) for t in rows]
 
 
 class MiscountsForwards(NativeEngine):
-    def generate(self, prompts, sampling, *, seed, samples_per_prompt=1):
-        rows = super().generate(prompts, sampling, seed=seed, samples_per_prompt=samples_per_prompt)
+    def generate(self, prompts, sampling, *, seed, **options):
+        rows = super().generate(prompts, sampling, seed=seed, **options)
         return [dataclasses.replace(t, num_forwards=t.num_forwards + 1) for t in rows]
 
 
 class CutsPrompts(NativeEngine):
-    def generate(self, prompts, sampling, *, seed, samples_per_prompt=1):
+    def generate(self, prompts, sampling, *, seed, **options):
         prompts = [dataclasses.replace(p, token_ids=p.token_ids[-40:]) for p in prompts]
-        return super().generate(prompts, sampling, seed=seed, samples_per_prompt=samples_per_prompt)
+        return super().generate(prompts, sampling, seed=seed, **options)
+
+
+class StartsOver(NativeEngine):
+    """Decodes rows that were paused from the start."""
+
+    def generate(self, prompts, sampling, *, begun=None, **options):
+        return super().generate(prompts, sampling, **options)
+
+
+class ClaimsWhatOthersDecoded(NativeEngine):
+    """Stamps tokens that were decoded before a pause with the weights of after it."""
+
+    def generate(self, prompts, sampling, *, begun=None, **options):
+        rows = super().generate(prompts, sampling, begun=begun, **options)
+        own = [torch.where(t.weights_step == GIVEN, GIVEN, self.weights.step) for t in rows]
+        return [dataclasses.replace(t, weights_step=step) for t, step in zip(rows, own, strict=True)]
 
 
 def hangs(prompts, completions, **columns):
@@ -287,6 +303,8 @@ FAULTS: list[tuple[str, str, str]] = [
     ("engines", "Approximate", "log_probabilities_are_the_learners"),
     ("engines", "MiscountsForwards", "trajectories_are_complete"),
     ("engines", "MiscountsForwards", "it_decodes_what_the_oracle_decodes"),
+    ("engines", "StartsOver", "pausing_changes_nothing"),
+    ("engines", "ClaimsWhatOthersDecoded", "pausing_changes_nothing"),
     ("engines", "CutsPrompts", "what_does_not_fit_is_refused"),
     ("rewards", "hangs", "every_text_gets_a_verdict"),
     ("rewards", "raises", "every_text_gets_a_verdict"),

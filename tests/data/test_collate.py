@@ -24,6 +24,7 @@ def trajectory(prompt, canvas, *, length, steps=None, finish="eos", exact=True, 
         finish=finish,
         exact=exact,
         weights=WeightsVersion(step=step, digest="d"),
+        weights_step=torch.where(unmask == GIVEN, GIVEN, step),
     )
 
 
@@ -48,7 +49,8 @@ def test_collate_pads_on_the_right_and_splits_completion_from_tail():
     assert batch.unmask_step.tolist() == [[-1, 0, 1, 2, 3, -1, -1], [-1, -1, -1, 0, 1, 2, 3]]
     assert batch.behaviour_logp.dtype == torch.float32 and batch.behaviour_logp[0].tolist() == [0, -1, -1, -1, -1, 0, 0]
     assert batch.prompt_length.tolist() == [1, 3] and batch.group.tolist() == [4, 9]
-    assert batch.weights_step.tolist() == [3, 0] and batch.num_forwards.tolist() == [4, 4]
+    assert batch.weights_step.tolist() == [[-1, 3, 3, 3, 3, -1, -1], [-1, -1, -1, 0, 0, 0, 0]]
+    assert batch.oldest_weights == 0 and batch.num_forwards.tolist() == [4, 4]
     assert batch.exact is False and batch.blocks is None
 
 

@@ -46,7 +46,7 @@ def rollouts(denoiser, lengths=((2, 4), (3, 3), (1, 5), (4, 1)), *, seed=0, extr
         prompt_length=prompt_length,
         group=zeros,
         num_forwards=zeros + 1,
-        weights_step=zeros,
+        weights_step=torch.zeros_like(step),
         blocks=blocks,
         exact=True,
     ).check()

@@ -24,7 +24,7 @@ class Recital:
     def __init__(self):
         self.calls = []
 
-    def generate(self, prompts, sampling, *, seed, samples_per_prompt=1):
+    def generate(self, prompts, sampling, *, seed, samples_per_prompt=1, begun=None, blocks=None):
         self.calls.append((len(prompts), sampling.temperature, seed))
         return [self._recite(prompt) for prompt in prompts]
 
@@ -47,6 +47,7 @@ class Recital:
             finish="length",
             exact=True,
             weights=self.weights,
+            weights_step=step.clamp(max=0),
         )
 
 

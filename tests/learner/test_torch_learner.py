@@ -50,7 +50,7 @@ def make_batch(denoiser, *, extra=0, order=None) -> RolloutBatch:
         prompt_length=prompt_length,
         group=torch.tensor([0, 0, 0, 1, 1, 1]),
         num_forwards=torch.full((n,), 4),
-        weights_step=torch.zeros(n, dtype=torch.int64),
+        weights_step=torch.zeros_like(tokens),
         blocks=blocks,
         exact=True,
     ).check()

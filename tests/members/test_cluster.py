@@ -83,6 +83,28 @@ def test_two_zero_3_ranks_learn_what_one_process_learns(tiny, ray_cluster):
         assert mine == pytest.approx(its, rel=1e-4, abs=1e-6)
 
 
+def test_completions_pause_for_new_weights_and_go_on_under_them(tiny, ray_cluster):
+    config = tiny(
+        *("rollout.max_staleness=2", "rollout.pause_blocks=1", "rollout.correction=token", "sampling.block_size=2"),
+        *("run.steps=12", "sampling.tokens_per_step=1", "checkpoint.every_steps=null", "evaluate.at_end=false"),
+        "evaluate.every_steps=5",
+    )
+    asked = iter([False] * 5 + [True])
+    folder = train(config, stop=lambda: next(asked, False)).folder
+    saved = torch.load(next(folder.glob("checkpoints/step-000006/ahead.pt")), weights_only=True)
+    assert saved["begun"] or saved["waiting"], "decoding went on while the sixth step was learned"
+    assert train(config, resume=True).steps == 12
+    ledger = list(read_rows(folder / "ledger.jsonl"))
+    steps = [row["step"] for row in ledger]
+    assert steps == list(range(1, 13)), "the steps before the pause are not repeated"
+    prompts = [uid for row in ledger for uid in row["uids"]]
+    assert len(prompts) == 12 * 16 == len(set(prompts)), "none lost, none twice"
+    assert all(0 <= step - 1 - row["weights_step"] <= 2 for step, row in zip(steps, ledger, strict=True))
+    learned = [row for row in rows(folder) if "staleness" in row]
+    assert all(0 <= row["staleness"] <= 2 for row in learned)
+    assert any(row["paused_rows"] > 0 for row in learned), "no completion was decoded by two versions of the weights"
+
+
 def test_one_loss_too_many_saves_and_says_so(tiny, monkeypatch):
     calls = []
 

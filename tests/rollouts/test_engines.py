@@ -237,7 +237,7 @@ def test_trajectories_replay_to_their_own_log_probabilities(tiny_denoiser, model
             prompt_length=start,
             group=one,
             num_forwards=one,
-            weights_step=one,
+            weights_step=t.weights_step[None],
             blocks=blocks,
             exact=True,
         )
