@@ -49,21 +49,23 @@ def one_step(
         else:
             batch, rewards, advantage = batch.select(keep), rewards.select(keep), advantage[keep]
             masks = algorithm.masks(batch, seeding.generator_for(seed, "masks", step))
-            with timer("score_s"):
-                reference = references.of(batch, masks)
-                if config.rollout.correction is not None and batch.oldest_weights < step:
-                    advantage, figures = _corrected(advantage, parts, config, batch)
-                    learned |= figures
-            every = config.diagnostics.every_steps
-            if every is not None and step % every == 0:
-                with timer("diagnose_s"):
-                    key = seeding.derive(seed, "diagnostics", step)
-                    learned |= estimator_metrics(learner, algorithm, batch, config.diagnostics, key)
-            with timer("update_s"):
-                learned |= learner.update(batch, rewards, advantage, masks, algorithm, reference=reference)
+            with parts.engines.asleep(timer):
+                with timer("score_s"):
+                    reference = references.of(batch, masks)
+                    if config.rollout.correction is not None and batch.oldest_weights < step:
+                        advantage, figures = _corrected(advantage, parts, config, batch)
+                        learned |= figures
+                every = config.diagnostics.every_steps
+                if every is not None and step % every == 0:
+                    with timer("diagnose_s"):
+                        key = seeding.derive(seed, "diagnostics", step)
+                        learned |= estimator_metrics(learner, algorithm, batch, config.diagnostics, key)
+                with timer("update_s"):
+                    learned |= learner.update(batch, rewards, advantage, masks, algorithm, reference=reference)
         with timer("push_s"), ahead.still():
             parts.weights.push()
-    known = sum(timer.seconds.get(name, 0.0) for name in ("wait_s", "score_s", "diagnose_s", "update_s", "push_s"))
+    parts_of_it = ("wait_s", "sleep_s", "score_s", "diagnose_s", "update_s", "push_s")
+    known = sum(timer.seconds.get(name, 0.0) for name in parts_of_it)
     timer.seconds["other_s"] = timer.seconds["step_s"] - known
     return collected, learned, timer
 

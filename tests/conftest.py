@@ -18,6 +18,15 @@ torch.set_num_threads(1)
 os.environ["RAY_AUTH_MODE"] = "disabled"  # a private cluster on the loopback
 os.environ["DS_ACCELERATOR"] = "cpu"
 
+
+def pytest_collection_modifyitems(items):
+    """Tests that need a GPU say so where there is none."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
 FAMILIES = ("tiny", "llada", "dream", "sdar")
 
 

@@ -122,11 +122,18 @@ class ModelSection(Section):
     """Recompute layers in the backward pass to save memory."""
     lora: LoraSection | None = None
     """Train adapters only."""
+    quantize: Literal["nf4"] | None = None
+    """Hold the frozen weights below an adapter in 4 bits (QLoRA; bitsandbytes, CUDA only)."""
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelSection:
         if (self.path is None) == (self.init is None):
             raise ValueError("give exactly one of model.path (load a checkpoint) and model.init (start from scratch)")
+        if self.quantize is not None and self.lora is None:
+            raise ValueError(
+                f"model.quantize = {self.quantize}: weights in 4 bits cannot be trained, only an adapter on top of "
+                f"them; add model.lora: {{rank: 16}}"
+            )
         return self
 
 
@@ -206,6 +213,9 @@ class ClusterSection(Section):
     """Learner ranks; more than one needs learner.backend: deepspeed."""
     colocate: bool = False
     """Engine i and learner i on the same device."""
+    sleep: bool | None = None
+    """While learners work, colocated engines keep their weights in host memory; null = on GPUs, unless decoding and
+    learning overlap."""
     cpus_per_engine: float = Field(default=1.0, ge=0)
     """CPUs of each engine."""
     cpus_per_learner: float = Field(default=1.0, ge=0)
@@ -363,6 +373,21 @@ class Config(Section):
             raise ValueError(
                 f"rollout.pause_blocks = {self.rollout.pause_blocks}: only what is decoded while the learner works can "
                 f"pause; set cluster.kind: ray and rollout.max_staleness: 1 or more"
+            )
+        if cluster.sleep and (not cluster.colocate or cluster.kind == "local" or self.rollout.max_staleness):
+            raise ValueError(
+                "cluster.sleep: true lets engines make room for learners that have the same device and work at another "
+                "time; it needs cluster.kind: ray, cluster.colocate: true and rollout.max_staleness: 0"
+            )
+        if self.model.quantize is not None and cluster.push == "merged":
+            raise ValueError(
+                "cluster.push: merged sends adapted layers whole, model.quantize keeps them in 4 bits; set "
+                "cluster.push: adapter"
+            )
+        if self.model.quantize is not None and deepspeed and learner.zero_stage == 3:
+            raise ValueError(
+                "learner.zero_stage = 3 shards every parameter and cannot shard 4-bit ones (model.quantize); set "
+                "learner.zero_stage: 2"
             )
         if cluster.learners > 1 and not deepspeed:
             raise ValueError(f"cluster.learners = {cluster.learners} needs learner.backend: deepspeed")

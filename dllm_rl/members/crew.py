@@ -99,7 +99,7 @@ def local_crew(orders: Orders) -> Crew:
         learner = make_learner(
             config, orders.folder, algorithm, chosen[TRAIN], denoiser, tokenizer, orders.sampling, place
         )
-        made.append(LearnerMember(learner, place, denoiser, merged=False))
+        made.append(LearnerMember(learner, place, denoiser))
         return made[-1]
 
     learners = LocalGroup("learner", learner_member)
@@ -107,7 +107,7 @@ def local_crew(orders: Orders) -> Crew:
     engines = LocalGroup(
         "engine", lambda place: EngineMember(config, denoiser, chosen, vocabulary, weights, place, packed=False)
     )
-    learner, pool = _views(config, learners, engines, lambda text: None)
+    learner, pool = _views(config, learners, engines, sleeps=False, say=lambda text: None)
     shared = SharedWeights(learner, pool)
     shared.push()
     return Crew(denoiser=denoiser, tokenizer=tokenizer, learner=learner, engines=pool, weights=shared)
@@ -159,7 +159,10 @@ def ray_crew(orders: Orders, stack: ExitStack, say: Callable[[str], None]) -> Cr
     stack.callback(engines.close)
     with ThreadPoolExecutor(2) as both:  # importing and loading takes each of them as long
         gather([both.submit(group.restart, range(group.size)) for group in (learners, engines)])
-    learner, pool = _views(config, learners, engines, say)
+    sleeps = cluster.sleep
+    if sleeps is None:
+        sleeps = cluster.colocate and engine_gpus > 0 and not config.rollout.max_staleness
+    learner, pool = _views(config, learners, engines, sleeps=sleeps, say=say)
     transport: Transport = "collective"
     if cluster.transport != "auto":
         transport = cluster.transport
@@ -178,7 +181,7 @@ def ray_crew(orders: Orders, stack: ExitStack, say: Callable[[str], None]) -> Cr
 
 
 def _views(
-    config: Config, learners: Group, engines: Group, say: Callable[[str], None]
+    config: Config, learners: Group, engines: Group, *, sleeps: bool, say: Callable[[str], None]
 ) -> tuple[LearnerGroup, EnginePool]:
     cluster = config.cluster
     learner = LearnerGroup(learners, hang_s=cluster.hang_s, max_restarts=cluster.max_restarts)
@@ -187,6 +190,7 @@ def _views(
         rows_per_call=config.engine.rows_per_call,
         hang_s=cluster.hang_s,
         max_restarts=cluster.max_restarts,
+        sleeps=sleeps,
         say=say,
     )
     return learner, pool
@@ -205,7 +209,8 @@ def _learner_actor(orders: Orders, place: Place) -> LearnerMember:
         config, vocabulary_digest(tokenizer), denoiser.device, trains_policy=algorithm.trains == "policy"
     )
     learner = make_learner(config, orders.folder, algorithm, chosen[TRAIN], denoiser, tokenizer, orders.sampling, place)
-    return LearnerMember(learner, place, denoiser, merged=config.cluster.push == "merged")
+    cluster = config.cluster
+    return LearnerMember(learner, place, denoiser, merged=cluster.push == "merged", shares=cluster.colocate)
 
 
 def _engine_actor(orders: Orders, place: Place) -> EngineMember:

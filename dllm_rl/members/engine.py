@@ -19,6 +19,7 @@ from dllm_rl.protocols import RolloutEngine, UnmaskingStrategy
 from dllm_rl.runtime.collective import Broadcast
 from dllm_rl.runtime.group import Place
 from dllm_rl.runtime.parcel import Parcel, pack, unpack
+from dllm_rl.runtime.sleep import Sleeper
 from dllm_rl.runtime.weights import Entry, Inbox, Layout, size_of
 from dllm_rl.types import Prompt, Sampling, Trajectory, WeightsVersion
 
@@ -61,6 +62,7 @@ class EngineMember:
             role: self._make(strategy, weights=NOTHING) for role, strategy in strategies.items()
         }
         self._inbox = Inbox(parameters, f"engine {place.rank}")
+        self._sleeper = Sleeper(parameter.data for parameter in denoiser.module.parameters())
         self._layout: Layout = ()
         self._broadcast: Broadcast | None = None
 
@@ -82,10 +84,12 @@ class EngineMember:
         """Decode; see protocols.RolloutEngine.
 
         Raises:
-            RuntimeError: the weights are not those of one version.
+            RuntimeError: the weights are not those of one version, or not there.
         """
         if not self._inbox.complete:
             raise RuntimeError(f"engine {self._place.rank} holds an unfinished push of weights and decodes nothing")
+        if self._sleeper.asleep:
+            raise RuntimeError(f"engine {self._place.rank} is asleep and decodes nothing")
         engine: RolloutEngine = self._engines[role] if isinstance(role, str) else self._expert(role)
         found = engine.generate(
             prompts,
@@ -133,6 +137,14 @@ class EngineMember:
     def commit(self, step: int) -> dict[str, int]:
         """See Inbox."""
         return self._inbox.commit(step)
+
+    def sleep(self) -> None:
+        """See Sleeper."""
+        self._sleeper.sleep()
+
+    def wake(self) -> None:
+        """See Sleeper."""
+        self._sleeper.wake()
 
     def probe(self) -> Tensor:
         """(8, V) float32 logits of a fixed sequence with every token after the first hidden."""

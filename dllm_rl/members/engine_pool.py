@@ -7,8 +7,9 @@ depend on how many engines there are, which of them was faster, or which of them
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from dllm_rl.members.engine import NOTHING, Role
@@ -29,7 +30,14 @@ class EnginePool:
     """
 
     def __init__(
-        self, group: Group, *, rows_per_call: int, hang_s: float, max_restarts: int, say: Callable[[str], None]
+        self,
+        group: Group,
+        *,
+        rows_per_call: int,
+        hang_s: float,
+        max_restarts: int,
+        sleeps: bool = False,
+        say: Callable[[str], None],
     ) -> None:
         """Take over a group.
 
@@ -38,12 +46,13 @@ class EnginePool:
             rows_per_call: completions per call, fewer only where a group of samples is cut off by the end.
             hang_s: an engine that makes no forward for so long is ended.
             max_restarts: how many engines may be lost over the run.
-            say: told when one was.
+            sleeps: engines share their devices with learners and make room for them.
+            say: told when one was lost.
         """
         self.group, self.weights, self.restarts = group, NOTHING, 0
         self.equip: Callable[[int], None] = lambda rank: None
         self._rows_per_call, self._max_restarts = rows_per_call, max_restarts
-        self._say = say
+        self._sleeps, self._say = sleeps, say
         self._watch = Watch(group, hang_s)
 
     def role(self, role: Role) -> PooledEngine:
@@ -95,6 +104,43 @@ class EnginePool:
             if not finished:
                 self._watch.look([rank for _, rank in running.values()])
         return [trajectory for number in range(len(calls)) for trajectory in found[number]]
+
+    @contextmanager
+    def asleep(self, timer: Callable[[str], AbstractContextManager[None]]) -> Iterator[None]:
+        """Meanwhile the learners have the devices to themselves, if the two share them.
+
+        Args:
+            timer: adds up "sleep_s".
+        Raises:
+            Lost: more engines were lost than max_restarts.
+        """
+        if not self._sleeps:
+            yield
+            return
+        with timer("sleep_s"):
+            self._everyone("sleep")
+        try:
+            yield
+        finally:
+            with timer("sleep_s"):
+                self._everyone("wake")
+
+    def _everyone(self, method: str) -> None:
+        """Call all engines. Who is lost is built anew, which ends awake; the next push equips it with the others."""
+        calls = {}
+        for rank in range(self.group.size):
+            self._watch.begin(rank)
+            calls[self.group.submit(rank, method)] = rank
+        left = set(calls)
+        while left:
+            done, left = wait(left, timeout=HEARTBEAT_S, return_when=FIRST_COMPLETED)
+            if not done:
+                self._watch.look([calls[future] for future in left])
+        for future in calls:
+            try:
+                future.result()
+            except Lost as lost:
+                self.replace(lost, equip=False)
 
     def replace(self, lost: Lost, *, equip: bool = True) -> None:
         """Build a lost engine anew.

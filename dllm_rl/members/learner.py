@@ -88,7 +88,15 @@ def make_learner(
 class LearnerMember:
     """A learner with the sending end of pushes."""
 
-    def __init__(self, learner: LearnerRank, place: Place, denoiser: TransformersDenoiser, *, merged: bool) -> None:
+    def __init__(
+        self,
+        learner: LearnerRank,
+        place: Place,
+        denoiser: TransformersDenoiser,
+        *,
+        merged: bool = False,
+        shares: bool = False,
+    ) -> None:
         """Look at what is to be sent.
 
         Args:
@@ -96,8 +104,10 @@ class LearnerMember:
             place: of this rank.
             denoiser: the model.
             merged: send adapted layers whole instead of the adapter.
+            shares: an engine in another process is waiting for this one's device.
         """
         self.learner, self._denoiser = learner, denoiser
+        self._shares = shares and denoiser.device.type == "cuda"
         trained = dict(learner.named_weights())
         if merged and denoiser.adapter is not None:
             outgoing = [Outgoing(name, sources, make) for name, sources, make in merged_updates(denoiser)]
@@ -116,7 +126,10 @@ class LearnerMember:
 
     def update(self, *arguments: Any, **options: Any) -> Mapping[str, float]:
         """See protocols.Learner."""
-        return self.learner.update(*arguments, **options)
+        metrics = self.learner.update(*arguments, **options)
+        if self._shares:
+            torch.cuda.empty_cache()  # what the backward pass needed is kept for the next one otherwise
+        return metrics
 
     def score(self, batch: RolloutBatch, masks: MaskSample, *, reference: bool) -> LikelihoodEstimate:
         """See protocols.Learner; on the CPU."""

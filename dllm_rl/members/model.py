@@ -14,6 +14,7 @@ from dllm_rl.models.create import create_denoiser
 from dllm_rl.models.denoiser import TransformersDenoiser
 from dllm_rl.models.loading import load_denoiser, save_denoiser
 from dllm_rl.models.lora import add_lora
+from dllm_rl.models.quantize import quantize
 from dllm_rl.models.tokenizers import byte_bpe_tokenizer, character_tokenizer
 from dllm_rl.protocols import Task
 from dllm_rl.types import Example
@@ -68,16 +69,25 @@ def load_model(
         adapter: False leaves the adapter out: an engine that is sent merged weights.
     """
     m = config.model
+    device = _device(m.device) if weights else torch.device("meta")
+    small = weights and m.quantize is not None
+    if small and device.type != "cuda":
+        raise ValueError(
+            f"model.quantize = {m.quantize} needs a CUDA device: on '{device.type}' bitsandbytes unpacks every layer at "
+            f"every forward, some shapes wrongly; leave it out, or set model.device: cuda on a machine that has one"
+        )
     denoiser, tokenizer = load_denoiser(
         path,
         family=m.family,
         dtype=DTYPES[m.dtype],
-        device=_device(m.device) if weights else "meta",
+        device="cpu" if small else device,
         revision=m.revision,
         block_size=m.block_size,
         block_origin=m.block_origin,
         trust_remote_code=m.trust_remote_code,
     )
+    if small:
+        quantize(denoiser, device)
     if weights and adapter and m.lora is not None:
         lora = m.lora
         seed = seeding.derive(config.run.seed, "lora")

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dllm_rl.models.denoiser import TransformersDenoiser
+from dllm_rl.models.quantize import whole
 from dllm_rl.seeding import generator_for
 
 _PREFIX = "base_model.model."  # peft's own, in front of every module name of an adapter file
@@ -104,7 +105,7 @@ def merged_weights(denoiser: TransformersDenoiser) -> Iterator[tuple[str, Tensor
             continue
         plain = name.replace(".base_layer.", ".")
         path, _, leaf = plain.rpartition(".")
-        value = parameter.detach()
+        value = whole(parameter)
         if path in layers and leaf == "weight":
             value = value + layers[path].get_delta_weight("default").detach().to(value.dtype)
         yield plain, value

@@ -52,6 +52,7 @@ METRICS: Mapping[str, Metric] = {
     "stale_ratio": Metric("", "mean importance ratio of stale tokens or completions, before truncation"),
     "stale_truncated": Metric("share", "of them, those whose ratio was cut"),
     "wait_s": Metric("s", "time that the learner waited for its batch"),
+    "sleep_s": Metric("s", "time of clearing shared devices of the engines' weights and of bringing them back"),
     "push_s": Metric("s", "time of handing weights to the engines"),
     "step_s": Metric("s", "time of the whole step"),
     "other_s": Metric("s", "rest of the step: the driver's own work"),

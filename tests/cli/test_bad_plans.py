@@ -59,6 +59,30 @@ PLANS: dict[str, tuple[dict[str, Any] | Callable[[Path], dict[str, Any]], list[s
         {"cluster.engines": 2},
         ["cluster.engines = 2 and cluster.learners = 1 need cluster.kind: ray"],
     ),
+    "4-bit weights on a CPU": (
+        {"model.quantize": "nf4", "model.lora": {"rank": 2}},
+        ["model.quantize = nf4 needs a CUDA device", "'cpu'"],
+    ),
+    "4-bit weights that nothing is trained above": (
+        {"model.quantize": "nf4"},
+        ["model.quantize = nf4", "add model.lora"],
+    ),
+    "4-bit weights that are to be sent whole": (
+        {"model.quantize": "nf4", "model.lora": {"rank": 2}, "cluster.push": "merged"},
+        ["cluster.push: merged", "cluster.push: adapter"],
+    ),
+    "4-bit weights that are to be sharded": (
+        {
+            **{"model.quantize": "nf4", "model.lora": {"rank": 2}},
+            "cluster": {"kind": "ray", "learners": 2},
+            "learner": {"backend": "deepspeed", "zero_stage": 3},
+        },
+        ["learner.zero_stage = 3", "4-bit", "learner.zero_stage: 2"],
+    ),
+    "engines that are to sleep while they work": (
+        {"cluster": {"kind": "ray", "colocate": True, "sleep": True}, "rollout.max_staleness": 1},
+        ["cluster.sleep: true", "rollout.max_staleness: 0"],
+    ),
     "several torch learners": (
         {"cluster": {"kind": "ray", "learners": 2}},
         ["cluster.learners = 2 needs learner.backend: deepspeed"],

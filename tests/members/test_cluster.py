@@ -53,9 +53,11 @@ def one_process(tmp_path_factory):
 
 
 def test_a_cluster_gives_the_bits_of_one_process(one_process, tiny, ray_cluster):
-    folder = train(tiny("model.lora.rank=4", "checkpoint.keep=9")).folder
+    """With engines that make room for the learner in between."""
+    folder = train(tiny("model.lora.rank=4", "checkpoint.keep=9", "cluster.colocate=true", "cluster.sleep=true")).folder
     assert rows(folder) == rows(one_process)
     assert_same_bits(folder, one_process)
+    assert all("sleep_s" in row for row in read_rows(folder / "metrics.jsonl") if row.get("grad_norm"))
     ledgers = [list(read_rows(f / "ledger.jsonl")) for f in (folder, one_process)]
     used = next(iter(read_rows(folder / "metrics.jsonl")))
     for name in ("engine-0", "engine-1", "learner-0"):
