@@ -73,8 +73,8 @@ def load_model(
     small = weights and m.quantize is not None
     if small and device.type != "cuda":
         raise ValueError(
-            f"model.quantize = {m.quantize} needs a CUDA device: on '{device.type}' bitsandbytes unpacks every layer at "
-            f"every forward, some shapes wrongly; leave it out, or set model.device: cuda on a machine that has one"
+            f"model.quantize = {m.quantize} needs a CUDA device: on '{device.type}' bitsandbytes unpacks every layer "
+            f"at every forward, some shapes wrongly; leave it out, or set model.device: cuda on a machine that has one"
         )
     denoiser, tokenizer = load_denoiser(
         path,
