@@ -15,7 +15,7 @@ from dllm_rl.config.schema import Config
 from dllm_rl.evaluation.evaluate import Evaluation, evaluate
 from dllm_rl.experience import Collected
 from dllm_rl.learner import checkpoint
-from dllm_rl.members.usage import usage
+from dllm_rl.members.usage import Meters
 from dllm_rl.recovery import State, go_back, starting_point
 from dllm_rl.reference import References
 from dllm_rl.reports.clock import Clock
@@ -106,12 +106,13 @@ def train(
         advance = stack.enter_context(show.track("training", total_steps))
         advance(learner.step, "")
 
-        stopping = False
+        meters, stopping = Meters(), False
+        meters.read(parts.actors)
         while learner.step < total_steps and not stopping:
             step = learner.step
             try:
                 collected, learned, timer = one_step(parts, config, ahead, references)
-                run.log(learner.step, {**collected.metrics, **learned, **timer.seconds, **usage(parts.actors)})
+                run.log(learner.step, {**collected.metrics, **learned, **timer.seconds, **meters.read(parts.actors)})
                 run.log_samples(learner.step, collected.samples[: config.run.log_samples])
                 run.log_prompts(learner.step, collected.uids, collected.batch.oldest_weights)
                 clock.add(timer)

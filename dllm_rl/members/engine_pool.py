@@ -7,7 +7,7 @@ depend on how many engines there are, which of them was faster, or which of them
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -17,6 +17,8 @@ from dllm_rl.runtime.group import Group, Lost
 from dllm_rl.runtime.parcel import Parcel, pack, unpack
 from dllm_rl.runtime.watch import HEARTBEAT_S, Watch
 from dllm_rl.types import Prompt, Sampling, Trajectory, WeightsVersion
+
+_DEPTH = 2  # calls that an engine holds: the next one is there when it has finished one
 
 
 class EnginePool:
@@ -81,29 +83,41 @@ class EnginePool:
         starts: list[Parcel | None] = [None] * len(calls)
         if begun is not None:
             starts = [pack(begun[begin * samples_per_prompt :][: size * samples_per_prompt]) for begin in begins]
-        waiting, idle = deque(range(len(calls))), deque(range(self.group.size))
+        waiting, load = deque(range(len(calls))), [0] * self.group.size
         running: dict[Future[Any], tuple[int, int]] = {}
+        down: dict[int, Lost] = {}
+        answers: deque[tuple[int, Any]] = deque()
         found: dict[int, list[Trajectory]] = {}
         while len(found) < len(calls):
-            while waiting and idle:
-                number, rank = waiting.popleft(), idle.popleft()
+            while waiting and (rank := self._next(load, down, len(waiting))) is not None:
+                number = waiting.popleft()
+                load[rank] += 1
                 self._watch.begin(rank)
                 future = self.group.submit(rank, "generate", role, *calls[number], starts[number], blocks)
                 running[future] = (number, rank)
+            while answers:  # engines have work meanwhile
+                number, answer = answers.popleft()
+                found[number] = unpack(answer) if isinstance(answer, Parcel) else answer
             finished = wait(running, timeout=HEARTBEAT_S, return_when=FIRST_COMPLETED).done
             for future in finished:
                 number, rank = running.pop(future)
-                idle.append(rank)
+                load[rank] -= 1
                 try:
-                    answer = future.result()
+                    answers.append((number, future.result()))
                 except Lost as lost:
                     waiting.appendleft(number)
-                    self.replace(lost)
-                    continue
-                found[number] = unpack(answer) if isinstance(answer, Parcel) else answer
-            if not finished:
-                self._watch.look([rank for _, rank in running.values()])
+                    down[rank] = lost
+            for rank in [rank for rank in down if not load[rank]]:  # all that it had has come back
+                self.replace(down.pop(rank))
+            if running and not finished:
+                self._watch.look({rank for _, rank in running.values()})
         return [trajectory for number in range(len(calls)) for trajectory in found[number]]
+
+    def _next(self, load: Sequence[int], down: Collection[int], waiting: int) -> int | None:
+        """Who gets the next call: an idle engine; while there is enough for all, also one that would be idle soon."""
+        most = _DEPTH if waiting >= self.group.size else 1
+        able = [rank for rank in range(len(load)) if rank not in down and load[rank] < most]
+        return min(able, key=load.__getitem__, default=None)
 
     @contextmanager
     def asleep(self, timer: Callable[[str], AbstractContextManager[None]]) -> Iterator[None]:

@@ -58,6 +58,7 @@ METRICS: Mapping[str, Metric] = {
     "other_s": Metric("s", "rest of the step: the driver's own work"),
     "usage/*/rss_mb": Metric("MB", "resident memory of an engine or learner"),
     "usage/*/cpu_percent": Metric("%", "processor time of an engine or learner, of one core, since the last step"),
+    "usage/*/busy_percent": Metric("%", "share of the time since the last step that an engine or learner had work"),
     "usage/*/gpu_mb": Metric("MB", "memory that an engine or learner holds on its accelerator"),
     "usage/*/gpu_percent": Metric("%", "how busy that accelerator is"),
     "eval/*/success": Metric("share", "held-out examples solved, at a decoding speed"),

@@ -58,7 +58,8 @@ class Pulse:
         pid: process.
         host: node.
         rss_bytes: resident memory.
-        cpu_percent: of one core, since the last pulse.
+        cpu_s: processor time since the process started.
+        busy_s: time that it has spent in calls.
         gpu_bytes: memory allocated on its accelerator, 0 without one.
         gpu_percent: how busy that is; None without one, or if it cannot be asked.
     """
@@ -67,7 +68,8 @@ class Pulse:
     pid: int
     host: str
     rss_bytes: int
-    cpu_percent: float
+    cpu_s: float
+    busy_s: float
     gpu_bytes: int
     gpu_percent: float | None = None
 

@@ -50,7 +50,7 @@ class Host:
 
     def invoke(self, method: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Call a method of the member."""
-        with _marked():
+        with _marked(), self._usage.working():
             return getattr(self._member, method)(*args, **kwargs)
 
     @ray.method(concurrency_group="control")

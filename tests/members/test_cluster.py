@@ -62,6 +62,7 @@ def test_a_cluster_gives_the_bits_of_one_process(one_process, tiny, ray_cluster)
     used = next(iter(read_rows(folder / "metrics.jsonl")))
     for name in ("engine-0", "engine-1", "learner-0"):
         assert used[f"usage/{name}/rss_mb"] > 50 and used[f"usage/{name}/cpu_percent"] >= 0
+        assert 0 < used[f"usage/{name}/busy_percent"] <= 100
     assert ledgers[0] == ledgers[1] and [row["step"] for row in ledgers[0]] == [1, 2, 3, 4, 5]
 
 
