@@ -36,7 +36,7 @@ from dllm_rl.members.engine_pool import EnginePool
 from dllm_rl.members.learner_group import LearnerGroup
 from dllm_rl.models.digest import digest
 from dllm_rl.reports.progress import Quiet
-from dllm_rl.reports.run_folder import read_rows
+from dllm_rl.reports.run_folder import comparable
 from dllm_rl.runtime.group import Group, Lost
 from dllm_rl.runtime.reward_pool import RewardPool
 from dllm_rl.train import train
@@ -121,11 +121,7 @@ def outcome(config: Config) -> tuple[str, list[dict[str, Any]], list[str]]:
     said = Said()
     folder = train(config, progress=said).folder
     weights = load_file(next(folder.glob(f"checkpoints/step-{config.run.steps:06d}/model/*.safetensors")))
-    rows = [
-        {name: value for name, value in row.items() if not name.endswith("_s") and not name.startswith("usage/")}
-        for row in read_rows(folder / "metrics.jsonl")
-    ]
-    return digest(weights.items()), rows, said.lines
+    return digest(weights.items()), comparable(folder), said.lines
 
 
 def attempt(faults: Sequence[str], overrides: Sequence[str]) -> tuple[str, list[dict[str, Any]], list[str]]:

@@ -18,7 +18,7 @@ from dllm_rl.experience import decode, roll_out
 from dllm_rl.learner import checkpoint
 from dllm_rl.reports.clock import Clock
 from dllm_rl.reports.progress import Quiet
-from dllm_rl.reports.run_folder import read_rows
+from dllm_rl.reports.run_folder import comparable, read_rows
 from dllm_rl.train import train
 
 TINY = Path(__file__).resolve().parents[1] / "configs" / "tiny_sudoku_ray.yaml"
@@ -35,10 +35,6 @@ def tiny(tmp_path):
     return make
 
 
-def rows(folder):
-    return [{k: v for k, v in row.items() if not k.endswith("_s")} for row in read_rows(folder / "metrics.jsonl")]
-
-
 def weights(folder):
     return load_file(next(folder.glob("checkpoints/step-000006/model/*.safetensors")))
 
@@ -51,7 +47,7 @@ def test_a_batch_is_decoded_with_weights_that_are_exactly_so_old(tiny, lead):
     prompts = [uid for row in ledger for uid in row["uids"]]
     assert len(prompts) == 6 * 16 == len(set(prompts)), "none twice in the first epoch, none lost"
     if lead:
-        assert [row["staleness"] for row in rows(folder)] == [min(step, lead) for step in range(6)]
+        assert [row["staleness"] for row in comparable(folder)] == [min(step, lead) for step in range(6)]
 
 
 @pytest.mark.parametrize("begin", [1, 4])
@@ -62,7 +58,7 @@ def test_a_stale_run_resumes_with_the_same_bits(tiny, begin):
     folder = Path(config.run.output) / config.run.name
     shutil.copytree(whole, folder)
     train(config, from_checkpoint=f"step-{begin:06d}")
-    assert rows(folder) == rows(whole)
+    assert comparable(folder) == comparable(whole)
     one, other = weights(whole), weights(folder)
     assert all(torch.equal(one[name], other[name]) for name in one)
 
@@ -103,15 +99,16 @@ def test_a_begun_batch_goes_on_after_a_resume(tiny, tmp_path):
 
 def test_correction_changes_stale_steps_only(tiny):
     stale = ("rollout.max_staleness=1",)
-    plain = rows(train(tiny("plain", *stale)).folder)
+    plain = comparable(train(tiny("plain", *stale)).folder)
     for level in ("token", "sequence"):
-        corrected = rows(train(tiny(level, *stale, f"rollout.correction={level}")).folder)
+        corrected = comparable(train(tiny(level, *stale, f"rollout.correction={level}")).folder)
         assert corrected[0] == plain[0] and "stale_ratio" not in corrected[0], "the first batch is fresh"
         assert corrected[1]["loss"] != plain[1]["loss"]
         assert corrected[1]["stale_ratio"] > 0
-        still = rows(train(tiny(f"still-{level}", *stale, f"rollout.correction={level}", "learner.lr=1.0e-12")).folder)
+        slow = (f"rollout.correction={level}", "learner.lr=1.0e-12")
+        still = comparable(train(tiny(f"still-{level}", *stale, *slow)).folder)
         assert all(row["stale_ratio"] == pytest.approx(1, abs=1e-4) for row in still[1:] if "stale_ratio" in row)
-    fresh = rows(train(tiny("fresh", "rollout.correction=token")).folder)
+    fresh = comparable(train(tiny("fresh", "rollout.correction=token")).folder)
     assert not any("stale_ratio" in row for row in fresh)
 
 

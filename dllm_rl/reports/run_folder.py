@@ -77,3 +77,11 @@ def read_rows(path: Path) -> Iterable[dict[str, Any]]:
         except json.JSONDecodeError:
             if number < len(lines) - 1:
                 raise ValueError(f"{path}, line {number + 1}: not JSON") from None
+
+
+def comparable(folder: Path) -> list[dict[str, Any]]:
+    """Metrics of a run without what the machine decides (times, usage): equal for two runs with the same bits."""
+    return [
+        {name: value for name, value in row.items() if not name.endswith("_s") and not name.startswith("usage/")}
+        for row in read_rows(folder / "metrics.jsonl")
+    ]

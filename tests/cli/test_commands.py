@@ -10,6 +10,7 @@ import yaml
 
 from dllm_rl.cli.main import main
 from dllm_rl.config.load import load_config
+from dllm_rl.reports.run_folder import comparable
 
 
 def records(path):
@@ -57,11 +58,9 @@ def test_resume_goes_on_and_says_what_changed(finished_run, write, tmp_path, cap
 def test_from_goes_back(finished_run, write, tmp_path):
     shutil.copytree(finished_run, tmp_path / "runs" / "run")
     assert main(["train", str(write()), "--from", "step-000001", "--quiet"]) == 0
-    timeless = [
-        [{k: v for k, v in row.items() if not k.endswith("_s")} for row in records(folder / "metrics.jsonl")]
-        for folder in (finished_run, tmp_path / "runs" / "run")
-    ]
-    assert timeless[0] == timeless[1], "step 2 again, from the checkpoint of step 1"
+    assert comparable(finished_run) == comparable(tmp_path / "runs" / "run"), (
+        "step 2 again, from the checkpoint of step 1"
+    )
 
 
 def test_eval_of_a_run_is_the_last_evaluation_of_its_training(finished_run, tmp_path, capsys):

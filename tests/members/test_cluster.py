@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from dllm_rl.members.engine_pool import PooledEngine
-from dllm_rl.reports.run_folder import read_rows
+from dllm_rl.members.engine_pool import EnginePool, PooledEngine
+from dllm_rl.members.learner_group import LearnerGroup
+from dllm_rl.reports.run_folder import comparable, read_rows
 from dllm_rl.runtime.group import Lost
 from dllm_rl.train import train
 
@@ -23,14 +26,6 @@ LOCAL = ("cluster.kind=local", "cluster.engines=1")
 
 def weights(folder, step=5):
     return load_file(next(folder.glob(f"checkpoints/step-{step:06d}/model/*.safetensors")))
-
-
-def rows(folder):
-    """Metrics without what depends on the machine."""
-    return [
-        {name: value for name, value in row.items() if not name.endswith("_s") and not name.startswith("usage/")}
-        for row in read_rows(folder / "metrics.jsonl")
-    ]
 
 
 def assert_same_bits(first, second):
@@ -46,7 +41,7 @@ def one_process(tmp_path_factory):
     output = tmp_path_factory.mktemp("local")
     overrides = [f"run.output={output}", "run.steps=5", "checkpoint.keep=9", "model.lora.rank=4", *LOCAL]
     folder = train(load_config(ROOT / "configs" / "tiny_sudoku_ray.yaml", overrides)).folder
-    assert all(row["grad_norm"] > 0 for row in rows(folder) if "grad_norm" in row), "or nothing would be compared"
+    assert all(row["grad_norm"] > 0 for row in comparable(folder) if "grad_norm" in row), "or nothing would be compared"
     first, last = weights(folder, 2), weights(folder)
     assert any(not torch.equal(first[name], last[name]) for name in first)
     return folder
@@ -55,7 +50,7 @@ def one_process(tmp_path_factory):
 def test_a_cluster_gives_the_bits_of_one_process(one_process, tiny, ray_cluster):
     """With engines that make room for the learner in between."""
     folder = train(tiny("model.lora.rank=4", "checkpoint.keep=9", "cluster.colocate=true", "cluster.sleep=true")).folder
-    assert rows(folder) == rows(one_process)
+    assert comparable(folder) == comparable(one_process)
     assert_same_bits(folder, one_process)
     assert all("sleep_s" in row for row in read_rows(folder / "metrics.jsonl") if row.get("grad_norm"))
     ledgers = [list(read_rows(f / "ledger.jsonl")) for f in (folder, one_process)]
@@ -72,7 +67,7 @@ def test_a_run_goes_on_with_another_number_of_engines_and_gives_the_same_bits(on
     shutil.copytree(one_process, folder)
     train(config, from_checkpoint="step-000002")
     assert_same_bits(folder, one_process)
-    assert rows(folder) == rows(one_process)
+    assert comparable(folder) == comparable(one_process)
 
 
 def test_two_zero_3_ranks_learn_what_one_process_learns(tiny, ray_cluster):
@@ -82,8 +77,80 @@ def test_two_zero_3_ranks_learn_what_one_process_learns(tiny, ray_cluster):
     ranks = train(tiny(*changes, *more)).folder
     one, other = weights(alone), weights(ranks)
     assert all(torch.allclose(one[name], other[name], rtol=0, atol=1e-6) for name in one)
-    for mine, its in zip(rows(alone), rows(ranks), strict=True):
+    for mine, its in zip(comparable(alone), comparable(ranks), strict=True):
         assert mine == pytest.approx(its, rel=1e-4, abs=1e-6)
+
+
+def test_ranks_go_on_as_one_process_of_another_size(tiny, ray_cluster):
+    """A checkpoint of two ZeRO-2 ranks, loaded by one rank: DeepSpeed's universal layout."""
+    changes = ("algorithm={name: masked_sft}", "data.prompts_per_step=6", "checkpoint.keep=9", "cluster.engines=1")
+    more = (*changes, "learner.backend=deepspeed", "learner.zero_stage=2")
+    two = train(tiny(*more, "cluster.learners=2")).folder
+    config = tiny(*more, "cluster.learners=1")
+    folder = Path(config.run.output) / config.run.name
+    shutil.copytree(two, folder)
+    assert train(config, from_checkpoint="step-000002").steps == 5
+    one, other = weights(two), weights(folder)
+    assert all(torch.allclose(one[name], other[name], rtol=0, atol=1e-6) for name in one)
+    for mine, its in zip(comparable(two), comparable(folder), strict=True):
+        assert mine == pytest.approx(its, rel=1e-4, abs=1e-6)
+
+
+def test_decoding_ahead_on_a_cluster_resumes_with_the_bits_of_one_process(tiny, ray_cluster):
+    changes = ("rollout.max_staleness=1", "rollout.correction=token", "checkpoint.keep=9")
+    whole = train(tiny(*changes, *LOCAL)).folder
+    config = tiny(*changes)
+    folder = Path(config.run.output) / config.run.name
+    shutil.copytree(whole, folder)
+    train(config, from_checkpoint="step-000002")
+    assert comparable(folder) == comparable(whole)
+    assert_same_bits(folder, whole)
+
+
+def test_a_policy_that_is_trained_reaches_its_engines(tiny, ray_cluster):
+    """The model stays; the network that unmasks is what is pushed."""
+    changes = (
+        *("algorithm={name: unmasking_policy}", "sampling.strategy={name: learned, width: 16}"),
+        *("sampling.temperature=0", "run.steps=3", "learner.lr=1.0e-2", "reward_pool.canary=0"),
+        'rewards=[{name: format, pattern: "."}]',  # all are right, some are fast
+    )
+    alone, cluster = train(tiny(*changes, *LOCAL)).folder, train(tiny(*changes)).folder
+    assert comparable(cluster) == comparable(alone)
+    one, other = weights(alone, 3), weights(cluster, 3)
+    first = weights(alone, 2)
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    assert any(not torch.equal(first[name], one[name]) for name in one), "or nothing would be compared"
+
+
+class Stops:
+    """Suspends a member of a run once, when it has made progress."""
+
+    def __init__(self, monkeypatch, owner, method):
+        self.pid, original = None, getattr(owner, method)
+
+        def stopping(of, *arguments, **options):
+            self.calls += 1
+            if self.calls == 3:
+                rank = of.group.size - 1
+                pulse = of.group.pulse(rank).result(60)
+                self.pid = pulse.pid
+                os.kill(self.pid, signal.SIGSTOP)
+            return original(of, *arguments, **options)
+
+        self.calls = 0
+        monkeypatch.setattr(owner, method, stopping)
+
+
+@pytest.mark.parametrize(("owner", "method"), [(EnginePool, "generate"), (LearnerGroup, "update")])
+def test_who_hangs_is_ended_and_built_anew(one_process, tiny, ray_cluster, monkeypatch, owner, method):
+    """A stopped process answers nothing, and its connections stay open: only a deadline finds it."""
+    monkeypatch.setattr("dllm_rl.members.engine_pool.HEARTBEAT_S", 0.5)
+    monkeypatch.setattr("dllm_rl.members.learner_group.HEARTBEAT_S", 0.5)
+    monkeypatch.setattr("dllm_rl.runtime.watch.HEARTBEAT_S", 0.5)
+    stops = Stops(monkeypatch, owner, method)
+    folder = train(tiny("model.lora.rank=4", "checkpoint.keep=9", "cluster.hang_s=2")).folder
+    assert stops.pid is not None and not psutil.pid_exists(stops.pid)
+    assert_same_bits(folder, one_process)
 
 
 def test_completions_pause_for_new_weights_and_go_on_under_them(tiny, ray_cluster):
@@ -103,7 +170,7 @@ def test_completions_pause_for_new_weights_and_go_on_under_them(tiny, ray_cluste
     prompts = [uid for row in ledger for uid in row["uids"]]
     assert len(prompts) == 12 * 16 == len(set(prompts)), "none lost, none twice"
     assert all(0 <= step - 1 - row["weights_step"] <= 2 for step, row in zip(steps, ledger, strict=True))
-    learned = [row for row in rows(folder) if "staleness" in row]
+    learned = [row for row in comparable(folder) if "staleness" in row]
     assert all(0 <= row["staleness"] <= 2 for row in learned)
     assert any(row["paused_rows"] > 0 for row in learned), "no completion was decoded by two versions of the weights"
 
