@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -29,6 +31,7 @@ def ray_session(address: str | None, namespace: str, cpus: float) -> Iterator[No
         return
     where = address or os.environ.get("RAY_ADDRESS") or "local"
     private: dict[str, Any] = {"num_cpus": max(os.cpu_count() or 1, math.ceil(cpus)), "include_dashboard": False}
+    handler = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(
             address=where,
@@ -36,6 +39,8 @@ def ray_session(address: str | None, namespace: str, cpus: float) -> Iterator[No
             logging_level=logging.ERROR,
             **(private if where == "local" else {}),
         )
+        if callable(handler) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)  # Ray has put its own in place, which exits at once
     except (ConnectionError, OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ValueError(
