@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -107,12 +108,16 @@ def test_decoding_ahead_on_a_cluster_resumes_with_the_bits_of_one_process(tiny, 
     assert_same_bits(folder, whole)
 
 
-def test_a_policy_that_is_trained_reaches_its_engines(tiny, ray_cluster):
+def test_a_policy_that_is_trained_reaches_its_engines(tiny, ray_cluster, tmp_path):
     """The model stays; the network that unmasks is what is pushed."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": f"{number} + 1 =", "answer": "2"}) + "\n" for number in range(48)))
     changes = (
         *("algorithm={name: unmasking_policy}", "sampling.strategy={name: learned, width: 16}"),
         *("sampling.temperature=0", "run.steps=3", "learner.lr=1.0e-2", "reward_pool.canary=0"),
-        'rewards=[{name: format, pattern: "."}]',  # all are right, some are fast
+        f"data.task={{name: jsonl, train_file: {rows}, success: format}}",
+        *('rewards=[{name: format, pattern: "."}]', "evaluate.at_end=false"),  # all are right, some are fast
+        *("checkpoint={every_steps: 1, keep: 9}", "model.init.tokenizer=byte_bpe", "model.init.vocab_size=300"),
     )
     alone, cluster = train(tiny(*changes, *LOCAL)).folder, train(tiny(*changes)).folder
     assert comparable(cluster) == comparable(alone)
