@@ -70,7 +70,7 @@ def run(folder: str, name: str, steps: int, kills: int, overrides: Sequence[str]
         CONFIG,
         [
             *(f"run.output={folder}", f"run.name={name}", f"run.steps={steps}", f"cluster.max_restarts={kills + 1}"),
-            *(f"checkpoint.every_steps={steps}", "evaluate.at_end=false", "cluster.address=local"),
+            *(f"checkpoint.every_steps={steps}", "evaluate.at_end=false"),
             *overrides,
         ],
     )
@@ -122,6 +122,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as output:
         digests = []
         for name, number in (("calm", 0), ("soak", kills)):
+            ray.init(address="local", num_cpus=3, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
             folder, killed, lost = run(output, name, steps, number, overrides)
             weights = load_file(next(folder.glob(f"checkpoints/step-{steps:06d}/model/*.safetensors")))
             digests.append(digest(weights.items()))
@@ -134,8 +135,9 @@ def main() -> None:
                 failed |= grown >= LIMIT
             ray.shutdown()
         same = digests[0] == digests[1]
-        print(f"weights of the two: {'the same bits' if same else 'they differ'}")
-        failed |= not same
+        pauses = any("pause_blocks" in change for change in arguments.set)  # then bits depend on who is faster
+        print(f"weights of the two: {'the same bits' if same else 'they differ'}{', which is allowed' * pauses}")
+        failed |= not same and not pauses
     sys.exit(int(failed))
 
 
