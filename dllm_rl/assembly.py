@@ -209,6 +209,10 @@ def _check_learner(config: Config, algorithm: Algorithm) -> None:
     if config.learner.backend == "torch":
         return
     need("deepspeed", "deepspeed", "learner.backend: deepspeed")
+    if config.learner.zero_options:
+        from dllm_rl.learner.zero import check_options
+
+        check_options(config.learner)
     why = None
     if algorithm.trains == "policy":
         why = "trains an unmasking policy"

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from dllm_rl import seeding
+from dllm_rl.config.cluster import LearnerSection
 from dllm_rl.config.plugins import build
-from dllm_rl.config.schema import Config, DiagnosticsSection, LearnerSection
+from dllm_rl.config.schema import Config, DiagnosticsSection
 from dllm_rl.conformance import cases
 from dllm_rl.diffusion import likelihood
 from dllm_rl.estimator import estimator_metrics

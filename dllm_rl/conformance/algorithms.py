@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from dllm_rl import seeding
+from dllm_rl.config.cluster import LearnerSection
 from dllm_rl.config.plugins import build
-from dllm_rl.config.schema import LearnerSection
 from dllm_rl.conformance import cases
 from dllm_rl.conformance.violation import require
 from dllm_rl.learner.policy_learner import PolicyLearner

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dllm_rl.config.schema import LearnerSection
+from dllm_rl.config.cluster import LearnerSection
 from dllm_rl.learner.schedule import learning_rate
 
 

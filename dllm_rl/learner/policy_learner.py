@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dllm_rl import seeding
-from dllm_rl.config.schema import LearnerSection
+from dllm_rl.config.cluster import LearnerSection
 from dllm_rl.diffusion import surrogate
 from dllm_rl.diffusion.layout import block_index
 from dllm_rl.learner.optimizer import Optimizer

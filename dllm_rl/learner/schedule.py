@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from dllm_rl.config.schema import LearnerSection
+from dllm_rl.config.cluster import LearnerSection
 
 
 def learning_rate(step: int, total_steps: int, config: LearnerSection) -> float:

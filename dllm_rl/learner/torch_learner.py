@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from dllm_rl import seeding
-from dllm_rl.config.schema import LearnerSection
+from dllm_rl.config.cluster import LearnerSection
 from dllm_rl.diffusion import likelihood, surrogate
 from dllm_rl.learner.optimizer import Optimizer
 from dllm_rl.learner.value_model import ValueModel

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dllm_rl.config.schema import LearnerSection
+from dllm_rl.config.cluster import LearnerSection
 from dllm_rl.diffusion import likelihood, values
 from dllm_rl.learner.optimizer import Optimizer
 from dllm_rl.models.denoiser import TransformersDenoiser

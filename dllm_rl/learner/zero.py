@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
-from dllm_rl.config.schema import LearnerSection
+from dllm_rl.config.cluster import LearnerSection
 from dllm_rl.learner.optimizer import Optimizer
 
 
@@ -37,6 +38,26 @@ def join_ranks(rank: int, size: int, address: str, port: int) -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not torch.distributed.is_initialized():
         deepspeed.init_distributed("nccl" if cuda else "gloo", verbose=False)
+
+
+def check_options(config: LearnerSection) -> None:
+    """Refuse options that DeepSpeed does not know, before anything starts.
+
+    Raises:
+        ValueError: naming the first.
+    """
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    try:
+        DeepSpeedZeroConfig(**settings(config, torch.float32)["zero_optimization"])
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(
+            f"learner.zero_options: {'.'.join(map(str, first['loc']))}: {first['msg'].lower()}; DeepSpeed's "
+            f"documentation lists the keys of zero_optimization"
+        ) from error
 
 
 class Scorer(nn.Module):
@@ -111,7 +132,7 @@ class ZeroOptimizer(Optimizer):
 
 def settings(config: LearnerSection, dtype: torch.dtype) -> dict[str, Any]:
     """DeepSpeed's configuration."""
-    zero: dict[str, Any] = {"stage": config.zero_stage}
+    zero: dict[str, Any] = {**config.zero_options, "stage": config.zero_stage}
     if config.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     if config.offload_parameters:

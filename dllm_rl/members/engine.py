@@ -11,7 +11,8 @@ from torch import Tensor
 
 from dllm_rl import registry
 from dllm_rl.config.plugins import build
-from dllm_rl.config.schema import Config, Plugin
+from dllm_rl.config.schema import Config
+from dllm_rl.config.section import Plugin
 from dllm_rl.diffusion.layout import block_index
 from dllm_rl.members.outbox import received
 from dllm_rl.models.denoiser import TransformersDenoiser

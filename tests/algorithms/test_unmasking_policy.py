@@ -9,8 +9,9 @@ import shutil
 import pytest
 import torch
 
+from dllm_rl.config.cluster import LearnerSection
 from dllm_rl.config.plugins import build
-from dllm_rl.config.schema import Config, LearnerSection
+from dllm_rl.config.schema import Config
 from dllm_rl.conformance import cases
 from dllm_rl.conformance.algorithms import Subject
 from dllm_rl.data.collate import collate

@@ -83,6 +83,18 @@ PLANS: dict[str, tuple[dict[str, Any] | Callable[[Path], dict[str, Any]], list[s
         {"cluster": {"kind": "ray", "colocate": True, "sleep": True}, "rollout.max_staleness": 1},
         ["cluster.sleep: true", "rollout.max_staleness: 0"],
     ),
+    "a ZeRO option that DeepSpeed does not know": (
+        {"learner.backend": "deepspeed", "learner.zero_options": {"stage3_prefetch": 1}},
+        ["learner.zero_options: stage3_prefetch", "not permitted"],
+    ),
+    "a ZeRO option under a name of its own": (
+        {"learner.backend": "deepspeed", "learner.zero_options": {"stage": 3}},
+        ["learner.zero_options: 'stage'", "set learner.zero_stage"],
+    ),
+    "ZeRO options of the other learner": (
+        {"learner.zero_options": {"reduce_bucket_size": 1000}},
+        ["learner.zero_options needs learner.backend: deepspeed"],
+    ),
     "several torch learners": (
         {"cluster": {"kind": "ray", "learners": 2}},
         ["cluster.learners = 2 needs learner.backend: deepspeed"],

@@ -69,7 +69,7 @@ def head():
     finally:
         process.terminate()  # --block ends what it has started
         try:
-            process.wait(30)
+            process.wait(60)
         finally:
             os.killpg(process.pid, signal.SIGKILL) if process.returncode is None else None
 
@@ -108,7 +108,16 @@ def test_ctrl_c_detaches_and_the_job_goes_on(head, folder):
 
     command = [sys.executable, "-m", "dllm_rl", *arguments(head, folder, "run.steps=100000", "run.name=long")]
     environment = os.environ | {"RAY_AUTH_MODE": "disabled", "PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        ),  # background shells hand down that it is ignored
+    )
     client, job = JobSubmissionClient(head), None
     try:
         metrics = folder.parent / "runs" / "long" / "metrics.jsonl"

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dllm_rl import registry, seeding
-from dllm_rl.config.schema import LearnerSection
+from dllm_rl.config.cluster import LearnerSection
 from dllm_rl.diffusion.layout import block_index
 from dllm_rl.learner.schedule import learning_rate
 from dllm_rl.learner.torch_learner import NonFiniteError, TorchLearner

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from dllm_rl import seeding
+from dllm_rl.config.cluster import LearnerSection
 from dllm_rl.config.plugins import build
-from dllm_rl.config.schema import LearnerSection
 from dllm_rl.conformance import cases
 from dllm_rl.learner.torch_learner import TorchLearner
 from dllm_rl.models.tokenizers import character_tokenizer
