@@ -26,6 +26,7 @@ import torch
 
 from dllm_rl.assembly import Parts
 from dllm_rl.config.schema import Config
+from dllm_rl.diffusion.staleness import oldest_weights
 from dllm_rl.experience import Collected, collect, decode, demonstrate
 from dllm_rl.reports.clock import Clock
 from dllm_rl.types import GIVEN, Rewards, RolloutBatch, Trajectory, WeightsVersion
@@ -105,7 +106,7 @@ class Ahead:
         saved = torch.load(folder / FILE, weights_only=True)
         for number, values in saved["waiting"].items():
             found = _restored(values)
-            if self._allows(step, number, found[0].batch.oldest_weights):
+            if self._allows(step, number, oldest_weights(found[0].batch)):
                 self._batches[number] = Future()
                 self._batches[number].set_result(found)
         for number, values in saved["begun"].items():

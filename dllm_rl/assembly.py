@@ -26,11 +26,12 @@ from dllm_rl.members.model import model_path
 from dllm_rl.members.pump import Handover
 from dllm_rl.models.denoiser import TransformersDenoiser
 from dllm_rl.plans import Plan
-from dllm_rl.protocols import Algorithm, RolloutEngine, Task, UnmaskingStrategy
+from dllm_rl.protocols import Algorithm, RolloutEngine, Task
 from dllm_rl.reports.progress import Progress
 from dllm_rl.runtime.group import Group
 from dllm_rl.runtime.local_group import LocalGroup
 from dllm_rl.runtime.reward_pool import RewardPool, RewardSpec
+from dllm_rl.strategy import UnmaskingStrategy
 from dllm_rl.types import Example, Prompt, Sampling
 
 

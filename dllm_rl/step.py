@@ -10,7 +10,7 @@ from dllm_rl.ahead import Ahead
 from dllm_rl.assembly import Parts
 from dllm_rl.config.schema import Config
 from dllm_rl.diffusion import masking
-from dllm_rl.diffusion.staleness import truncated_weights
+from dllm_rl.diffusion.staleness import decoded_by_several, oldest_weights, truncated_weights
 from dllm_rl.estimator import estimator_metrics
 from dllm_rl.experience import Collected
 from dllm_rl.reference import References
@@ -40,7 +40,7 @@ def one_step(
         if config.rollout.max_staleness:
             learned["staleness"] = step - batch.weights_step[batch.generated].float().mean().item()
             if config.rollout.pause_blocks is not None:
-                learned["paused_rows"] = _several_weights(batch).float().mean().item()
+                learned["paused_rows"] = decoded_by_several(batch).float().mean().item()
         advantage = algorithm.advantages(rewards, batch)
         keep = algorithm.keep(rewards, batch).nonzero().flatten()
         learned["kept_rows"] = len(keep) / len(batch)
@@ -52,7 +52,7 @@ def one_step(
             with parts.engines.asleep(timer):
                 with timer("score_s"):
                     reference = references.of(batch, masks)
-                    if config.rollout.correction is not None and batch.oldest_weights < step:
+                    if config.rollout.correction is not None and oldest_weights(batch) < step:
                         advantage, figures = _corrected(advantage, parts, config, batch)
                         learned |= figures
                 every = config.diagnostics.every_steps
@@ -68,13 +68,6 @@ def one_step(
     known = sum(timer.seconds.get(name, 0.0) for name in parts_of_it)
     timer.seconds["other_s"] = timer.seconds["step_s"] - known
     return collected, learned, timer
-
-
-def _several_weights(batch: RolloutBatch) -> Tensor:
-    """(N,) bool: rows that were paused and went on with other weights."""
-    steps = batch.weights_step
-    newest = steps.masked_fill(~batch.generated, -1).amax(-1)
-    return ((steps != newest[:, None]) & batch.generated).any(-1)
 
 
 def _corrected(advantage: Tensor, parts: Parts, config: Config, batch: RolloutBatch) -> tuple[Tensor, dict[str, float]]:

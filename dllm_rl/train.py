@@ -12,6 +12,7 @@ from dllm_rl.ahead import Ahead
 from dllm_rl.assembly import Parts, assemble
 from dllm_rl.config.load import dump
 from dllm_rl.config.schema import Config
+from dllm_rl.diffusion.staleness import oldest_weights
 from dllm_rl.evaluation.evaluate import Evaluation, evaluate
 from dllm_rl.experience import Collected
 from dllm_rl.learner import checkpoint
@@ -114,7 +115,7 @@ def train(
                 collected, learned, timer = one_step(parts, config, ahead, references)
                 run.log(learner.step, {**collected.metrics, **learned, **timer.seconds, **meters.read(parts.actors)})
                 run.log_samples(learner.step, collected.samples[: config.run.log_samples])
-                run.log_prompts(learner.step, collected.uids, collected.batch.oldest_weights)
+                run.log_prompts(learner.step, collected.uids, oldest_weights(collected.batch))
                 clock.add(timer)
                 advance(1, _note(collected, learned))
                 last, stopping = learner.step == total_steps, stop()

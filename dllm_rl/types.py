@@ -221,12 +221,6 @@ class RolloutBatch:
         return self.completion & ~self.hint
 
     @property
-    def oldest_weights(self) -> int:
-        """Optimiser step of the oldest weights that committed a token."""
-        steps = self.weights_step[self.weights_step != GIVEN]
-        return int(steps.min()) if len(steps) else 0
-
-    @property
     def tokens_per_forward(self) -> Tensor:
         """(N,) float32: generated completion tokens per denoising forward (TPF)."""
         return self.generated.sum(-1) / self.num_forwards.clamp(min=1)

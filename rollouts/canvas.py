@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from dllm_rl.diffusion.choices import numbered
-from dllm_rl.protocols import Candidates, Denoiser, UnmaskingStrategy
+from dllm_rl.protocols import Denoiser
 from dllm_rl.seeding import derive
+from dllm_rl.strategy import Candidates, UnmaskingStrategy
 from dllm_rl.types import GIVEN, Prompt, Sampling, Trajectory, WeightsVersion
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from dllm_rl import protocols, registry
+from dllm_rl import protocols, registry, strategy
 from dllm_rl.config.load import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -23,7 +23,7 @@ PROJECT = ("dllm_rl", *PLUGINS)
 LAYERS: list[list[str]] = [
     ["dllm_rl", "dllm_rl.types", "dllm_rl.seeding", "dllm_rl.registry"],
     ["dllm_rl.plans"],
-    ["dllm_rl.protocols"],
+    ["dllm_rl.protocols", "dllm_rl.strategy"],
     ["dllm_rl.config", "dllm_rl.diffusion"],
     ["dllm_rl.models", "dllm_rl.data"],
     ["dllm_rl.runtime", "dllm_rl.learner", "dllm_rl.reports"],
@@ -37,7 +37,7 @@ LAYERS: list[list[str]] = [
     ["dllm_rl.__main__"],
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
-FOR_PLUGINS = {"types", "plans", "protocols", "diffusion", "models", "config", "seeding", "registry"}
+FOR_PLUGINS = {"types", "plans", "protocols", "strategy", "diffusion", "models", "config", "seeding", "registry"}
 
 
 def sources(*folders: str) -> list[Path]:
@@ -159,7 +159,7 @@ def entry_points() -> list[tuple[str, str, str]]:
 def test_entry_points_resolve_to_their_kind(kind, name, value):
     plugin = registry.load(kind, name)
     assert f"{plugin.__module__}:{plugin.__qualname__}" == value
-    base = {"algorithms": protocols.Algorithm, "strategies": protocols.UnmaskingStrategy, "tasks": protocols.Task}
+    base = {"algorithms": protocols.Algorithm, "strategies": strategy.UnmaskingStrategy, "tasks": protocols.Task}
     if kind in base:
         assert issubclass(plugin, base[kind])
     else:

@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dllm_rl.types import RolloutBatch
+from dllm_rl.types import GIVEN, RolloutBatch
 
 
 def truncated_weights(
@@ -43,3 +43,16 @@ def truncated_weights(
         "stale_truncated": (units > cap).float().mean().item() if units.numel() else 0.0,
     }
     return ratio.clamp(max=cap), figures
+
+
+def oldest_weights(batch: RolloutBatch) -> int:
+    """Optimiser step of the oldest weights that committed a token."""
+    steps = batch.weights_step[batch.weights_step != GIVEN]
+    return int(steps.min()) if len(steps) else 0
+
+
+def decoded_by_several(batch: RolloutBatch) -> Tensor:
+    """(N,) bool: rows that were paused and went on with other weights."""
+    steps = batch.weights_step
+    newest = steps.masked_fill(~batch.generated, GIVEN).amax(-1)
+    return ((steps != newest[:, None]) & batch.generated).any(-1)

@@ -24,9 +24,10 @@ from dllm_rl.members.outbox import Transport
 from dllm_rl.members.pump import Handover, Pump, SharedWeights
 from dllm_rl.models.denoiser import TransformersDenoiser
 from dllm_rl.models.tokenizers import vocabulary_digest
-from dllm_rl.protocols import Algorithm, UnmaskingStrategy
+from dllm_rl.protocols import Algorithm
 from dllm_rl.runtime.group import Group, Place, gather
 from dllm_rl.runtime.local_group import LocalGroup
+from dllm_rl.strategy import UnmaskingStrategy
 from dllm_rl.types import Sampling
 
 

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from dllm_rl.data.collate import collate, completion_texts, supervised
+from dllm_rl.diffusion.staleness import oldest_weights
 from dllm_rl.models.tokenizers import character_tokenizer
 from dllm_rl.types import GIVEN, Prompt, Trajectory, WeightsVersion
 
@@ -50,7 +51,7 @@ def test_collate_pads_on_the_right_and_splits_completion_from_tail():
     assert batch.behaviour_logp.dtype == torch.float32 and batch.behaviour_logp[0].tolist() == [0, -1, -1, -1, -1, 0, 0]
     assert batch.prompt_length.tolist() == [1, 3] and batch.group.tolist() == [4, 9]
     assert batch.weights_step.tolist() == [[-1, 3, 3, 3, 3, -1, -1], [-1, -1, -1, 0, 0, 0, 0]]
-    assert batch.oldest_weights == 0 and batch.num_forwards.tolist() == [4, 4]
+    assert oldest_weights(batch) == 0 and batch.num_forwards.tolist() == [4, 4]
     assert batch.exact is False and batch.blocks is None
 
 
