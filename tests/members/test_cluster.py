@@ -6,8 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import psutil
@@ -15,10 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dllm_rl.members.engine_pool import EnginePool, PooledEngine
+from dllm_rl.members.engine_pool import EnginePool
 from dllm_rl.members.learner_group import LearnerGroup
 from dllm_rl.reports.run_folder import comparable, read_rows
-from dllm_rl.runtime.group import Lost
 from dllm_rl.train import train
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -179,48 +176,3 @@ def test_completions_pause_for_new_weights_and_go_on_under_them(tiny, ray_cluste
     learned = [row for row in comparable(folder) if "staleness" in row]
     assert all(0 <= row["staleness"] <= 2 for row in learned)
     assert any(row["paused_rows"] > 0 for row in learned), "no completion was decoded by two versions of the weights"
-
-
-def test_one_loss_too_many_saves_and_says_so(tiny, monkeypatch):
-    calls = []
-
-    def generate(engine, *arguments, **options):
-        calls.append(None)
-        if len(calls) == 4:
-            raise Lost("engine", 0, "it was killed")
-        return original(engine, *arguments, **options)
-
-    original = PooledEngine.generate
-    monkeypatch.setattr(PooledEngine, "generate", generate)
-    config = tiny(*LOCAL, "cluster.max_restarts=0", "checkpoint.every_steps=null", "evaluate.at_end=false")
-    message = r"engine 0 is lost: it was killed; cluster.max_restarts = 0 are used up; step 3 is saved; .* --resume"
-    with pytest.raises(RuntimeError, match=message):
-        train(config)
-    assert train(config, resume=True).steps == 5
-
-
-def test_sigterm_or_whatever_asks_saves_between_steps(tiny):
-    asked = iter([False, True, True])
-    config = tiny(*LOCAL, "checkpoint.every_steps=null", "evaluate.at_end=false")
-    assert train(config, stop=lambda: next(asked)).steps == 2
-    assert train(config, resume=True).steps == 5
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["engine,learner,reward_worker", "node"],
-        ["engine,learner", "--set", "rollout.max_staleness=1", "rollout.correction=token"],
-    ],
-    ids=["in turn", "decoding ahead"],
-)
-def test_what_is_killed_leaves_no_trace_in_the_weights(arguments):
-    """Engine in mid-generation, learner in mid-update, reward worker; a whole node; against a run in one process."""
-    environment = os.environ | {"RAY_AUTH_MODE": "disabled", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, ROOT / "scripts" / "chaos.py", *arguments], capture_output=True, text=True, env=environment
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    runs = [one for one in arguments if one.split(",")[0] in ("engine", "node")]
-    assert done.stdout.count("the same bits") == len(runs)
-    assert "engine 1 is lost" in done.stdout and "learner 0 is lost" in done.stdout
