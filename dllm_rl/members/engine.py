@@ -64,7 +64,7 @@ class EngineMember:
             role: self._make(strategy, weights=NOTHING) for role, strategy in strategies.items()
         }
         self._inbox = Inbox(parameters, f"engine {place.rank}")
-        self._sleeper = Sleeper(parameter.data for parameter in denoiser.module.parameters())
+        self._sleeper: Sleeper | None = None
         self._layout: Layout = ()
         self._broadcast: Broadcast | None = None
 
@@ -90,7 +90,7 @@ class EngineMember:
         """
         if not self._inbox.complete:
             raise RuntimeError(f"engine {self._place.rank} holds an unfinished push of weights and decodes nothing")
-        if self._sleeper.asleep:
+        if self._sleeper is not None and self._sleeper.asleep:
             raise RuntimeError(f"engine {self._place.rank} is asleep and decodes nothing")
         engine: RolloutEngine = self._engines[role] if isinstance(role, str) else self._expert(role)
         found = engine.generate(
@@ -141,12 +141,15 @@ class EngineMember:
         return self._inbox.commit(step)
 
     def sleep(self) -> None:
-        """See Sleeper."""
+        """See Sleeper; made when first needed, because it holds on to the memory that weights have at the time."""
+        if self._sleeper is None:
+            self._sleeper = Sleeper(parameter.data for parameter in self._denoiser.module.parameters())
         self._sleeper.sleep()
 
     def wake(self) -> None:
         """See Sleeper."""
-        self._sleeper.wake()
+        if self._sleeper is not None:
+            self._sleeper.wake()
 
     def probe(self) -> Tensor:
         """(8, V) float32 logits of a fixed sequence with every token after the first hidden."""

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
+from dllm_rl.diffusion.layout import block_index
 from dllm_rl.models.create import create_denoiser
 from dllm_rl.models.denoiser import TransformersDenoiser
 from dllm_rl.models.loading import save_denoiser
@@ -59,3 +61,30 @@ def saved(make, tokenizer, tmp_path) -> Callable[..., Path]:
         return folder
 
     return build
+
+
+@pytest.fixture
+def hidden_of() -> Callable[[TransformersDenoiser], Tensor]:
+    """hidden_of(denoiser) -> its states of a fixed batch."""
+
+    def run(denoiser):
+        tokens = torch.randint(3, denoiser.vocab_size, (2, 8), generator=generator_for(7))
+        mask = torch.arange(8).expand(2, 8) > 3
+        blocks = block_index(torch.tensor([4, 4]), 8, 4) if denoiser.block_size else None
+        with torch.no_grad():
+            return denoiser.hidden(tokens, mask, torch.ones_like(mask), blocks)
+
+    return run
+
+
+@pytest.fixture
+def train_a_little() -> Callable[[TransformersDenoiser], None]:
+    """train_a_little(denoiser) moves its adapter away from the identity."""
+
+    def move(denoiser):
+        with torch.no_grad():
+            for name, parameter in denoiser.module.named_parameters():
+                if "lora_B" in name:
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator_for(8, name)) * 0.2)
+
+    return move

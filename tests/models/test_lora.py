@@ -5,34 +5,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dllm_rl.diffusion.layout import block_index
 from dllm_rl.models.families import FAMILIES
 from dllm_rl.models.loading import load_denoiser, save_denoiser
 from dllm_rl.models.lora import add_lora, load_adapter, merged_weights, reference_weights, save_adapter
-from dllm_rl.seeding import generator_for
 
 ALL = sorted(FAMILIES)
 NUM_TARGETS = 7
 
 
-def hidden_of(denoiser):
-    tokens = torch.randint(3, denoiser.vocab_size, (2, 8), generator=generator_for(7))
-    mask = torch.arange(8).expand(2, 8) > 3
-    blocks = block_index(torch.tensor([4, 4]), 8, 4) if denoiser.block_size else None
-    with torch.no_grad():
-        return denoiser.hidden(tokens, mask, torch.ones_like(mask), blocks)
-
-
-def train_a_little(denoiser):
-    """Move the adapter away from the identity."""
-    with torch.no_grad():
-        for name, parameter in denoiser.module.named_parameters():
-            if "lora_B" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator_for(8, name)) * 0.2)
-
-
 @pytest.mark.parametrize("family", ALL)
-def test_adapter_off_is_the_base_to_the_bit_and_on_is_not(make, family):
+def test_adapter_off_is_the_base_to_the_bit_and_on_is_not(make, family, hidden_of, train_a_little):
     denoiser = make(family)
     base = hidden_of(denoiser)
     assert add_lora(denoiser, rank=3, alpha=6, seed=0) == NUM_TARGETS * 2  # 2 layers
@@ -57,7 +39,7 @@ def test_every_name_of_the_table_reaches_its_layers(make, family):
 
 
 @pytest.mark.parametrize("family", ALL)
-def test_saving_merges_without_touching_the_live_model(make, tokenizer, tmp_path, family):
+def test_saving_merges_without_touching_the_live_model(make, tokenizer, tmp_path, family, hidden_of, train_a_little):
     denoiser = make(family, dtype=torch.float64)
     add_lora(denoiser, rank=3, alpha=6, seed=0)
     train_a_little(denoiser)
@@ -72,7 +54,7 @@ def test_saving_merges_without_touching_the_live_model(make, tokenizer, tmp_path
 
 
 @pytest.mark.parametrize("family", ALL)
-def test_adapter_files_carry_the_original_names_and_load_again(make, tmp_path, family):
+def test_adapter_files_carry_the_original_names_and_load_again(make, tmp_path, family, hidden_of, train_a_little):
     denoiser = make(family)
     add_lora(denoiser, rank=3, alpha=6, targets=list(FAMILIES[family].lora_targets)[-1:], seed=0)
     train_a_little(denoiser)
@@ -105,7 +87,7 @@ def test_initial_weights_depend_on_the_seed_alone(make):
     assert 0 < first(1).abs().max() <= 24**-0.5
 
 
-def test_dropout_acts_in_training_mode_only(make):
+def test_dropout_acts_in_training_mode_only(make, hidden_of, train_a_little):
     denoiser = make("tiny")
     add_lora(denoiser, rank=3, alpha=6, dropout=0.5, seed=0)
     train_a_little(denoiser)

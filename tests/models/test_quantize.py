@@ -5,34 +5,16 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from safetensors.torch import load_file
 
-from dllm_rl.diffusion.layout import block_index
 from dllm_rl.models.families import FAMILIES
 from dllm_rl.models.loading import load_denoiser, save_denoiser
 from dllm_rl.models.lora import add_lora, load_adapter, merged_weights, reference_weights, save_adapter
 from dllm_rl.models.quantize import quantize, whole
-from dllm_rl.seeding import generator_for
 
 CPU = torch.device("cpu")
 SIZES = {
     "hidden_size": 64,
     "intermediate_size": 128,
 }  # bitsandbytes unpacks rows that are no multiple of 64 wrongly here
-
-
-def hidden_of(denoiser):
-    tokens = torch.randint(3, denoiser.vocab_size, (2, 8), generator=generator_for(7))
-    mask = torch.arange(8).expand(2, 8) > 3
-    blocks = block_index(torch.tensor([4, 4]), 8, 4) if denoiser.block_size else None
-    with torch.no_grad():
-        return denoiser.hidden(tokens, mask, torch.ones_like(mask), blocks)
-
-
-def train_a_little(denoiser):
-    """Move the adapter away from the identity."""
-    with torch.no_grad():
-        for name, parameter in denoiser.module.named_parameters():
-            if "lora_B" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator_for(8, name)) * 0.2)
 
 
 def in_4_bits(make, family):
@@ -45,7 +27,7 @@ def in_4_bits(make, family):
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_layers_compute_with_their_unpacked_weights(make, family):
+def test_layers_compute_with_their_unpacked_weights(make, family, hidden_of):
     exact, small = make(family, **SIZES), in_4_bits(make, family)
     packed = 0
     plain = dict(exact.module.named_parameters())
@@ -69,7 +51,7 @@ def test_layers_compute_with_their_unpacked_weights(make, family):
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_an_adapter_trains_above_them_and_is_saved_and_merged(make, tokenizer, tmp_path, family):
+def test_an_adapter_trains_above_them_and_is_saved(make, tokenizer, tmp_path, family, hidden_of, train_a_little):
     denoiser = in_4_bits(make, family)
     base = hidden_of(denoiser)
     add_lora(denoiser, rank=3, alpha=6, seed=0)
@@ -95,7 +77,7 @@ def test_an_adapter_trains_above_them_and_is_saved_and_merged(make, tokenizer, t
     assert torch.allclose(hidden_of(loaded), adapted, atol=1e-4)
 
 
-def test_gradients_are_those_of_unpacked_weights(make):
+def test_gradients_are_those_of_unpacked_weights(make, train_a_little):
     small, exact = in_4_bits(make, "llada"), make("llada", **SIZES)
     with torch.no_grad():
         for (_, packed), (_, plain) in zip(
