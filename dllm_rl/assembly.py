@@ -17,7 +17,7 @@ from dllm_rl.config.schema import Config, RewardPlugin
 from dllm_rl.data.prompts import encode, encode_completion
 from dllm_rl.data.source import PromptSource
 from dllm_rl.diffusion.layout import block_rule
-from dllm_rl.extras import need
+from dllm_rl.errors import need
 from dllm_rl.members.crew import Orders, local_crew, ray_crew
 from dllm_rl.members.engine import EVALUATE, TRAIN
 from dllm_rl.members.engine_pool import EnginePool

@@ -21,14 +21,21 @@ PROJECT = ("dllm_rl", *PLUGINS)
 
 # A module may import what stands in a line above its own, and its own package. The longest matching name decides.
 LAYERS: list[list[str]] = [
-    ["dllm_rl", "dllm_rl.types", "dllm_rl.seeding", "dllm_rl.registry"],
+    ["dllm_rl", "dllm_rl.types", "dllm_rl.seeding", "dllm_rl.registry", "dllm_rl.errors"],
     ["dllm_rl.plans"],
     ["dllm_rl.protocols", "dllm_rl.strategy"],
     ["dllm_rl.config", "dllm_rl.diffusion"],
-    ["dllm_rl.models", "dllm_rl.data"],
-    ["dllm_rl.runtime", "dllm_rl.learner", "dllm_rl.reports"],
-    ["dllm_rl.evaluation", "dllm_rl.members"],
-    ["dllm_rl.assembly", "dllm_rl.estimator"],
+    ["dllm_rl.models", "dllm_rl.data", "dllm_rl.tasks"],
+    [
+        "dllm_rl.cluster",
+        "dllm_rl.learner",
+        "dllm_rl.reports",
+        "dllm_rl.reward_pool",
+        "dllm_rl.weight_transfer",
+        "dllm_rl.runtime",
+    ],
+    ["dllm_rl.evaluation", "dllm_rl.workers", "dllm_rl.members"],
+    ["dllm_rl.driver", "dllm_rl.assembly", "dllm_rl.estimator"],
     ["dllm_rl.experience"],
     ["dllm_rl.ahead", "dllm_rl.reference"],
     ["dllm_rl.recovery", "dllm_rl.step"],
@@ -37,7 +44,18 @@ LAYERS: list[list[str]] = [
     ["dllm_rl.__main__"],
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
-FOR_PLUGINS = {"types", "plans", "protocols", "strategy", "diffusion", "models", "config", "seeding", "registry"}
+FOR_PLUGINS = {
+    "types",
+    "plans",
+    "protocols",
+    "strategy",
+    "diffusion",
+    "models",
+    "config",
+    "seeding",
+    "registry",
+    "errors",
+}
 
 
 def sources(*folders: str) -> list[Path]:

@@ -6,7 +6,7 @@ import os
 import sys
 import traceback
 
-from dllm_rl.runtime.blame import is_ours
+from dllm_rl.errors import is_ours
 
 
 def exit_code(error: BaseException) -> int:

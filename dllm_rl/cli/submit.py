@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from dllm_rl.extras import need
+from dllm_rl.errors import need
 
 EXCLUDED = ("runs/", ".git/", ".venv/", "venv/", "__pycache__/", "*.pt", "*.safetensors")
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"

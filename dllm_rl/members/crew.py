@@ -14,7 +14,7 @@ import torch
 
 from dllm_rl.config.plugins import build
 from dllm_rl.config.schema import Config
-from dllm_rl.extras import need
+from dllm_rl.errors import need
 from dllm_rl.members.engine import EVALUATE, TRAIN, EngineMember
 from dllm_rl.members.engine_pool import EnginePool
 from dllm_rl.members.learner import LearnerMember, make_learner

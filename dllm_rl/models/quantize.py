@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dllm_rl.extras import need
+from dllm_rl.errors import need
 from dllm_rl.models.denoiser import TransformersDenoiser
 
 DTYPES = (torch.bfloat16, torch.float32)  # that layers compute in; others have no kernels

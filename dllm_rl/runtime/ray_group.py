@@ -13,7 +13,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from dllm_rl.runtime.blame import mark
+from dllm_rl.errors import mark
 from dllm_rl.runtime.group import Build, Group, Lost, Place, Pulse, gather
 from dllm_rl.runtime.placement import Slot
 from dllm_rl.runtime.usage import Usage

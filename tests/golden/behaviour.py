@@ -85,7 +85,9 @@ def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
         rows = zip(then["metrics"], now["metrics"], strict=False)
         keys = [k for a, b in rows for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
         if keys or then["weights"] != now["weights"] or len(then["metrics"]) != len(now["metrics"]):
-            found.append(f"{name}: weights {'differ' if then['weights'] != now['weights'] else 'equal'}, first {keys[:3]}")
+            found.append(
+                f"{name}: weights {'differ' if then['weights'] != now['weights'] else 'equal'}, first {keys[:3]}"
+            )
     return found
 
 

@@ -1,8 +1,9 @@
-"""Whose exception it is: the user's, who can fix it, or a bug, whose traceback is wanted."""
+"""Errors: what a user can fix, and packages that only some runs need."""
 
 from __future__ import annotations
 
 import dis
+import importlib.util
 import os
 from pathlib import Path
 from types import TracebackType
@@ -36,3 +37,17 @@ def is_ours(error: BaseException) -> bool:
     path = Path(last.tb_frame.f_code.co_filename)
     standard = Path(os.__file__).parent
     return not ("site-packages" in path.parts or standard in path.parents)
+
+
+def need(package: str, extra: str, what: str) -> None:
+    """Refuse what cannot run without a package that is not installed.
+
+    Args:
+        package: what is imported.
+        extra: of ours, that installs it.
+        what: the setting or command that needs it.
+    Raises:
+        ValueError: it is not installed.
+    """
+    if importlib.util.find_spec(package) is None:
+        raise ValueError(f"{what} needs {package}, which is not installed; pip install 'dllm-rl[{extra}]'")
