@@ -12,6 +12,8 @@ from typing import Any, Self
 import torch
 
 from dllm_rl import seeding
+from dllm_rl.cluster.group import Group
+from dllm_rl.cluster.local_group import LocalGroup
 from dllm_rl.config.plugins import build
 from dllm_rl.config.schema import Config, RewardPlugin
 from dllm_rl.data.prompts import encode, encode_completion
@@ -28,8 +30,6 @@ from dllm_rl.models.denoiser import TransformersDenoiser
 from dllm_rl.plans import Plan
 from dllm_rl.protocols import Algorithm, RolloutEngine, Task
 from dllm_rl.reports.progress import Progress
-from dllm_rl.runtime.group import Group
-from dllm_rl.runtime.local_group import LocalGroup
 from dllm_rl.runtime.reward_pool import RewardPool, RewardSpec
 from dllm_rl.strategy import UnmaskingStrategy
 from dllm_rl.types import Example, Prompt, Sampling

@@ -30,6 +30,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import ray
 from safetensors.torch import load_file
 
+from dllm_rl.cluster.group import Group, Lost
 from dllm_rl.config.load import load_config
 from dllm_rl.config.schema import Config
 from dllm_rl.members.engine_pool import EnginePool
@@ -37,7 +38,6 @@ from dllm_rl.members.learner_group import LearnerGroup
 from dllm_rl.models.digest import digest
 from dllm_rl.reports.progress import Quiet
 from dllm_rl.reports.run_folder import comparable
-from dllm_rl.runtime.group import Group, Lost
 from dllm_rl.runtime.reward_pool import RewardPool
 from dllm_rl.train import train
 

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from dllm_rl.cluster.group import Group, Place, gather
+from dllm_rl.cluster.local_group import LocalGroup
 from dllm_rl.config.plugins import build
 from dllm_rl.config.schema import Config
 from dllm_rl.errors import need
@@ -25,8 +27,6 @@ from dllm_rl.members.pump import Handover, Pump, SharedWeights
 from dllm_rl.models.denoiser import TransformersDenoiser
 from dllm_rl.models.tokenizers import vocabulary_digest
 from dllm_rl.protocols import Algorithm
-from dllm_rl.runtime.group import Group, Place, gather
-from dllm_rl.runtime.local_group import LocalGroup
 from dllm_rl.strategy import UnmaskingStrategy
 from dllm_rl.types import Sampling
 
@@ -125,9 +125,9 @@ def ray_crew(orders: Orders, stack: ExitStack, say: Callable[[str], None]) -> Cr
         ValueError: no cluster, or one that is too small.
     """
     need("ray", "ray", "cluster.kind: ray")
-    from dllm_rl.runtime.placement import Needs, Placement
-    from dllm_rl.runtime.ray_group import RayGroup
-    from dllm_rl.runtime.session import gpus_there, ray_session
+    from dllm_rl.cluster.connection import gpus_there, ray_session
+    from dllm_rl.cluster.placement import Needs, Placement
+    from dllm_rl.cluster.ray_group import RayGroup
 
     config, cluster = orders.config, orders.config.cluster
     wanted = cluster.engines * cluster.cpus_per_engine + cluster.learners * cluster.cpus_per_learner

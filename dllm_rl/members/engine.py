@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dllm_rl import registry
+from dllm_rl.cluster.group import Place
 from dllm_rl.config.plugins import build
 from dllm_rl.config.schema import Config
 from dllm_rl.config.section import Plugin
@@ -18,7 +19,6 @@ from dllm_rl.members.outbox import received
 from dllm_rl.models.denoiser import TransformersDenoiser
 from dllm_rl.protocols import RolloutEngine
 from dllm_rl.runtime.collective import Broadcast
-from dllm_rl.runtime.group import Place
 from dllm_rl.runtime.parcel import Parcel, pack, unpack
 from dllm_rl.runtime.sleep import Sleeper
 from dllm_rl.runtime.weights import Entry, Inbox, Layout, size_of

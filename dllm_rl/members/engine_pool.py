@@ -12,10 +12,10 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
+from dllm_rl.cluster.group import Group, Lost
+from dllm_rl.cluster.watchdog import HEARTBEAT_S, Watch
 from dllm_rl.members.engine import NOTHING, Role
-from dllm_rl.runtime.group import Group, Lost
 from dllm_rl.runtime.parcel import Parcel, pack, unpack
-from dllm_rl.runtime.watch import HEARTBEAT_S, Watch
 from dllm_rl.types import Prompt, Sampling, Trajectory, WeightsVersion
 
 _DEPTH = 2  # calls that an engine holds: the next one is there when it has finished one

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from dllm_rl.cluster.group import Place
 from dllm_rl.config.schema import Config
 from dllm_rl.diffusion.layout import block_rule
 from dllm_rl.learner.policy_learner import PolicyLearner
@@ -19,7 +20,6 @@ from dllm_rl.members.outbox import Outbox, Outgoing, Transport
 from dllm_rl.models.denoiser import TransformersDenoiser
 from dllm_rl.models.lora import merged_updates
 from dllm_rl.protocols import Algorithm, Learner
-from dllm_rl.runtime.group import Place
 from dllm_rl.runtime.weights import Entry
 from dllm_rl.strategy import UnmaskingStrategy
 from dllm_rl.types import LikelihoodEstimate, MaskSample, RolloutBatch, Sampling, WeightsVersion

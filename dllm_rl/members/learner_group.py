@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dllm_rl.cluster.group import Group, Lost, gather
+from dllm_rl.cluster.watchdog import HEARTBEAT_S, Watch
 from dllm_rl.protocols import Algorithm
-from dllm_rl.runtime.group import Group, Lost, gather
-from dllm_rl.runtime.watch import HEARTBEAT_S, Watch
 from dllm_rl.types import LikelihoodEstimate, MaskSample, Rewards, RolloutBatch, Share, WeightsVersion
 
 _Call = tuple[tuple[Any, ...], Mapping[str, Any]]

@@ -24,14 +24,14 @@ import ray
 import torch
 from torch import nn
 
+from dllm_rl.cluster.group import Place
+from dllm_rl.cluster.placement import Needs, Placement
+from dllm_rl.cluster.ray_group import RayGroup
 from dllm_rl.members.engine_pool import EnginePool
 from dllm_rl.members.learner_group import LearnerGroup
 from dllm_rl.members.outbox import Outbox, Outgoing, received
 from dllm_rl.members.pump import Pump
 from dllm_rl.runtime.collective import Broadcast
-from dllm_rl.runtime.group import Place
-from dllm_rl.runtime.placement import Needs, Placement
-from dllm_rl.runtime.ray_group import RayGroup
 from dllm_rl.runtime.weights import Inbox, size_of
 
 ROWS = 1 << 10

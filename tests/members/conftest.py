@@ -40,7 +40,7 @@ def more_places(ray_cluster):
 
 @contextmanager
 def reserved():
-    from dllm_rl.runtime.placement import Needs, Placement
+    from dllm_rl.cluster.placement import Needs, Placement
 
     placement = Placement.reserve(
         Needs(count=2, cpus=0.5, gpus=0), Needs(count=1, cpus=0.5, gpus=0), colocate=False, wait_s=30, say=print

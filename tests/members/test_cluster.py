@@ -149,7 +149,7 @@ def test_who_hangs_is_ended_and_built_anew(one_process, tiny, ray_cluster, monke
     """A stopped process answers nothing, and its connections stay open: only a deadline finds it."""
     monkeypatch.setattr("dllm_rl.members.engine_pool.HEARTBEAT_S", 0.5)
     monkeypatch.setattr("dllm_rl.members.learner_group.HEARTBEAT_S", 0.5)
-    monkeypatch.setattr("dllm_rl.runtime.watch.HEARTBEAT_S", 0.5)
+    monkeypatch.setattr("dllm_rl.cluster.watchdog.HEARTBEAT_S", 0.5)
     stops = Stops(monkeypatch, owner, method)
     folder = train(tiny("model.lora.rank=4", "checkpoint.keep=9", "cluster.hang_s=2")).folder
     assert stops.pid is not None and not psutil.pid_exists(stops.pid)

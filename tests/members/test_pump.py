@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from dllm_rl.cluster.group import Place
+from dllm_rl.cluster.ray_group import RayGroup
 from dllm_rl.config.load import load_config
 from dllm_rl.conformance import cases
 from dllm_rl.members.engine import EngineMember
@@ -21,8 +23,6 @@ from dllm_rl.members.learner_group import LearnerGroup
 from dllm_rl.members.pump import Pump
 from dllm_rl.models.digest import digest
 from dllm_rl.models.lora import add_lora
-from dllm_rl.runtime.group import Place
-from dllm_rl.runtime.ray_group import RayGroup
 from dllm_rl.runtime.weights import (
     DigestMismatch,
     DroppedBucket,

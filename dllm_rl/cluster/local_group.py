@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import Any
 
-from dllm_rl.runtime.group import Build, Group, Place, Pulse
-from dllm_rl.runtime.usage import Usage
+from dllm_rl.cluster.group import Build, Group, Place, Pulse
+from dllm_rl.cluster.usage import Usage
 
 
 class LocalGroup(Group):

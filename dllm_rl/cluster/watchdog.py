@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 
-from dllm_rl.runtime.group import Group, Lost
+from dllm_rl.cluster.group import Group, Lost
 
 HEARTBEAT_S = 5.0
 

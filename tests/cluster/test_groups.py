@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from dllm_rl.runtime.group import Lost, Place
-from dllm_rl.runtime.local_group import LocalGroup
+from dllm_rl.cluster.group import Lost, Place
+from dllm_rl.cluster.local_group import LocalGroup
 
 
 class Member:
@@ -33,7 +33,7 @@ class Member:
 
 
 def started(placement):
-    from dllm_rl.runtime.ray_group import RayGroup
+    from dllm_rl.cluster.ray_group import RayGroup
 
     group = RayGroup("engine", Member, placement.engines, {"OMP_NUM_THREADS": "1"})
     group.restart([0, 1])
@@ -58,7 +58,7 @@ def session(ray_cluster):
 
 @pytest.fixture
 def placement(session):
-    from dllm_rl.runtime.placement import Needs, Placement
+    from dllm_rl.cluster.placement import Needs, Placement
 
     made = Placement.reserve(
         Needs(count=2, cpus=1, gpus=0), Needs(count=1, cpus=1, gpus=0), colocate=False, wait_s=30, say=print
@@ -113,7 +113,7 @@ def test_death_and_hanging_are_named_and_repaired(placement):
 
 
 def test_a_wish_that_the_cluster_cannot_grant_is_refused_at_once(session):
-    from dllm_rl.runtime.placement import Needs, Placement
+    from dllm_rl.cluster.placement import Needs, Placement
 
     one = Needs(count=1, cpus=1, gpus=0)
     with pytest.raises(ValueError, match=r"wants 901 CPUs .* has 3; lower cluster.engines"):
@@ -134,7 +134,7 @@ def test_waiting_says_what_is_wanted_and_what_is_free(placement, monkeypatch):
 
 
 def test_colocated_members_share_bundles():
-    from dllm_rl.runtime.placement import Needs, _bundles
+    from dllm_rl.cluster.placement import Needs, _bundles
 
     engine, learner = Needs(count=3, cpus=1, gpus=0.5), Needs(count=2, cpus=2, gpus=0.5)
     bundles, at = _bundles(engine, learner, colocate=True)

@@ -13,10 +13,10 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from dllm_rl.cluster.group import Build, Group, Lost, Place, Pulse, gather
+from dllm_rl.cluster.placement import Slot
+from dllm_rl.cluster.usage import Usage
 from dllm_rl.errors import mark
-from dllm_rl.runtime.group import Build, Group, Lost, Place, Pulse, gather
-from dllm_rl.runtime.placement import Slot
-from dllm_rl.runtime.usage import Usage
 
 START_UP_S = 600.0  # importing torch and loading a large model from a slow disk
 
