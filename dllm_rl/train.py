@@ -8,18 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dllm_rl import seeding
-from dllm_rl.ahead import Ahead
-from dllm_rl.assembly import Parts, assemble
 from dllm_rl.cluster.group import Lost
 from dllm_rl.cluster.usage import Meters
 from dllm_rl.config.load import dump
 from dllm_rl.config.schema import Config
 from dllm_rl.diffusion.staleness import oldest_weights
+from dllm_rl.driver.build import Parts, assemble
+from dllm_rl.driver.collect import Collected
+from dllm_rl.driver.prefetch import Ahead
+from dllm_rl.driver.recovery import State, go_back, starting_point
+from dllm_rl.driver.reference_cache import References
+from dllm_rl.driver.step import one_step
 from dllm_rl.evaluation.evaluate import Evaluation, evaluate
-from dllm_rl.experience import Collected
 from dllm_rl.learner import checkpoint
-from dllm_rl.recovery import State, go_back, starting_point
-from dllm_rl.reference import References
 from dllm_rl.reports.clock import Clock
 from dllm_rl.reports.plot import plot_run
 from dllm_rl.reports.progress import Progress, Quiet
@@ -27,7 +28,6 @@ from dllm_rl.reports.provenance import provenance
 from dllm_rl.reports.run_folder import RunFolder
 from dllm_rl.reports.tracking import Trackers
 from dllm_rl.runtime.canary import run_canary
-from dllm_rl.step import one_step
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -33,8 +33,8 @@ from safetensors.torch import load_file
 from dllm_rl.cluster.group import Group, Lost
 from dllm_rl.config.load import load_config
 from dllm_rl.config.schema import Config
-from dllm_rl.members.engine_pool import EnginePool
-from dllm_rl.members.learner_group import LearnerGroup
+from dllm_rl.driver.engine_pool import EnginePool
+from dllm_rl.driver.learner_group import LearnerGroup
 from dllm_rl.models.digest import digest
 from dllm_rl.reports.progress import Quiet
 from dllm_rl.reports.run_folder import comparable

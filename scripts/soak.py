@@ -31,7 +31,7 @@ from safetensors.torch import load_file
 
 from dllm_rl import seeding
 from dllm_rl.config.load import load_config
-from dllm_rl.members.engine_pool import EnginePool
+from dllm_rl.driver.engine_pool import EnginePool
 from dllm_rl.models.digest import digest
 from dllm_rl.reports.run_folder import read_rows
 from dllm_rl.train import train

@@ -14,12 +14,12 @@ import yaml
 from rich.table import Table
 
 from dllm_rl import seeding
-from dllm_rl.assembly import Parts, assemble
 from dllm_rl.cli.output import stdout, write_json
 from dllm_rl.config.plugins import build
 from dllm_rl.config.schema import Config
+from dllm_rl.driver.build import Parts, assemble
+from dllm_rl.driver.collect import demonstrate, roll_out
 from dllm_rl.estimator import redrawn
-from dllm_rl.experience import demonstrate, roll_out
 from dllm_rl.protocols import Algorithm
 from dllm_rl.reports.clock import Clock
 from dllm_rl.reports.plot import plot_curves

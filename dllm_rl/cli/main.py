@@ -119,7 +119,7 @@ def evaluate(
     from dllm_rl.cli.output import check_json_path, evaluation_table, stdout, write_json
 
     check_json_path(json)
-    from dllm_rl.evaluation.standalone import evaluate_target
+    from dllm_rl.driver.evaluate_target import evaluate_target
 
     results = evaluate_target(target, overrides or [], _progress(quiet))
     stdout().print(evaluation_table(str(target), [("", e) for e in results]))

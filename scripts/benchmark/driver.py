@@ -27,15 +27,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
-from dllm_rl.ahead import Ahead
-from dllm_rl.assembly import assemble
 from dllm_rl.config.load import load_config
-from dllm_rl.members import crew
-from dllm_rl.reference import References
+from dllm_rl.driver import launch as crew
+from dllm_rl.driver.build import assemble
+from dllm_rl.driver.prefetch import Ahead
+from dllm_rl.driver.reference_cache import References
+from dllm_rl.driver.step import one_step
 from dllm_rl.reports.progress import Quiet
 from dllm_rl.runtime.parcel import pack
 from dllm_rl.seeding import generator_for
-from dllm_rl.step import one_step
 from dllm_rl.types import GIVEN, Trajectory, WeightsVersion
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -27,10 +27,10 @@ from torch import nn
 from dllm_rl.cluster.group import Place
 from dllm_rl.cluster.placement import Needs, Placement
 from dllm_rl.cluster.ray_group import RayGroup
-from dllm_rl.members.engine_pool import EnginePool
-from dllm_rl.members.learner_group import LearnerGroup
+from dllm_rl.driver.engine_pool import EnginePool
+from dllm_rl.driver.learner_group import LearnerGroup
+from dllm_rl.driver.weight_sync import Pump
 from dllm_rl.members.outbox import Outbox, Outgoing, received
-from dllm_rl.members.pump import Pump
 from dllm_rl.runtime.collective import Broadcast
 from dllm_rl.runtime.weights import Inbox, size_of
 

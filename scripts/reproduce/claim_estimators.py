@@ -11,10 +11,10 @@ from claim_runs import CONFIGS, base_model
 from torch import Tensor
 
 from dllm_rl import seeding
-from dllm_rl.assembly import Parts, assemble
 from dllm_rl.config.load import load_config
 from dllm_rl.diffusion import likelihood, masking
-from dllm_rl.experience import demonstrate, roll_out
+from dllm_rl.driver.build import Parts, assemble
+from dllm_rl.driver.collect import demonstrate, roll_out
 from dllm_rl.reports.clock import Clock
 from dllm_rl.reports.progress import Quiet
 from dllm_rl.train import train

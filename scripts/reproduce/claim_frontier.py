@@ -9,7 +9,7 @@ from typing import Any
 
 from claim_runs import CONFIGS, HARD, base_model, folder_of
 
-from dllm_rl.evaluation.standalone import evaluate_target
+from dllm_rl.driver.evaluate_target import evaluate_target
 from dllm_rl.reports.progress import Quiet
 
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 0.999)

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from dllm_rl import seeding
-from dllm_rl.assembly import Parts, assemble
 from dllm_rl.config.load import load_config
 from dllm_rl.config.plugins import build
 from dllm_rl.diffusion import advantage, likelihood
-from dllm_rl.experience import roll_out
+from dllm_rl.driver.build import Parts, assemble
+from dllm_rl.driver.collect import roll_out
 from dllm_rl.reports.clock import Clock
 from dllm_rl.reports.progress import Quiet
 from dllm_rl.types import MaskSample, RolloutBatch

@@ -10,18 +10,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dllm_rl.ahead import Ahead, _Begun
-from dllm_rl.assembly import assemble
 from dllm_rl.config.load import load_config
 from dllm_rl.diffusion.staleness import truncated_weights
-from dllm_rl.experience import decode, roll_out
+from dllm_rl.driver.build import assemble
+from dllm_rl.driver.collect import decode, roll_out
+from dllm_rl.driver.prefetch import Ahead, _Begun
 from dllm_rl.learner import checkpoint
 from dllm_rl.reports.clock import Clock
 from dllm_rl.reports.progress import Quiet
 from dllm_rl.reports.run_folder import comparable, read_rows
 from dllm_rl.train import train
 
-TINY = Path(__file__).resolve().parents[1] / "configs" / "tiny_sudoku_ray.yaml"
+TINY = Path(__file__).resolve().parents[2] / "configs" / "tiny_sudoku_ray.yaml"
 
 
 @pytest.fixture

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dllm_rl.ahead import Ahead
-from dllm_rl.assembly import Parts
 from dllm_rl.cluster.group import Lost
 from dllm_rl.config.load import resumable
 from dllm_rl.config.schema import Config
+from dllm_rl.driver.build import Parts
+from dllm_rl.driver.prefetch import Ahead
 from dllm_rl.learner import checkpoint
 from dllm_rl.reports.progress import Progress
 from dllm_rl.reports.run_folder import RunFolder

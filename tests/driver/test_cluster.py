@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dllm_rl.members.engine_pool import EnginePool
-from dllm_rl.members.learner_group import LearnerGroup
+from dllm_rl.driver.engine_pool import EnginePool
+from dllm_rl.driver.learner_group import LearnerGroup
 from dllm_rl.reports.run_folder import comparable, read_rows
 from dllm_rl.train import train
 
@@ -147,8 +147,8 @@ class Stops:
 @pytest.mark.parametrize(("owner", "method"), [(EnginePool, "generate"), (LearnerGroup, "update")])
 def test_who_hangs_is_ended_and_built_anew(one_process, tiny, ray_cluster, monkeypatch, owner, method):
     """A stopped process answers nothing, and its connections stay open: only a deadline finds it."""
-    monkeypatch.setattr("dllm_rl.members.engine_pool.HEARTBEAT_S", 0.5)
-    monkeypatch.setattr("dllm_rl.members.learner_group.HEARTBEAT_S", 0.5)
+    monkeypatch.setattr("dllm_rl.driver.engine_pool.HEARTBEAT_S", 0.5)
+    monkeypatch.setattr("dllm_rl.driver.learner_group.HEARTBEAT_S", 0.5)
     monkeypatch.setattr("dllm_rl.cluster.watchdog.HEARTBEAT_S", 0.5)
     stops = Stops(monkeypatch, owner, method)
     folder = train(tiny("model.lora.rank=4", "checkpoint.keep=9", "cluster.hang_s=2")).folder

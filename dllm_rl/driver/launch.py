@@ -16,14 +16,14 @@ from dllm_rl.cluster.group import Group, Place, gather
 from dllm_rl.cluster.local_group import LocalGroup
 from dllm_rl.config.plugins import build
 from dllm_rl.config.schema import Config
+from dllm_rl.driver.engine_pool import EnginePool
+from dllm_rl.driver.learner_group import LearnerGroup
+from dllm_rl.driver.weight_sync import Handover, Pump, SharedWeights
 from dllm_rl.errors import need
 from dllm_rl.members.engine import EVALUATE, TRAIN, EngineMember
-from dllm_rl.members.engine_pool import EnginePool
 from dllm_rl.members.learner import LearnerMember, make_learner
-from dllm_rl.members.learner_group import LearnerGroup
 from dllm_rl.members.model import load_model
 from dllm_rl.members.outbox import Transport
-from dllm_rl.members.pump import Handover, Pump, SharedWeights
 from dllm_rl.models.denoiser import TransformersDenoiser
 from dllm_rl.models.tokenizers import vocabulary_digest
 from dllm_rl.protocols import Algorithm

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from dllm_rl.cluster.group import Group, Lost, gather
-from dllm_rl.members.engine_pool import EnginePool
-from dllm_rl.members.learner_group import LearnerGroup
+from dllm_rl.driver.engine_pool import EnginePool
+from dllm_rl.driver.learner_group import LearnerGroup
 from dllm_rl.members.outbox import Transport
 from dllm_rl.models.digest import joined
 from dllm_rl.runtime.weights import Entry, Layout, PushError, PushTimeout, buckets, compare, size_of

@@ -19,13 +19,13 @@ from dllm_rl.config.schema import Config, RewardPlugin
 from dllm_rl.data.prompts import encode, encode_completion
 from dllm_rl.data.source import PromptSource
 from dllm_rl.diffusion.layout import block_rule
+from dllm_rl.driver.engine_pool import EnginePool
+from dllm_rl.driver.launch import Orders, local_crew, ray_crew
+from dllm_rl.driver.learner_group import LearnerGroup
+from dllm_rl.driver.weight_sync import Handover
 from dllm_rl.errors import need
-from dllm_rl.members.crew import Orders, local_crew, ray_crew
 from dllm_rl.members.engine import EVALUATE, TRAIN
-from dllm_rl.members.engine_pool import EnginePool
-from dllm_rl.members.learner_group import LearnerGroup
 from dllm_rl.members.model import model_path
-from dllm_rl.members.pump import Handover
 from dllm_rl.models.denoiser import TransformersDenoiser
 from dllm_rl.plans import Plan
 from dllm_rl.protocols import Algorithm, RolloutEngine, Task

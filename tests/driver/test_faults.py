@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dllm_rl.cluster.group import Lost
-from dllm_rl.members.engine_pool import PooledEngine
+from dllm_rl.driver.engine_pool import PooledEngine
 from dllm_rl.train import train
 
 ROOT = Path(__file__).resolve().parents[2]

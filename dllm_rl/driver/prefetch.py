@@ -24,10 +24,10 @@ from typing import Any
 
 import torch
 
-from dllm_rl.assembly import Parts
 from dllm_rl.config.schema import Config
 from dllm_rl.diffusion.staleness import oldest_weights
-from dllm_rl.experience import Collected, collect, decode, demonstrate
+from dllm_rl.driver.build import Parts
+from dllm_rl.driver.collect import Collected, collect, decode, demonstrate
 from dllm_rl.reports.clock import Clock
 from dllm_rl.types import GIVEN, Rewards, RolloutBatch, Trajectory, WeightsVersion
 

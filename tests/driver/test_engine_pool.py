@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import pytest
 
 from dllm_rl.cluster.group import Group, Lost, Pulse
-from dllm_rl.members.engine_pool import EnginePool
+from dllm_rl.driver.engine_pool import EnginePool
 from dllm_rl.reports.clock import Clock
 
 PULSE = Pulse(ticks=0, pid=0, host="", rss_bytes=0, cpu_s=0, busy_s=0, gpu_bytes=0)

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dllm_rl import seeding
-from dllm_rl.assembly import assemble
 from dllm_rl.config.load import load_config
+from dllm_rl.driver.build import assemble
 from dllm_rl.evaluation.evaluate import Evaluation, evaluate
 from dllm_rl.learner import checkpoint
 from dllm_rl.reports.progress import Progress

@@ -16,11 +16,11 @@ from dllm_rl.cluster.group import Place
 from dllm_rl.cluster.ray_group import RayGroup
 from dllm_rl.config.load import load_config
 from dllm_rl.conformance import cases
+from dllm_rl.driver.engine_pool import EnginePool
+from dllm_rl.driver.learner_group import LearnerGroup
+from dllm_rl.driver.weight_sync import Pump
 from dllm_rl.members.engine import EngineMember
-from dllm_rl.members.engine_pool import EnginePool
 from dllm_rl.members.learner import LearnerMember
-from dllm_rl.members.learner_group import LearnerGroup
-from dllm_rl.members.pump import Pump
 from dllm_rl.models.digest import digest
 from dllm_rl.models.lora import add_lora
 from dllm_rl.runtime.weights import (

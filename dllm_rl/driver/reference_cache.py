@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from dllm_rl import seeding
-from dllm_rl.assembly import Parts
 from dllm_rl.config.schema import Config
-from dllm_rl.experience import demonstrate
+from dllm_rl.driver.build import Parts
+from dllm_rl.driver.collect import demonstrate
 from dllm_rl.reports.progress import Progress
 from dllm_rl.types import LikelihoodEstimate, MaskSample, RolloutBatch
 

@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from dllm_rl import seeding
-from dllm_rl.ahead import Ahead
-from dllm_rl.assembly import Parts
 from dllm_rl.config.schema import Config
 from dllm_rl.diffusion import masking
 from dllm_rl.diffusion.staleness import decoded_by_several, oldest_weights, truncated_weights
+from dllm_rl.driver.build import Parts
+from dllm_rl.driver.collect import Collected
+from dllm_rl.driver.prefetch import Ahead
+from dllm_rl.driver.reference_cache import References
 from dllm_rl.estimator import estimator_metrics
-from dllm_rl.experience import Collected
-from dllm_rl.reference import References
 from dllm_rl.reports.clock import Clock
 from dllm_rl.types import RolloutBatch
 

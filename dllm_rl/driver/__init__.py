@@ -1,0 +1,1 @@
+"""What runs in the driver: building a run, collecting batches, pushing weights, recovery."""
