@@ -13,7 +13,7 @@ from dllm_rl.driver.build import Parts
 from dllm_rl.driver.collect import Collected
 from dllm_rl.driver.prefetch import Ahead
 from dllm_rl.driver.reference_cache import References
-from dllm_rl.estimator import estimator_metrics
+from dllm_rl.learner.diagnostics import estimator_metrics
 from dllm_rl.reports.clock import Clock
 from dllm_rl.types import RolloutBatch
 

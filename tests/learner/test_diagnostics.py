@@ -13,7 +13,7 @@ from dllm_rl.config.plugins import build
 from dllm_rl.config.schema import Config, DiagnosticsSection
 from dllm_rl.conformance import cases
 from dllm_rl.diffusion import likelihood
-from dllm_rl.estimator import estimator_metrics
+from dllm_rl.learner.diagnostics import estimator_metrics
 from dllm_rl.learner.torch_learner import TorchLearner
 from dllm_rl.train import train
 
