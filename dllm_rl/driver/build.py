@@ -25,8 +25,8 @@ from dllm_rl.driver.learner_group import LearnerGroup
 from dllm_rl.driver.weight_sync import Handover
 from dllm_rl.errors import need
 from dllm_rl.members.engine import EVALUATE, TRAIN
-from dllm_rl.members.model import model_path
 from dllm_rl.models.denoiser import TransformersDenoiser
+from dllm_rl.models.from_config import model_path
 from dllm_rl.plans import Plan
 from dllm_rl.protocols import Algorithm, RolloutEngine, Task
 from dllm_rl.reports.progress import Progress
