@@ -21,8 +21,7 @@ from torch import Tensor
 
 from dllm_rl.config import ranges
 from dllm_rl.diffusion import advantage, hints, masking, surrogate
-from dllm_rl.plans import Further, Plan
-from dllm_rl.protocols import Algorithm
+from dllm_rl.protocols.algorithm import Algorithm, Further, Plan
 from dllm_rl.types import Experience, LikelihoodEstimate, Loss, MaskSample, Prompt, Rewards, RolloutBatch
 
 

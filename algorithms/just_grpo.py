@@ -19,8 +19,7 @@ from torch import Tensor
 
 from dllm_rl.config import ranges
 from dllm_rl.diffusion import advantage, masking, surrogate
-from dllm_rl.plans import Plan
-from dllm_rl.protocols import Algorithm
+from dllm_rl.protocols.algorithm import Algorithm, Plan
 from dllm_rl.types import Experience, LikelihoodEstimate, Loss, MaskSample, Rewards, RolloutBatch
 
 

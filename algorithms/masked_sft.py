@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dllm_rl.diffusion import masking, surrogate
-from dllm_rl.protocols import Algorithm
+from dllm_rl.protocols.algorithm import Algorithm
 from dllm_rl.types import Experience, LikelihoodEstimate, Loss, MaskSample, Rewards, RolloutBatch
 
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from dllm_rl.diffusion.choices import numbered
-from dllm_rl.protocols import Denoiser
+from dllm_rl.protocols.denoiser import Denoiser
+from dllm_rl.protocols.strategy import Candidates, UnmaskingStrategy
 from dllm_rl.seeding import derive
-from dllm_rl.strategy import Candidates, UnmaskingStrategy
 from dllm_rl.types import GIVEN, Prompt, Sampling, Trajectory, WeightsVersion
 
 

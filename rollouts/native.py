@@ -16,9 +16,9 @@ from torch import Tensor
 
 from dllm_rl.diffusion.decoding import POSITION_NOISE, TOKEN_NOISE, propose
 from dllm_rl.diffusion.layout import block_index, block_rule
-from dllm_rl.protocols import Denoiser
+from dllm_rl.protocols.denoiser import Denoiser
+from dllm_rl.protocols.strategy import Candidates, UnmaskingStrategy
 from dllm_rl.seeding import uniform
-from dllm_rl.strategy import Candidates, UnmaskingStrategy
 from dllm_rl.types import GIVEN, Prompt, Sampling, Trajectory, WeightsVersion
 from rollouts.canvas import Request, choose, inference, requests, trajectory
 

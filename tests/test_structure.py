@@ -12,8 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from dllm_rl import protocols, registry, strategy
+from dllm_rl import registry
 from dllm_rl.config.load import load_config
+from dllm_rl.protocols.algorithm import Algorithm
+from dllm_rl.protocols.strategy import UnmaskingStrategy
+from dllm_rl.protocols.task import Task
 
 ROOT = Path(__file__).resolve().parents[1]
 PLUGINS = ("algorithms", "rollouts", "rewards")
@@ -23,7 +26,7 @@ PROJECT = ("dllm_rl", *PLUGINS)
 LAYERS: list[list[str]] = [
     ["dllm_rl", "dllm_rl.types", "dllm_rl.seeding", "dllm_rl.registry", "dllm_rl.errors"],
     ["dllm_rl.plans"],
-    ["dllm_rl.protocols", "dllm_rl.strategy"],
+    ["dllm_rl.protocols", "dllm_rl.protocols.strategy"],
     ["dllm_rl.config", "dllm_rl.diffusion"],
     ["dllm_rl.models", "dllm_rl.data", "dllm_rl.tasks"],
     [
@@ -108,7 +111,7 @@ def test_imports_point_down(path):
 @pytest.mark.parametrize(
     ("name", "line"),
     [
-        ("dllm_rl/types.py", "from dllm_rl import protocols"),
+        ("dllm_rl/types.py", "import dllm_rl.protocols.task"),
         ("dllm_rl/diffusion/x.py", "from dllm_rl.models.lora import add_lora"),
         ("dllm_rl/learner/x.py", "def f():\n    import dllm_rl.train"),
         ("dllm_rl/driver/build.py", "import algorithms.trace_rl"),
@@ -177,7 +180,7 @@ def entry_points() -> list[tuple[str, str, str]]:
 def test_entry_points_resolve_to_their_kind(kind, name, value):
     plugin = registry.load(kind, name)
     assert f"{plugin.__module__}:{plugin.__qualname__}" == value
-    base = {"algorithms": protocols.Algorithm, "strategies": strategy.UnmaskingStrategy, "tasks": protocols.Task}
+    base = {"algorithms": Algorithm, "strategies": UnmaskingStrategy, "tasks": Task}
     if kind in base:
         assert issubclass(plugin, base[kind])
     else:

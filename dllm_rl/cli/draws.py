@@ -20,7 +20,7 @@ from dllm_rl.config.schema import Config
 from dllm_rl.driver.build import Parts, assemble
 from dllm_rl.driver.collect import demonstrate, roll_out
 from dllm_rl.learner.diagnostics import redrawn
-from dllm_rl.protocols import Algorithm
+from dllm_rl.protocols.algorithm import Algorithm
 from dllm_rl.reports.clock import Clock
 from dllm_rl.reports.plot import plot_curves
 from dllm_rl.reports.progress import Progress

@@ -1,4 +1,4 @@
-"""What every training method must keep to; see dllm_rl.protocols.Algorithm."""
+"""What every training method must keep to; see dllm_rl.protocols.algorithm."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from dllm_rl.conformance.violation import require
 from dllm_rl.learner.policy_learner import PolicyLearner
 from dllm_rl.learner.torch_learner import TorchLearner
 from dllm_rl.models.tokenizers import character_tokenizer
-from dllm_rl.protocols import Algorithm, Learner
+from dllm_rl.protocols.algorithm import Algorithm
+from dllm_rl.protocols.learner import Learner
 from dllm_rl.types import GIVEN, Experience, LikelihoodEstimate, MaskSample, Rewards, RolloutBatch
 
 REPEATS = 400  # of the six rows: 2,400 draws for the partition of unity

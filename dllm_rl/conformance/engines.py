@@ -1,4 +1,4 @@
-"""What every rollout engine must keep to; see dllm_rl.protocols.RolloutEngine."""
+"""What every rollout engine must keep to; see dllm_rl.protocols.engine."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dllm_rl.conformance.violation import require
 from dllm_rl.data.collate import collate
 from dllm_rl.diffusion import likelihood, masking
 from dllm_rl.models.denoiser import TransformersDenoiser
-from dllm_rl.protocols import RolloutEngine
+from dllm_rl.protocols.engine import RolloutEngine
 from dllm_rl.types import GIVEN, Prompt, Sampling, Trajectory, WeightsVersion
 
 FAMILIES = ("tiny", "dream", "sdar")  # full attention, shifted predictions, block-causal with a cache

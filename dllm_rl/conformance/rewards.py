@@ -1,4 +1,4 @@
-"""What every reward function must keep to; see dllm_rl.protocols.Reward. It runs in the real worker processes."""
+"""What every reward function must keep to; see dllm_rl.protocols.reward. It runs in the real worker processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every unmasking strategy must keep to; see dllm_rl.strategy.UnmaskingStrategy."""
+"""What every unmasking strategy must keep to; see dllm_rl.protocols.strategy."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 
 from dllm_rl.config.plugins import build
 from dllm_rl.conformance.violation import require
+from dllm_rl.protocols.strategy import Candidates, UnmaskingStrategy
 from dllm_rl.seeding import generator_for
-from dllm_rl.strategy import Candidates, UnmaskingStrategy
 
 ROWS, WIDTH = 64, 10
 

@@ -1,4 +1,4 @@
-"""What every task must keep to; see dllm_rl.protocols.Task."""
+"""What every task must keep to; see dllm_rl.protocols.task."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Literal
 from dllm_rl.config.plugins import build
 from dllm_rl.conformance.violation import require
 from dllm_rl.models.tokenizers import character_tokenizer
-from dllm_rl.protocols import Task
+from dllm_rl.protocols.task import Task
 from dllm_rl.runtime.canary import run_canary
 from dllm_rl.runtime.reward_pool import RewardPool, RewardSpec
 from dllm_rl.types import Example

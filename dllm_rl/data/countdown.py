@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Literal
 
-from dllm_rl.protocols import Task
+from dllm_rl.protocols.task import Task
 from dllm_rl.seeding import derive, python_random
 from dllm_rl.types import Example
 

@@ -9,7 +9,7 @@ from functools import cache
 from random import Random
 from typing import Literal
 
-from dllm_rl.protocols import Task
+from dllm_rl.protocols.task import Task
 from dllm_rl.seeding import python_random
 from dllm_rl.types import Example
 

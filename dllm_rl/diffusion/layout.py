@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dllm_rl.protocols import Denoiser
+from dllm_rl.protocols.denoiser import Denoiser
 from dllm_rl.types import BlockOrigin, Sampling
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from dllm_rl.protocols import Denoiser
+from dllm_rl.protocols.denoiser import Denoiser
 from dllm_rl.types import LikelihoodEstimate, MaskSample, RolloutBatch
 
 CHUNK_ELEMENTS = 1 << 25  # logits held at once: 2^25 floats are 128 MiB in float32

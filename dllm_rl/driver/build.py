@@ -27,11 +27,12 @@ from dllm_rl.errors import need
 from dllm_rl.members.engine import EVALUATE, TRAIN
 from dllm_rl.models.denoiser import TransformersDenoiser
 from dllm_rl.models.from_config import model_path
-from dllm_rl.plans import Plan
-from dllm_rl.protocols import Algorithm, RolloutEngine, Task
+from dllm_rl.protocols.algorithm import Algorithm, Plan
+from dllm_rl.protocols.engine import RolloutEngine
+from dllm_rl.protocols.strategy import UnmaskingStrategy
+from dllm_rl.protocols.task import Task
 from dllm_rl.reports.progress import Progress
 from dllm_rl.runtime.reward_pool import RewardPool, RewardSpec
-from dllm_rl.strategy import UnmaskingStrategy
 from dllm_rl.types import Example, Prompt, Sampling
 
 

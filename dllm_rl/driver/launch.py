@@ -26,8 +26,8 @@ from dllm_rl.members.outbox import Transport
 from dllm_rl.models.denoiser import TransformersDenoiser
 from dllm_rl.models.from_config import load_model
 from dllm_rl.models.tokenizers import vocabulary_digest
-from dllm_rl.protocols import Algorithm
-from dllm_rl.strategy import UnmaskingStrategy
+from dllm_rl.protocols.algorithm import Algorithm
+from dllm_rl.protocols.strategy import UnmaskingStrategy
 from dllm_rl.types import Sampling
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dllm_rl.cluster.group import Group, Lost, gather
 from dllm_rl.cluster.watchdog import HEARTBEAT_S, Watch
-from dllm_rl.protocols import Algorithm
+from dllm_rl.protocols.algorithm import Algorithm
 from dllm_rl.types import LikelihoodEstimate, MaskSample, Rewards, RolloutBatch, Share, WeightsVersion
 
 _Call = tuple[tuple[Any, ...], Mapping[str, Any]]

@@ -9,7 +9,7 @@ from typing import Any
 
 from dllm_rl.data.collate import completion_texts
 from dllm_rl.evaluation.intervals import wilson
-from dllm_rl.protocols import RolloutEngine
+from dllm_rl.protocols.engine import RolloutEngine
 from dllm_rl.runtime.judge import judge
 from dllm_rl.runtime.reward_pool import RewardPool
 from dllm_rl.types import Prompt, Sampling

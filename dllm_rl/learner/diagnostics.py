@@ -9,7 +9,8 @@ from torch import Tensor
 
 from dllm_rl import seeding
 from dllm_rl.config.schema import DiagnosticsSection
-from dllm_rl.protocols import Algorithm, Learner
+from dllm_rl.protocols.algorithm import Algorithm
+from dllm_rl.protocols.learner import Learner
 from dllm_rl.types import RolloutBatch
 
 

@@ -19,8 +19,8 @@ from dllm_rl.diffusion.layout import block_index
 from dllm_rl.learner.optimizer import Optimizer
 from dllm_rl.learner.torch_learner import NonFiniteError
 from dllm_rl.models.digest import digest
-from dllm_rl.protocols import Algorithm
-from dllm_rl.strategy import Candidates, UnmaskingStrategy
+from dllm_rl.protocols.algorithm import Algorithm
+from dllm_rl.protocols.strategy import Candidates, UnmaskingStrategy
 from dllm_rl.types import (
     BlockOrigin,
     Experience,

@@ -31,7 +31,7 @@ from dllm_rl.models.denoiser import TransformersDenoiser
 from dllm_rl.models.digest import digest
 from dllm_rl.models.loading import load_denoiser, save_denoiser
 from dllm_rl.models.lora import load_adapter, reference_weights, save_adapter
-from dllm_rl.protocols import Algorithm
+from dllm_rl.protocols.algorithm import Algorithm
 from dllm_rl.types import Experience, LikelihoodEstimate, Loss, MaskSample, Rewards, RolloutBatch, Share, WeightsVersion
 
 Scored = tuple[Tensor, Tensor, Tensor]

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from dllm_rl.diffusion.layout import block_causal, clean_and_noised
 from dllm_rl.models.cache import BlockCache
 from dllm_rl.models.family import Family
-from dllm_rl.protocols import Cache
+from dllm_rl.protocols.denoiser import Cache
 from dllm_rl.types import BlockOrigin
 
 

@@ -16,7 +16,7 @@ from dllm_rl.models.loading import load_denoiser, save_denoiser
 from dllm_rl.models.lora import add_lora
 from dllm_rl.models.quantize import quantize
 from dllm_rl.models.tokenizers import byte_bpe_tokenizer, character_tokenizer
-from dllm_rl.protocols import Task
+from dllm_rl.protocols.task import Task
 from dllm_rl.types import Example
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}

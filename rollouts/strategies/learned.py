@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dllm_rl.diffusion import choices
 from dllm_rl.models.unmasking import UnmaskingPolicy, load_policy, save_policy
-from dllm_rl.strategy import Candidates, UnmaskingStrategy
+from dllm_rl.protocols.strategy import Candidates, UnmaskingStrategy
 
 
 class Learned(UnmaskingStrategy):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dllm_rl.diffusion.decoding import take_best
-from dllm_rl.strategy import Candidates, UnmaskingStrategy
+from dllm_rl.protocols.strategy import Candidates, UnmaskingStrategy
 
 
 class LeftToRight(UnmaskingStrategy):

@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from dllm_rl.diffusion.decoding import take_best
-from dllm_rl.strategy import Candidates, UnmaskingStrategy
+from dllm_rl.protocols.strategy import Candidates, UnmaskingStrategy
 
 
 class RandomOrder(UnmaskingStrategy):

@@ -16,7 +16,7 @@ import torch
 
 from dllm_rl.models.create import create_denoiser
 from dllm_rl.models.tokenizers import character_tokenizer
-from dllm_rl.protocols import Denoiser
+from dllm_rl.protocols.denoiser import Denoiser
 from dllm_rl.seeding import generator_for
 from dllm_rl.types import Prompt, Sampling, Trajectory, WeightsVersion
 from rollouts.native import NativeEngine

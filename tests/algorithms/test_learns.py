@@ -9,7 +9,7 @@ import pytest
 
 from dllm_rl import registry
 from dllm_rl.config.schema import Config
-from dllm_rl.protocols import Task
+from dllm_rl.protocols.task import Task
 from dllm_rl.train import train
 from dllm_rl.types import Example
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dllm_rl.diffusion.layout import block_index
-from dllm_rl.protocols import Denoiser
+from dllm_rl.protocols.denoiser import Denoiser
 from dllm_rl.seeding import generator_for
 
 TOLERANCE = 1e-10  # float64

@@ -10,7 +10,7 @@ import torch
 from dllm_rl import registry
 from dllm_rl.diffusion import likelihood, masking
 from dllm_rl.diffusion.layout import block_index
-from dllm_rl.strategy import UnmaskingStrategy
+from dllm_rl.protocols.strategy import UnmaskingStrategy
 from dllm_rl.types import GIVEN, Prompt, RolloutBatch, Sampling, Trajectory, WeightsVersion
 from rollouts.native import NativeEngine
 from rollouts.reference import ReferenceEngine

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from dllm_rl import registry
-from dllm_rl.strategy import Candidates
+from dllm_rl.protocols.strategy import Candidates
 from dllm_rl.types import Prompt, Sampling, WeightsVersion
 from rollouts.native import NativeEngine
 from rollouts.reference import ReferenceEngine

@@ -1,4 +1,4 @@
-"""The contract of unmasking strategies; like those of protocols.py, its docstrings are binding."""
+"""The contract of unmasking strategies."""
 
 from __future__ import annotations
 

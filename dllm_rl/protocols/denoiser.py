@@ -1,0 +1,84 @@
+"""The contract of networks that predict hidden tokens."""
+
+from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from dllm_rl.types import (
+    BlockOrigin,
+)
+
+
+class Cache(Protocol):
+    """Keys and values of committed tokens, one entry per row. Opaque to engines."""
+
+    def keep_rows(self, rows: Tensor) -> None:
+        """Keep only these rows (int64 indices), in this order."""
+
+
+@runtime_checkable
+class Denoiser(Protocol):
+    """A network that predicts hidden tokens.
+
+    Output position i always predicts token i (families that predict the next position are shifted inside).
+
+    Attributes:
+        mask_id: id of the absorbing mask token; never a sampled token.
+        eos_id: id that ends a completion.
+        pad_id: id for padding.
+        vocab_size: number of logits.
+        max_length: longest sequence, tokens.
+        block_size: None for full attention, else tokens per block of a block-causal family.
+        block_origin: where blocks start for a block-causal family: "response" or "sequence".
+        shift: True if the network itself predicts position i at i - 1 (then position 0 can never be hidden).
+        device: where tensors must live.
+        module: the torch module whose parameters are trained.
+    """
+
+    mask_id: int
+    eos_id: int
+    pad_id: int
+    vocab_size: int
+    max_length: int
+    block_size: int | None
+    block_origin: BlockOrigin
+    shift: bool
+    module: nn.Module
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the parameters."""
+
+    def hidden(self, tokens: Tensor, mask: Tensor, valid: Tensor, blocks: Tensor | None = None) -> Tensor:
+        """Final hidden states whose unembedding predicts each position.
+
+        Args:
+            tokens: (N, L) int64, rows padded on the right.
+            mask: (N, L) bool, True where the token is hidden (replaced by the mask token).
+            valid: (N, L) bool, False on padding; padding is never attended to.
+            blocks: (N, L) int64 block number of each position (see diffusion.layout), required by block-causal
+                families and None for full attention. The forward is then over [clean | noised]: a noised position of
+                block b sees clean blocks < b and noised block b; a clean position of block b sees clean blocks <= b.
+        Returns:
+            (N, L, D) in the dtype of the network; values on padding are meaningless.
+        """
+
+    def unembed(self, rows: Tensor) -> Tensor:
+        """Logits (M, V) of hidden states (M, D), in the dtype of the network."""
+
+    def prefill(self, tokens: Tensor, valid: Tensor, blocks: Tensor) -> Cache:
+        """Keys and values of clean (N, P) right-padded prompts under block-causal attention. Block families only."""
+
+    def extend(self, cache: Cache, tokens: Tensor, positions: Tensor, valid: Tensor, *, commit: bool) -> Tensor:
+        """Hidden states (N, W, D) of one window per row that sees the cache and the whole window. Block families only.
+
+        Args:
+            cache: what the rows have committed so far; every valid entry is visible to every window position.
+            tokens: (N, W) int64 with the mask token at hidden positions.
+            positions: (N, W) int64 absolute positions.
+            valid: (N, W) bool; invalid window positions are not attended to.
+            commit: append the window's keys and values to the cache (clean tokens) or leave the cache as it was.
+        """

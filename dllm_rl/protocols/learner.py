@@ -1,0 +1,64 @@
+"""The contract of learners."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor
+
+from dllm_rl.protocols.algorithm import Algorithm
+from dllm_rl.types import (
+    LikelihoodEstimate,
+    MaskSample,
+    Rewards,
+    RolloutBatch,
+    Share,
+    WeightsVersion,
+)
+
+
+class Learner(Protocol):
+    """Owns the trained weights."""
+
+    step: int
+
+    def score(self, batch: RolloutBatch, masks: MaskSample, *, reference: bool = False) -> LikelihoodEstimate:
+        """Likelihoods without gradient under the current weights, or the frozen reference."""
+
+    def update(
+        self,
+        batch: RolloutBatch,
+        rewards: Rewards,
+        advantage: Tensor,
+        masks: MaskSample,
+        algorithm: Algorithm,
+        *,
+        reference: LikelihoodEstimate | None,
+        share: Share | None = None,
+    ) -> Mapping[str, float]:
+        """Train on one batch; the old policy is the one that enters. Returns metrics.
+
+        A rank that holds some rows of a larger batch is told its share of it; None = the batch is whole.
+
+        A non-finite loss or gradient raises before the weights change, and dumps the batch.
+        """
+
+    def reference_digest(self) -> str:
+        """Digest of the frozen reference's weights."""
+
+    def drop_reference(self) -> None:
+        """Free the frozen reference; it is not scored with any more."""
+
+    def skip(self) -> Mapping[str, float]:
+        """Count a step without an update: the algorithm kept no row. Returns no metrics."""
+
+    def version(self) -> WeightsVersion:
+        """The current step and a digest of the trainable weights."""
+
+    def save(self, folder: Path) -> None:
+        """Write model weights (family layout, or adapter) and optimiser state into a folder."""
+
+    def load(self, folder: Path) -> None:
+        """Restore what save wrote, bit for bit."""

@@ -1,0 +1,17 @@
+"""The contract of reward functions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+
+class Reward(Protocol):
+    """A verifier; a plain function with this signature works too (compatible with TRL's reward functions).
+
+    Returns one value per completion; None = not applicable; a rewards.Verdict carries a status besides its value.
+    Raising, or running past the deadline, marks the row as failed: it is excluded from its group, never scored 0.
+    """
+
+    def __call__(self, prompts: list[Any], completions: list[str], **columns: list[Any]) -> Sequence[float | None]:
+        """Score completions; columns hold one list per dataset column, aligned with completions."""
