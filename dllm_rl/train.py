@@ -27,7 +27,7 @@ from dllm_rl.reports.progress import Progress, Quiet
 from dllm_rl.reports.provenance import provenance
 from dllm_rl.reports.run_folder import RunFolder
 from dllm_rl.reports.tracking import Trackers
-from dllm_rl.runtime.canary import run_canary
+from dllm_rl.reward_pool.self_test import run_canary
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

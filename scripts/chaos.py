@@ -38,7 +38,7 @@ from dllm_rl.driver.learner_group import LearnerGroup
 from dllm_rl.models.digest import digest
 from dllm_rl.reports.progress import Quiet
 from dllm_rl.reports.run_folder import comparable
-from dllm_rl.runtime.reward_pool import RewardPool
+from dllm_rl.reward_pool.pool import RewardPool
 from dllm_rl.train import train
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "tiny_sudoku_ray.yaml"

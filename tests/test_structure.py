@@ -119,7 +119,7 @@ def test_imports_point_down(path):
         ("algorithms/x.py", "from algorithms.trace_rl import TraceRL"),
         ("algorithms/x.py", "from dllm_rl.learner import checkpoint"),
         ("rollouts/x.py", "import algorithms"),
-        ("rewards/x.py", "from dllm_rl.runtime.judge import judge"),
+        ("rewards/x.py", "from dllm_rl.reward_pool.score import judge"),
     ],
 )
 def test_a_wrong_import_is_seen(tmp_path, monkeypatch, name, line):

@@ -8,7 +8,7 @@ from typing import Any
 from dllm_rl import registry
 from dllm_rl.config.plugins import build
 from dllm_rl.conformance.violation import require
-from dllm_rl.runtime.reward_pool import RewardPool, RewardSpec
+from dllm_rl.reward_pool.pool import RewardPool, RewardSpec
 from dllm_rl.types import Example, Rewards
 
 HOSTILE = (

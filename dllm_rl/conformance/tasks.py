@@ -10,8 +10,8 @@ from dllm_rl.config.plugins import build
 from dllm_rl.conformance.violation import require
 from dllm_rl.models.tokenizers import character_tokenizer
 from dllm_rl.protocols.task import Task
-from dllm_rl.runtime.canary import run_canary
-from dllm_rl.runtime.reward_pool import RewardPool, RewardSpec
+from dllm_rl.reward_pool.pool import RewardPool, RewardSpec
+from dllm_rl.reward_pool.self_test import run_canary
 from dllm_rl.types import Example
 
 CANARY = 32

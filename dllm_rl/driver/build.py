@@ -32,7 +32,7 @@ from dllm_rl.protocols.engine import RolloutEngine
 from dllm_rl.protocols.strategy import UnmaskingStrategy
 from dllm_rl.protocols.task import Task
 from dllm_rl.reports.progress import Progress
-from dllm_rl.runtime.reward_pool import RewardPool, RewardSpec
+from dllm_rl.reward_pool.pool import RewardPool, RewardSpec
 from dllm_rl.types import Example, Prompt, Sampling
 
 

@@ -16,7 +16,7 @@ from dllm_rl.data.collate import collate, completion_texts, supervised
 from dllm_rl.driver.build import Parts
 from dllm_rl.protocols.algorithm import Further
 from dllm_rl.reports.measure import rollout_metrics
-from dllm_rl.runtime.judge import judge
+from dllm_rl.reward_pool.score import judge
 from dllm_rl.types import Prompt, Rewards, RewardStatus, RolloutBatch, Trajectory
 
 

@@ -13,7 +13,7 @@ from dllm_rl.driver.build import assemble
 from dllm_rl.evaluation.evaluate import Evaluation, evaluate
 from dllm_rl.learner import checkpoint
 from dllm_rl.reports.progress import Progress
-from dllm_rl.runtime.canary import run_canary
+from dllm_rl.reward_pool.self_test import run_canary
 
 
 def evaluate_target(target: Path, overrides: Sequence[str], progress: Progress) -> list[Evaluation]:

@@ -10,8 +10,8 @@ from typing import Any
 from dllm_rl.data.collate import completion_texts
 from dllm_rl.evaluation.intervals import wilson
 from dllm_rl.protocols.engine import RolloutEngine
-from dllm_rl.runtime.judge import judge
-from dllm_rl.runtime.reward_pool import RewardPool
+from dllm_rl.reward_pool.pool import RewardPool
+from dllm_rl.reward_pool.score import judge
 from dllm_rl.types import Prompt, Sampling
 
 

@@ -10,7 +10,7 @@ import torch
 from dllm_rl.evaluation.evaluate import evaluate
 from dllm_rl.evaluation.intervals import wilson
 from dllm_rl.models.tokenizers import character_tokenizer
-from dllm_rl.runtime.reward_pool import RewardPool, RewardSpec
+from dllm_rl.reward_pool.pool import RewardPool, RewardSpec
 from dllm_rl.types import Prompt, Sampling, Trajectory, WeightsVersion
 
 TOKENIZER = character_tokenizer("0123456789")

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dllm_rl.data.sudoku import Sudoku4
-from dllm_rl.runtime.reward_pool import RewardPool, RewardSpec
+from dllm_rl.reward_pool.pool import RewardPool, RewardSpec
 
 SLACK_S = 0.5  # how far beyond its deadline a verifier may live
 
@@ -193,7 +193,7 @@ def test_workers_die_with_their_parent(naughty, tmp_path):
     program = f"""
 import sys
 sys.path.insert(0, {str(naughty)!r})
-from dllm_rl.runtime.reward_pool import RewardPool, RewardSpec
+from dllm_rl.reward_pool.pool import RewardPool, RewardSpec
 pool = RewardPool([RewardSpec(name="naughty:as_told", timeout_s=60)], num_workers=2)
 pool.score(["p"], ["fine"], {{}})
 print(*(w.process.pid for w in pool._workers), flush=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from dllm_rl.runtime.reward_pool import RewardPool
+from dllm_rl.reward_pool.pool import RewardPool
 from dllm_rl.types import Prompt, Rewards
 
 

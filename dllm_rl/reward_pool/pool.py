@@ -63,7 +63,7 @@ class _Worker:
                 sys.executable,
                 "-P",
                 "-m",
-                "dllm_rl.runtime.reward_worker",
+                "dllm_rl.reward_pool.worker",
                 *map(str, (child_in, child_out, os.getpid())),
             ],
             pass_fds=(child_in, child_out),

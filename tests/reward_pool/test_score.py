@@ -1,5 +1,5 @@
-from dllm_rl.runtime.judge import judge
-from dllm_rl.runtime.reward_pool import RewardPool, RewardSpec
+from dllm_rl.reward_pool.pool import RewardPool, RewardSpec
+from dllm_rl.reward_pool.score import judge
 from dllm_rl.types import Prompt
 
 

@@ -8,8 +8,8 @@ from dllm_rl.data.countdown import Countdown
 from dllm_rl.data.jsonl import JsonLines
 from dllm_rl.data.math_word import GSM8K
 from dllm_rl.data.sudoku import Sudoku4
-from dllm_rl.runtime.canary import run_canary
-from dllm_rl.runtime.reward_pool import RewardPool, RewardSpec
+from dllm_rl.reward_pool.pool import RewardPool, RewardSpec
+from dllm_rl.reward_pool.self_test import run_canary
 
 
 def gsm8k(tmp_path) -> GSM8K:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dllm_rl.protocols.task import Task
-from dllm_rl.runtime.reward_pool import RewardPool
+from dllm_rl.reward_pool.pool import RewardPool
 from dllm_rl.types import Example
 
 
