@@ -16,9 +16,9 @@ import yaml
 
 from dllm_rl import registry
 from dllm_rl.config.load import validate
-from dllm_rl.data.sudoku import Sudoku4
 from dllm_rl.learner.torch_learner import NonFiniteError
 from dllm_rl.reports.run_folder import comparable
+from dllm_rl.tasks.sudoku import Sudoku4
 from dllm_rl.train import train
 
 LORA = {"rank": 4, "alpha": 8.0, "dropout": 0.1}

@@ -20,7 +20,7 @@ from rich.console import Console
 from transformers import AutoTokenizer
 
 from dllm_rl.cli.progress import RichProgress
-from dllm_rl.data.rows import field, read_rows
+from dllm_rl.tasks.rows import field, read_rows
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -17,7 +17,7 @@ from typing import Any
 
 from dllm_rl import registry
 from dllm_rl.config.load import validate
-from dllm_rl.data.sudoku import Sudoku4
+from dllm_rl.tasks.sudoku import Sudoku4
 from dllm_rl.train import train
 from rollouts.strategies.low_confidence import LowConfidence
 

@@ -21,9 +21,9 @@ from dllm_rl.cli.main import main
 from dllm_rl.conformance.rewards import reads_files
 from dllm_rl.conformance.suite import CHECKS, SUBJECTS, check_plugin
 from dllm_rl.conformance.violation import Violation
-from dllm_rl.data.sudoku import Sudoku4
 from dllm_rl.protocols.strategy import UnmaskingStrategy
 from dllm_rl.seeding import generator_for
+from dllm_rl.tasks.sudoku import Sudoku4
 from dllm_rl.types import GIVEN, Loss, MaskSample
 from rollouts.native import NativeEngine
 

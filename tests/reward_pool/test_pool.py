@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dllm_rl.data.sudoku import Sudoku4
 from dllm_rl.reward_pool.pool import RewardPool, RewardSpec
+from dllm_rl.tasks.sudoku import Sudoku4
 
 SLACK_S = 0.5  # how far beyond its deadline a verifier may live
 

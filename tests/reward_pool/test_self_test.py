@@ -4,12 +4,12 @@ import json
 
 import pytest
 
-from dllm_rl.data.countdown import Countdown
-from dllm_rl.data.jsonl import JsonLines
-from dllm_rl.data.math_word import GSM8K
-from dllm_rl.data.sudoku import Sudoku4
 from dllm_rl.reward_pool.pool import RewardPool, RewardSpec
 from dllm_rl.reward_pool.self_test import run_canary
+from dllm_rl.tasks.countdown import Countdown
+from dllm_rl.tasks.jsonl import JsonLines
+from dllm_rl.tasks.math_word import GSM8K
+from dllm_rl.tasks.sudoku import Sudoku4
 
 
 def gsm8k(tmp_path) -> GSM8K:

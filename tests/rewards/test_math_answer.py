@@ -98,7 +98,7 @@ def test_last_boxed(text, content):
 
 def test_the_tasks_scanner_agrees_with_the_rewards():
     """data may not import rewards, so each has its own; the same text must not have two answers."""
-    from dllm_rl.data.math_word import _last_boxed
+    from dllm_rl.tasks.math_word import _last_boxed
 
     for text in ("\\boxed{\\frac{1}{2}}", "\\boxed{1} \\boxed{\\{2\\}}", "\\boxed{1} \\boxed{2", "none", "\\boxed {x}"):
         assert last_boxed(text) == _last_boxed(text)

@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from dllm_rl.data.rows import field, read_rows
+from dllm_rl.tasks.rows import field, read_rows
 
 ROWS = [{"a": "x"}, {"a": "line\u2028separator"}, {"a": "z"}]
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS).encode()

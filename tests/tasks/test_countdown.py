@@ -4,7 +4,7 @@ from fractions import Fraction
 
 import pytest
 
-from dllm_rl.data.countdown import Countdown
+from dllm_rl.tasks.countdown import Countdown
 
 
 def task(**options) -> Countdown:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from dllm_rl.data.math_word import GSM8K, MATH
+from dllm_rl.tasks.math_word import GSM8K, MATH
 
 GSM8K_ROWS = [
     {

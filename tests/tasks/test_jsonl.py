@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from dllm_rl.data.jsonl import JsonLines
+from dllm_rl.tasks.jsonl import JsonLines
 
 ASK = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2+2?"}]
 SAY = [{"role": "assistant", "content": "4"}]

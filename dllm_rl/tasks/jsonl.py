@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from dllm_rl.data.rows import read_rows
 from dllm_rl.protocols.task import Task
+from dllm_rl.tasks.rows import read_rows
 from dllm_rl.types import Example
 
 _RESERVED = ("prompts", "completions", "completion_tokens")  # what reward functions receive besides columns

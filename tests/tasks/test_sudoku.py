@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from dllm_rl.data.sudoku import Sudoku4, all_grids
+from dllm_rl.tasks.sudoku import Sudoku4, all_grids
 
 
 def solutions(puzzle: str) -> list[str]:

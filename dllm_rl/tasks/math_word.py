@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from dllm_rl.data.rows import field, hub_rows, read_rows
 from dllm_rl.protocols.task import Task
+from dllm_rl.tasks.rows import field, hub_rows, read_rows
 from dllm_rl.types import Example
 
 INSTRUCTION = "Reason step by step, and put the final answer in \\boxed{}."

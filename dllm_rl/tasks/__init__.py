@@ -1,0 +1,1 @@
+"""Tasks: examples with a verifier, one file each."""
