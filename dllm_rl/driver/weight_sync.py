@@ -18,10 +18,10 @@ from typing import Any
 from dllm_rl.cluster.group import Group, Lost, gather
 from dllm_rl.driver.engine_pool import EnginePool
 from dllm_rl.driver.learner_group import LearnerGroup
-from dllm_rl.members.outbox import Transport
 from dllm_rl.models.digest import joined
-from dllm_rl.runtime.weights import Entry, Layout, PushError, PushTimeout, buckets, compare, size_of
 from dllm_rl.types import WeightsVersion
+from dllm_rl.weight_transfer.receiver import Entry, Layout, PushError, PushTimeout, buckets, compare, size_of
+from dllm_rl.weight_transfer.sender import Transport
 
 _Call = tuple[Group, int, str, tuple[Any, ...], Mapping[str, Any]]
 _GRACE_S = 10.0

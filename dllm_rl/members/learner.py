@@ -16,14 +16,14 @@ from dllm_rl.config.schema import Config
 from dllm_rl.diffusion.layout import block_rule
 from dllm_rl.learner.policy_learner import PolicyLearner
 from dllm_rl.learner.torch_learner import TorchLearner
-from dllm_rl.members.outbox import Outbox, Outgoing, Transport
 from dllm_rl.models.denoiser import TransformersDenoiser
 from dllm_rl.models.lora import merged_updates
 from dllm_rl.protocols.algorithm import Algorithm
 from dllm_rl.protocols.learner import Learner
 from dllm_rl.protocols.strategy import UnmaskingStrategy
-from dllm_rl.runtime.weights import Entry
 from dllm_rl.types import LikelihoodEstimate, MaskSample, RolloutBatch, Sampling, WeightsVersion
+from dllm_rl.weight_transfer.receiver import Entry
+from dllm_rl.weight_transfer.sender import Outbox, Outgoing, Transport
 
 
 class LearnerRank(Learner, Protocol):

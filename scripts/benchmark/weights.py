@@ -30,9 +30,9 @@ from dllm_rl.cluster.ray_group import RayGroup
 from dllm_rl.driver.engine_pool import EnginePool
 from dllm_rl.driver.learner_group import LearnerGroup
 from dllm_rl.driver.weight_sync import Pump
-from dllm_rl.members.outbox import Outbox, Outgoing, received
-from dllm_rl.runtime.collective import Broadcast
-from dllm_rl.runtime.weights import Inbox, size_of
+from dllm_rl.weight_transfer.broadcast import Broadcast
+from dllm_rl.weight_transfer.receiver import Inbox, size_of
+from dllm_rl.weight_transfer.sender import Outbox, Outgoing, received
 
 ROWS = 1 << 10
 

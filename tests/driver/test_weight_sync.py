@@ -23,7 +23,8 @@ from dllm_rl.members.engine import EngineMember
 from dllm_rl.members.learner import LearnerMember
 from dllm_rl.models.digest import digest
 from dllm_rl.models.lora import add_lora
-from dllm_rl.runtime.weights import (
+from dllm_rl.types import Prompt, Sampling
+from dllm_rl.weight_transfer.receiver import (
     DigestMismatch,
     DroppedBucket,
     Entry,
@@ -33,7 +34,6 @@ from dllm_rl.runtime.weights import (
     UnknownWeight,
     size_of,
 )
-from dllm_rl.types import Prompt, Sampling
 
 PROMPT = Prompt(uid="p", token_ids=(5, 6), text="", answer="", task="")
 ENV = {"OMP_NUM_THREADS": "1"}

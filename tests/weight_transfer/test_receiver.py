@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dllm_rl.models.digest import tensor_digests
-from dllm_rl.runtime.weights import (
+from dllm_rl.weight_transfer.receiver import (
     DigestMismatch,
     DroppedBucket,
     Entry,

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from dllm_rl.models.digest import tensor_digests
-from dllm_rl.runtime.collective import Broadcast, Store
-from dllm_rl.runtime.weights import Entry, fill, size_of
+from dllm_rl.weight_transfer.broadcast import Broadcast, Store
+from dllm_rl.weight_transfer.receiver import Entry, fill, size_of
 
 Transport = Literal["collective", "object_store", "cuda_ipc"]
 Gathering = Callable[..., AbstractContextManager[None]]
