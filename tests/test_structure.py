@@ -37,7 +37,7 @@ LAYERS: list[list[str]] = [
         "dllm_rl.weight_transfer",
         "dllm_rl.runtime",
     ],
-    ["dllm_rl.evaluation", "dllm_rl.workers", "dllm_rl.members"],
+    ["dllm_rl.evaluation", "dllm_rl.workers"],
     ["dllm_rl.driver", "dllm_rl.driver.build", "dllm_rl.learner.diagnostics"],
     ["dllm_rl.driver.collect"],
     ["dllm_rl.driver.prefetch", "dllm_rl.driver.reference_cache"],

@@ -24,7 +24,6 @@ from dllm_rl.driver.launch import Orders, local_crew, ray_crew
 from dllm_rl.driver.learner_group import LearnerGroup
 from dllm_rl.driver.weight_sync import Handover
 from dllm_rl.errors import need
-from dllm_rl.members.engine import EVALUATE, TRAIN
 from dllm_rl.models.denoiser import TransformersDenoiser
 from dllm_rl.models.from_config import model_path
 from dllm_rl.protocols.algorithm import Algorithm, Plan
@@ -34,6 +33,7 @@ from dllm_rl.protocols.task import Task
 from dllm_rl.reports.progress import Progress
 from dllm_rl.reward_pool.pool import RewardPool, RewardSpec
 from dllm_rl.types import Example, Prompt, Sampling
+from dllm_rl.workers.engine_worker import EVALUATE, TRAIN
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,9 +14,9 @@ from typing import Any
 
 from dllm_rl.cluster.group import Group, Lost
 from dllm_rl.cluster.watchdog import HEARTBEAT_S, Watch
-from dllm_rl.members.engine import NOTHING, Role
-from dllm_rl.runtime.parcel import Parcel, pack, unpack
 from dllm_rl.types import Prompt, Sampling, Trajectory, WeightsVersion
+from dllm_rl.workers.engine_worker import NOTHING, Role
+from dllm_rl.workers.packing import Parcel, pack, unpack
 
 _DEPTH = 2  # calls that an engine holds: the next one is there when it has finished one
 

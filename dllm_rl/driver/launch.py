@@ -20,8 +20,6 @@ from dllm_rl.driver.engine_pool import EnginePool
 from dllm_rl.driver.learner_group import LearnerGroup
 from dllm_rl.driver.weight_sync import Handover, Pump, SharedWeights
 from dllm_rl.errors import need
-from dllm_rl.members.engine import EVALUATE, TRAIN, EngineMember
-from dllm_rl.members.learner import LearnerMember, make_learner
 from dllm_rl.models.denoiser import TransformersDenoiser
 from dllm_rl.models.from_config import load_model
 from dllm_rl.models.tokenizers import vocabulary_digest
@@ -29,6 +27,8 @@ from dllm_rl.protocols.algorithm import Algorithm
 from dllm_rl.protocols.strategy import UnmaskingStrategy
 from dllm_rl.types import Sampling
 from dllm_rl.weight_transfer.sender import Transport
+from dllm_rl.workers.engine_worker import EVALUATE, TRAIN, EngineMember
+from dllm_rl.workers.learner_worker import LearnerMember, make_learner
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -34,9 +34,9 @@ from dllm_rl.driver.prefetch import Ahead
 from dllm_rl.driver.reference_cache import References
 from dllm_rl.driver.step import one_step
 from dllm_rl.reports.progress import Quiet
-from dllm_rl.runtime.parcel import pack
 from dllm_rl.seeding import generator_for
 from dllm_rl.types import GIVEN, Trajectory, WeightsVersion
+from dllm_rl.workers.packing import pack
 
 ROOT = Path(__file__).resolve().parents[2]
 Interval = tuple[float, float]

@@ -19,8 +19,6 @@ from dllm_rl.conformance import cases
 from dllm_rl.driver.engine_pool import EnginePool
 from dllm_rl.driver.learner_group import LearnerGroup
 from dllm_rl.driver.weight_sync import Pump
-from dllm_rl.members.engine import EngineMember
-from dllm_rl.members.learner import LearnerMember
 from dllm_rl.models.digest import digest
 from dllm_rl.models.lora import add_lora
 from dllm_rl.types import Prompt, Sampling
@@ -34,6 +32,8 @@ from dllm_rl.weight_transfer.receiver import (
     UnknownWeight,
     size_of,
 )
+from dllm_rl.workers.engine_worker import EngineMember
+from dllm_rl.workers.learner_worker import LearnerMember
 
 PROMPT = Prompt(uid="p", token_ids=(5, 6), text="", answer="", task="")
 ENV = {"OMP_NUM_THREADS": "1"}

@@ -18,12 +18,12 @@ from dllm_rl.diffusion.layout import block_index
 from dllm_rl.models.denoiser import TransformersDenoiser
 from dllm_rl.protocols.engine import RolloutEngine
 from dllm_rl.protocols.strategy import UnmaskingStrategy
-from dllm_rl.runtime.parcel import Parcel, pack, unpack
-from dllm_rl.runtime.sleep import Sleeper
 from dllm_rl.types import Prompt, Sampling, Trajectory, WeightsVersion
 from dllm_rl.weight_transfer.broadcast import Broadcast
 from dllm_rl.weight_transfer.receiver import Entry, Inbox, Layout, size_of
 from dllm_rl.weight_transfer.sender import received
+from dllm_rl.workers.offload import Sleeper
+from dllm_rl.workers.packing import Parcel, pack, unpack
 
 TRAIN, EVALUATE = "train", "evaluate"
 Role = str | Mapping[str, Any]  # or an expert's strategy: its name and options

@@ -1,1 +1,0 @@
-"""Where the parts run: reward workers, placement."""
