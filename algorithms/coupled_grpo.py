@@ -1,7 +1,7 @@
 """Coupled-GRPO: GRPO whose likelihood comes from complementary masks.
 
     M ~ Bernoulli(t) per completion token,  t ~ U[t_min, t_max]
-    l_i(theta) = 1/2 ( 1[i in M]/t + 1[i not in M]/(1-t) ) log p_theta(x_i | x with its own half hidden)
+    l_i(theta) = 1/2 ( 1[i in M]/t + 1[i not in M]/(1-t) ) log p_theta(x_i | x with its own half masked)
                  averaged over pairs, and with the fully masked view if ``full_view``
     J = mean_i [ min(r_i A, clip(r_i, 1-eps, 1+eps) A) - beta k3(l_i, l_ref_i) ],   r_i = exp(l_i - l_old_i)
     A = R - mean of the other rows of its group
@@ -35,7 +35,7 @@ class CoupledGRPO(Algorithm):
         pairs: int = 1  # independent complementary pairs, each weighs 1/pairs
         t_min: float = 0.2  # masking rates are drawn from U[t_min, t_max]
         t_max: float = 0.8
-        full_view: bool = False  # add a copy with the whole completion hidden; each copy weighs the same
+        full_view: bool = False  # add a copy with the whole completion masked; each copy weighs the same
         paper_exact: bool = False  # the released estimator: one pair and the full view, weighted 3/2 in all
         epsilon: float = 0.5  # clip half-width of the ratio, dimensionless
         beta: float = 0.01  # weight of KL(new || reference), nats per token
@@ -74,7 +74,7 @@ class CoupledGRPO(Algorithm):
         )
         if c.paper_exact:
             sample = dataclasses.replace(sample, weight=1.5 * sample.weight)
-        return sample.hiding(batch.tail)
+        return sample.also_masking(batch.tail)
 
     def loss(self, new: LikelihoodEstimate, experience: Experience) -> Loss:
         """-J and the mean KL."""

@@ -1,6 +1,6 @@
 """diffu-GRPO: GRPO with a one-step mean-field likelihood.
 
-    phi_i(theta) = log p_theta(x_i | prompt with 15% of its tokens hidden, completion fully hidden)
+    phi_i(theta) = log p_theta(x_i | prompt with 15% of its tokens masked, completion fully masked)
     J = mean_i [ min(r_i A, clip(r_i, 1-eps, 1+eps) A) - beta k3(phi_i, phi_ref_i) ],   r_i = exp(phi_i - phi_old_i)
     A = R - mean_group(R)
 
@@ -29,7 +29,7 @@ class DiffuGRPO(Algorithm):
     class Config:
         """Options."""
 
-        prompt_mask_rate: float = 0.15  # share of prompt tokens hidden in the scored view
+        prompt_mask_rate: float = 0.15  # share of prompt tokens masked in the scored view
         epsilon: float = 0.5  # clip half-width of the ratio, dimensionless
         beta: float = 0.04  # weight of KL(new || reference), nats per token
         reduction: surrogate.Reduction = "token_mean"
@@ -52,12 +52,12 @@ class DiffuGRPO(Algorithm):
         return advantage.group_mean(rewards.total, batch.group, rewards.included)
 
     def masks(self, batch: RolloutBatch, generator: torch.Generator) -> MaskSample:
-        """One view: the completion hidden, and some of the prompt."""
+        """One view: the completion masked, and some of the prompt."""
         prompt = batch.valid & ~batch.completion & ~batch.tail
         prompt[:, 0] = False  # families that predict the next position cannot hide the first one
         rate = self.config.prompt_mask_rate
         sample = masking.fully_masked(batch.completion, prompt=prompt, prompt_mask_rate=rate, generator=generator)
-        return sample.hiding(batch.tail)
+        return sample.also_masking(batch.tail)
 
     def loss(self, new: LikelihoodEstimate, experience: Experience) -> Loss:
         """-J and the mean KL."""

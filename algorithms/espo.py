@@ -1,8 +1,8 @@
 """ESPO: GRPO on whole sequences, whose likelihood is an ELBO from complementary counts.
 
     n ~ U{0..C},  M a uniform n-subset of the C completion tokens
-    B(theta) = mean over pairs of 1/2 [ (C+1)/n sum_{i in M} log p(x_i | M hidden)
-                                      + (C+1)/(C-n) sum_{i not in M} log p(x_i | the others hidden) ]
+    B(theta) = mean over pairs of 1/2 [ (C+1)/n sum_{i in M} log p(x_i | M masked)
+                                      + (C+1)/(C-n) sum_{i not in M} log p(x_i | the others masked) ]
     J = mean_rows [ min(r A, clip(r, 1-eps, 1+eps) A) - beta (B - B_ref)^2 / 2 / C ],   r = exp((B - B_old) / C)
     A = R - mean of the other rows of its group
 
@@ -56,7 +56,7 @@ class ESPO(Algorithm):
     def masks(self, batch: RolloutBatch, generator: torch.Generator) -> MaskSample:
         """Each token is scored once per pair, in the view that hides it."""
         sample = masking.complementary_count(batch.completion, pairs=self.config.pairs, generator=generator)
-        return sample.hiding(batch.tail)
+        return sample.also_masking(batch.tail)
 
     def loss(self, new: LikelihoodEstimate, experience: Experience) -> Loss:
         """-J and the mean KL."""

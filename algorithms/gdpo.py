@@ -1,6 +1,6 @@
 """GDPO: GRPO on whole sequences, whose ELBO integrates the masking rate by quadrature.
 
-    B(theta) = sum_q w_q C/n_q sum_{i in M_q} log p(x_i | M_q hidden),   n_q = round(t_q C),  (t_q, w_q) Gauss-Legendre
+    B(theta) = sum_q w_q C/n_q sum_{i in M_q} log p(x_i | M_q masked),   n_q = round(t_q C),  (t_q, w_q) Gauss-Legendre
     J = mean_rows [ 1/C min(r A, clip(r, 1-eps, 1+eps) A) - beta D(B, B_ref) / C ],   r = exp(B - B_old)
     A = R - mean_group(R)
 
@@ -60,7 +60,7 @@ class GDPO(Algorithm):
         sample = masking.quadrature(
             batch.completion, nodes=c.nodes, draws=c.draws, floor=c.paper_exact, generator=generator
         )
-        return sample.hiding(batch.tail)
+        return sample.also_masking(batch.tail)
 
     def loss(self, new: LikelihoodEstimate, experience: Experience) -> Loss:
         """-J and the mean KL."""

@@ -2,7 +2,7 @@
 
     hint      the trace, cut into chunks; a random share eta of them is injected, spread over the canvas
     replace   up to half of such a group by hinted rollouts that turned out right;  A = R - mean_group(R)
-    phi_i     log p_theta(x_i | completion fully hidden),   r = exp( mean_i [phi_i - phi_old_i] ) for all of a row
+    phi_i     log p_theta(x_i | completion fully masked),   r = exp( mean_i [phi_i - phi_old_i] ) for all of a row
     J = 1/T sum_{i in F} [ min(r A, clip(r, 1-eps, 1+eps) A) - beta k3(phi_i, phi_ref_i) ]
     F         generated tokens, and of a row's hint tokens the share tau that the old policy was least sure of
 
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from dllm_rl.config import ranges
 from dllm_rl.diffusion import advantage, hints, masking, surrogate
-from dllm_rl.protocols.algorithm import Algorithm, Further, Plan
+from dllm_rl.protocols.algorithm import Algorithm, ExtraRollout, Plan
 from dllm_rl.types import Experience, LikelihoodEstimate, Loss, MaskSample, Prompt, Rewards, RolloutBatch
 
 
@@ -76,7 +76,7 @@ class IGPO(Algorithm):
                 f"{plan.sampling.max_new_tokens}, or there is no room for hints"
             )
 
-    def further(
+    def extra_rollouts(
         self,
         prompts: Sequence[Prompt],
         rewards: Rewards,
@@ -84,7 +84,7 @@ class IGPO(Algorithm):
         *,
         canvas: int,
         generator: torch.Generator,
-    ) -> Sequence[Further]:
+    ) -> Sequence[ExtraRollout]:
         """As many hints as samples, for every group without a solved row; from short to long."""
         c, wanted = self.config, []
         wrong = ~advantage.any_of_group(rewards.solved, batch.group) & advantage.any_of_group(
@@ -106,15 +106,15 @@ class IGPO(Algorithm):
                     generator=generator,
                 )
                 hinted = replace(prompt, uid=f"{prompt.uid}#hint{number}", injected=given)
-                wanted.append(Further(group=group, prompt=hinted))
+                wanted.append(ExtraRollout(group=group, prompt=hinted))
         return wanted
 
-    def mix(self, further: Tensor, rewards: Rewards, batch: RolloutBatch, generator: torch.Generator) -> Tensor:
+    def select_rows(self, extra: Tensor, rewards: Rewards, batch: RolloutBatch, generator: torch.Generator) -> Tensor:
         """Right hinted rows take the places of the first rows of their group, at most a share of it."""
         rows: list[int] = []
         for group in batch.group.unique().tolist():
-            own = (~further & (batch.group == group)).nonzero().flatten()
-            right = (further & rewards.solved & (batch.group == group)).nonzero().flatten()
+            own = (~extra & (batch.group == group)).nonzero().flatten()
+            right = (extra & rewards.solved & (batch.group == group)).nonzero().flatten()
             right = right[torch.randperm(len(right), generator=generator)][: int(len(own) * self.config.replaced)]
             rows += [*own[len(right) :].tolist(), *right.tolist()]
         return torch.tensor(rows)
@@ -124,8 +124,8 @@ class IGPO(Algorithm):
         return advantage.group_mean(rewards.total, batch.group, rewards.included)
 
     def masks(self, batch: RolloutBatch, generator: torch.Generator) -> MaskSample:
-        """One view: the whole completion hidden, hints too."""
-        return masking.fully_masked(batch.completion).hiding(batch.tail)
+        """One view: the whole completion masked, hints too."""
+        return masking.fully_masked(batch.completion).also_masking(batch.tail)
 
     def loss(self, new: LikelihoodEstimate, experience: Experience) -> Loss:
         """-J and the mean KL."""

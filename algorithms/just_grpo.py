@@ -1,6 +1,6 @@
 """JustGRPO: GRPO with exact left-to-right likelihoods; parallel decoding is left to test time.
 
-    l_i(theta) = log p_theta(x_i | x with i and everything after it hidden)
+    l_i(theta) = log p_theta(x_i | x with i and everything after it masked)
     J = mean_i [ min(r_i A, clip(r_i, 1-eps, 1+eps) A) ],   r_i = exp(l_i - l_old_i)
     A = (R - mean_group(R)) / std_group(R)
 
@@ -59,8 +59,8 @@ class JustGRPO(Algorithm):
 
     def masks(self, batch: RolloutBatch, generator: torch.Generator) -> MaskSample:
         """One draw per token; for block-causal models one draw holds a token of every block."""
-        sample = masking.left_to_right(batch.generated | batch.tail, batch.generated, blocks=batch.blocks)
-        return sample.hiding(batch.tail)
+        sample = masking.left_to_right(batch.generated | batch.tail, batch.generated, block_ids=batch.block_ids)
+        return sample.also_masking(batch.tail)
 
     def loss(self, new: LikelihoodEstimate, experience: Experience) -> Loss:
         """-J."""

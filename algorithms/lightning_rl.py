@@ -8,7 +8,7 @@
 Source: LightningRL, arXiv:2603.13319.
 Deviation: the released code takes "reward >= 0" for "solved", so that fast wrong rows are imitated; here the verifier's
 flag travels with the row. The anchor is divided by all scored tokens, not by those of solved rows, so that it does not
-depend on sharding. ``paper_exact: true`` has the released likelihood (every block fully hidden, one forward) and its
+depend on sharding. ``paper_exact: true`` has the released likelihood (every block fully masked, one forward) and its
 second normalisation of A over the batch.
 """
 
@@ -74,8 +74,8 @@ class LightningRL(Algorithm):
     def masks(self, batch: RolloutBatch, generator: torch.Generator) -> MaskSample:
         """The states that the sampler visited."""
         if self.config.paper_exact:
-            return masking.fully_masked(batch.completion).hiding(batch.tail)
-        return masking.along_trajectory(batch.unmask_step, batch.generated, blocks=batch.blocks)
+            return masking.fully_masked(batch.completion).also_masking(batch.tail)
+        return masking.along_trajectory(batch.unmask_step, batch.generated, block_ids=batch.block_ids)
 
     def loss(self, new: LikelihoodEstimate, experience: Experience) -> Loss:
         """-J with its parts."""

@@ -1,7 +1,7 @@
 """Masked supervised fine-tuning: the any-order ELBO of reference completions as a loss.
 
     n ~ U{1..C},  M a uniform n-subset of the C completion tokens
-    loss = - 1/N sum_rows 1/C * (C/n) sum_{i in M} log p_theta(x_i | x with M hidden)
+    loss = - 1/N sum_rows 1/C * (C/n) sum_{i in M} log p_theta(x_i | x with M masked)
 
 Source: Nie et al. 2025 (LLaDA), arXiv:2502.09992, Eq. 5 and Algorithm 2 (SFT).
 Deviation: the default hides a fixed count n instead of Bernoulli(t): the same expectation, without the 1/t tail of the

@@ -1,12 +1,12 @@
 """TraceRL: GRPO whose likelihood replays the decoding trajectory.
 
-    s(i) = the forward that committed token i,   H_s = positions still hidden before forward s
-    l_i(theta) = log p_theta(x_i | x with H_{s(i)} hidden)          exact for the token choices, given the order
+    s(i) = the forward that committed token i,   H_s = positions still masked before forward s
+    l_i(theta) = log p_theta(x_i | x with H_{s(i)} masked)          exact for the token choices, given the order
     J = mean_i [ min(r_i A, clip(r_i, 1-eps, 1+eps) A) - beta k3(l_i, l_old_i) ],   r_i = exp(l_i - l_old_i)
     A = (R - mean_group(R)) / std_group(R)
 
 With ``shrink: s``, s consecutive steps (of the row, or of each block) are scored in the state before the first of them:
-1/s of the forwards, with more hidden than the sampler saw.
+1/s of the forwards, with more masked than the sampler saw.
 
 With ``value: true`` a value model V reads the same states, and A is token-wise: generalised advantage estimation over
 the (merged) steps, with R on the tokens of the last one (diffusion/values.py). Nothing is compared within the group.
@@ -71,7 +71,7 @@ class TraceRL(Algorithm):
     def credit(self, rewards: Rewards, batch: RolloutBatch, value: Tensor) -> tuple[Tensor, Tensor]:
         """Generalised advantage estimation along the trajectory."""
         c, scored = self.config, batch.generated
-        step = masking.merged_steps(batch.unmask_step, scored, blocks=batch.blocks, merge=c.shrink)
+        step = masking.merged_steps(batch.unmask_step, scored, block_ids=batch.block_ids, merge=c.shrink)
         return values.advantages_and_returns(
             rewards.total, value, step, scored, discount=c.discount, smoothing=c.smoothing
         )
@@ -84,7 +84,7 @@ class TraceRL(Algorithm):
     def masks(self, batch: RolloutBatch, generator: torch.Generator) -> MaskSample:
         """One draw per decoding step; for block-causal models one draw holds a step of every block."""
         return masking.along_trajectory(
-            batch.unmask_step, batch.generated, blocks=batch.blocks, merge=self.config.shrink
+            batch.unmask_step, batch.generated, block_ids=batch.block_ids, merge=self.config.shrink
         )
 
     def loss(self, new: LikelihoodEstimate, experience: Experience) -> Loss:

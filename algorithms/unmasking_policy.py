@@ -24,7 +24,7 @@ from torch import Tensor
 
 from dllm_rl.config import ranges
 from dllm_rl.diffusion import advantage, masking, surrogate
-from dllm_rl.protocols.algorithm import Algorithm, Further, Plan
+from dllm_rl.protocols.algorithm import Algorithm, ExtraRollout, Plan
 from dllm_rl.types import Experience, LikelihoodEstimate, Loss, MaskSample, Prompt, Rewards, RolloutBatch
 
 
@@ -81,7 +81,7 @@ class UnmaskingPolicy(Algorithm):
                 f"policy could have done what the expert does"
             )
 
-    def further(
+    def extra_rollouts(
         self,
         prompts: Sequence[Prompt],
         rewards: Rewards,
@@ -89,10 +89,10 @@ class UnmaskingPolicy(Algorithm):
         *,
         canvas: int,
         generator: torch.Generator,
-    ) -> Sequence[Further]:
+    ) -> Sequence[ExtraRollout]:
         """One row per expert for every group."""
         return [
-            Further(
+            ExtraRollout(
                 group=group,
                 prompt=prompt,
                 strategy={"name": "confidence_threshold", "threshold": threshold},
@@ -102,7 +102,7 @@ class UnmaskingPolicy(Algorithm):
             for threshold in self.config.experts or []
         ]
 
-    def mix(self, further: Tensor, rewards: Rewards, batch: RolloutBatch, generator: torch.Generator) -> Tensor:
+    def select_rows(self, extra: Tensor, rewards: Rewards, batch: RolloutBatch, generator: torch.Generator) -> Tensor:
         """All of them."""
         return torch.arange(len(batch))
 

@@ -1,6 +1,6 @@
 """VRPO: DPO whose likelihoods are ELBOs, with the noise of the preference score kept down.
 
-    B(theta) = 1/n sum_{k=1..n} C/n_k sum_{i in M_k} log p_theta(x_i | M_k hidden),   counts n_k stratified over 1..C
+    B(theta) = 1/n sum_{k=1..n} C/n_k sum_{i in M_k} log p_theta(x_i | M_k masked),   counts n_k stratified over 1..C
     s = beta [ (B(chosen) - B_ref(chosen)) - (B(rejected) - B_ref(rejected)) ]
     loss = mean_pairs [ - log sigmoid(s) - nu B(chosen) / C ]
 

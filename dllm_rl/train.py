@@ -8,16 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dllm_rl import seeding
-from dllm_rl.cluster.group import Lost
-from dllm_rl.cluster.usage import Meters
+from dllm_rl.cluster.group import WorkerLost
+from dllm_rl.cluster.usage import UsageMeter
 from dllm_rl.config.load import dump
 from dllm_rl.config.schema import Config
 from dllm_rl.diffusion.staleness import oldest_weights
-from dllm_rl.driver.build import Parts, assemble
+from dllm_rl.driver.build import Run, build_run
 from dllm_rl.driver.collect import Collected
-from dllm_rl.driver.prefetch import Ahead
-from dllm_rl.driver.recovery import State, go_back, starting_point
-from dllm_rl.driver.reference_cache import References
+from dllm_rl.driver.prefetch import RolloutPrefetcher
+from dllm_rl.driver.recovery import State, recover, starting_point
+from dllm_rl.driver.reference_cache import ReferenceCache
 from dllm_rl.driver.step import one_step
 from dllm_rl.evaluation.evaluate import Evaluation, evaluate
 from dllm_rl.learner import checkpoint
@@ -27,7 +27,7 @@ from dllm_rl.reports.progress import Progress, Quiet
 from dllm_rl.reports.provenance import provenance
 from dllm_rl.reports.run_folder import RunFolder
 from dllm_rl.reports.tracking import Trackers
-from dllm_rl.reward_pool.self_test import run_canary
+from dllm_rl.reward_pool.self_test import run_self_test
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,9 +71,9 @@ def train(
         PushError: weights did not reach an engine as they were sent.
         RuntimeError: more engines or learners were lost than cluster.max_restarts.
     """
-    show, seed, total_steps = progress or Quiet(), config.run.seed, config.run.steps
+    progress, seed, total_steps = progress or Quiet(), config.run.seed, config.run.steps
     folder = Path(config.run.output) / config.run.name
-    found = starting_point(config, folder, resume, from_checkpoint, show)
+    found = starting_point(config, folder, resume, from_checkpoint, progress)
     clock = Clock()
     with ExitStack() as stack:
         trackers = Trackers(
@@ -82,80 +82,80 @@ def train(
             run=config.run.name,
             folder=folder,
             settings=config.model_dump(),
-            say=show.say,
+            log=progress.log,
         )
-        run = RunFolder(folder, stack.enter_context(trackers).log)
+        records = RunFolder(folder, stack.enter_context(trackers).log)
         with clock("setup_s"):
-            parts = stack.enter_context(assemble(config, folder, show))
-            learner, pool = parts.learner, parts.pool
+            run = stack.enter_context(build_run(config, folder, progress))
+            learner, pool = run.learner, run.reward_pool
             if pool is not None:
                 stack.enter_context(pool)
-                run_canary(pool, parts.task, parts.task.examples("train")[: config.reward_pool.canary])
-            ahead = stack.enter_context(Ahead(parts, config))
-            state = State(parts, ahead)
+                run_self_test(pool, run.task, run.task.examples("train")[: config.reward_pool.self_test])
+            prefetcher = stack.enter_context(RolloutPrefetcher(run, config))
+            state = State(run, prefetcher)
             if found is not None:
                 state.load(found)
-            parts.weights.verify()
-            run.rewind(-1 if found is None else learner.step)
-            run.write_config(dump(config.model_copy(update={"provenance": provenance()})))
-            references = References(parts, config, folder)
-            references.prepare(learner.step, total_steps, show)
+            run.weights.verify()
+            records.rewind(-1 if found is None else learner.step)
+            records.write_config(dump(config.model_copy(update={"provenance": provenance()})))
+            references = ReferenceCache(run, config, folder)
+            references.prepare(learner.step, total_steps, progress)
         before: Sequence[Evaluation] = ()
         after: Sequence[Evaluation] = ()
         if config.evaluate.at_start and found is None:
-            before = _hold_out(parts, ahead, run, clock, seed, show)
-        advance = stack.enter_context(show.track("training", total_steps))
+            before = _hold_out(run, prefetcher, records, clock, seed, progress)
+        advance = stack.enter_context(progress.track("training", total_steps))
         advance(learner.step, "")
 
-        meters, stopping = Meters(), False
-        meters.read(parts.actors)
+        meters, stopping = UsageMeter(), False
+        meters.read(run.actors)
         while learner.step < total_steps and not stopping:
             step = learner.step
             try:
-                collected, learned, timer = one_step(parts, config, ahead, references)
-                run.log(learner.step, {**collected.metrics, **learned, **timer.seconds, **meters.read(parts.actors)})
-                run.log_samples(learner.step, collected.samples[: config.run.log_samples])
-                run.log_prompts(learner.step, collected.uids, oldest_weights(collected.batch))
+                collected, learned, timer = one_step(run, config, prefetcher, references)
+                records.log(learner.step, {**collected.metrics, **learned, **timer.seconds, **meters.read(run.actors)})
+                records.log_samples(learner.step, collected.samples[: config.run.log_samples])
+                records.log_prompts(learner.step, collected.uids, oldest_weights(collected.batch))
                 clock.add(timer)
                 advance(1, _note(collected, learned))
                 last, stopping = learner.step == total_steps, stop()
                 if _due(learner.step, config.evaluate.every_steps) or (last and config.evaluate.at_end):
-                    after = _hold_out(parts, ahead, run, clock, seed, show)
+                    after = _hold_out(run, prefetcher, records, clock, seed, progress)
                 if _due(learner.step, config.checkpoint.every_steps) or last or stopping:
                     with clock("checkpoint_s"):
                         counters = {"seconds": clock.seconds}
                         checkpoint.write(
-                            run.checkpoints, learner.step, counters, state.save, keep=config.checkpoint.keep
+                            records.checkpoints, learner.step, counters, state.save, keep=config.checkpoint.keep
                         )
-            except Lost as lost:
-                advance(go_back(state, run, lost, config, show) - step, "")
-    plot_run(run.metrics(), run.path / "plot.png", title=config.run.name)
+            except WorkerLost as lost:
+                advance(recover(state, records, lost, config, progress) - step, "")
+    plot_run(records.metrics(), records.path / "plot.png", title=config.run.name)
     return Summary(folder=folder, steps=learner.step, before=before, after=after, seconds=clock.seconds)
 
 
 def _hold_out(
-    parts: Parts, ahead: Ahead, run: RunFolder, clock: Clock, seed: int, show: Progress
+    run: Run, prefetcher: RolloutPrefetcher, records: RunFolder, clock: Clock, seed: int, progress: Progress
 ) -> Sequence[Evaluation]:
-    if parts.pool is None:
-        show.say("no reward functions: held-out evaluation is left out")
+    if run.reward_pool is None:
+        progress.log("no reward functions: held-out evaluation is left out")
         return ()
-    if not parts.held_out:
-        show.say("the task has no held-out examples: evaluation is left out")
+    if not run.held_out:
+        progress.log("the task has no held-out examples: evaluation is left out")
         return ()
-    results, total = [], len(parts.held_out) * len(parts.eval_samplings)
-    with ahead.still(), clock("evaluate_s"), show.track("evaluating", total) as advance:
-        for sampling in parts.eval_samplings:
+    results, total = [], len(run.held_out) * len(run.eval_samplings)
+    with prefetcher.engines_idle(), clock("evaluate_s"), progress.track("evaluating", total) as advance:
+        for sampling in run.eval_samplings:
             result = evaluate(
-                parts.eval_engine,
-                parts.pool,
-                parts.held_out,
-                parts.tokenizer,
+                run.eval_engine,
+                run.reward_pool,
+                run.held_out,
+                run.tokenizer,
                 sampling,
                 seed=seeding.derive(seed, "evaluate"),
                 advance=advance,
             )
             results.append(result)
-    run.log(parts.learner.step, {name: value for result in results for name, value in result.metrics().items()})
+    records.log(run.learner.step, {name: value for result in results for name, value in result.metrics().items()})
     return results
 
 

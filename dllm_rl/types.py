@@ -58,7 +58,7 @@ class Prompt:
         answer: reference answer.
         task: name of the task.
         columns: further columns for reward functions.
-        injected: completion offset -> token that is given, not generated (never hidden, never re-masked).
+        injected: completion offset -> token that is given, not generated (never masked, never re-masked).
         trace: tokens of the reference reasoning, for algorithms that give hints; else empty.
     """
 
@@ -147,7 +147,7 @@ class Trajectory:
         order: (L,) int64; place in the order in which its forward's positions were chosen, from 1; 0 where not decoded.
             None if the engine does not tell.
         confidence: (T, L) float32 for T forwards; probability of the token proposed at each position that the forward
-            computed and that was hidden, 0 elsewhere. Kept for learned strategies, else None.
+            computed and that was masked, 0 elsewhere. Kept for learned strategies, else None.
     """
 
     prompt_uid: str
@@ -181,14 +181,14 @@ class RolloutBatch:
         valid: (N, L) bool; False on padding.
         completion: (N, L) bool; the scored tokens: the canvas up to and including the first EOS.
         hint: (N, L) bool; completion tokens that were given (Prompt.injected), not generated.
-        tail: (N, L) bool; canvas positions after the first EOS: hidden from random-mask estimators, never scored.
+        tail: (N, L) bool; canvas positions after the first EOS: masked from random-mask estimators, never scored.
         unmask_step: (N, L) int64; see Trajectory; GIVEN on padding.
         behaviour_logp: (N, L) float32 nats.
         prompt_length: (N,) int64.
         group: (N,) int64; rows of one prompt share a number.
         num_forwards: (N,) int64.
         weights_step: (N, L) int64; optimiser step of the weights that committed the token, GIVEN where none did.
-        blocks: (N, L) int64 block numbers (diffusion.layout.block_index) for block-causal models, else None.
+        block_ids: (N, L) int64 block numbers (diffusion.layout.block_index) for block-causal models, else None.
         exact: every row's behaviour_logp are the learner's own.
         order: (N, L) int64 or None; see Trajectory.
         confidence: (N, T, L) float32, padded with 0 over forwards, or None; see Trajectory.
@@ -206,7 +206,7 @@ class RolloutBatch:
     group: Tensor
     num_forwards: Tensor
     weights_step: Tensor
-    blocks: Tensor | None
+    block_ids: Tensor | None
     exact: bool
     order: Tensor | None = None
     confidence: Tensor | None = None
@@ -310,18 +310,18 @@ class Rewards:
 class MaskSample:
     """Which noised copies are scored and how the answers are weighted: the estimator's randomness, materialised.
 
-        l_i(theta) = sum_k weight[k, i] * log p_theta(token_i | tokens with mask[k] hidden)
+        l_i(theta) = sum_k weight[k, i] * log p_theta(token_i | tokens with mask[k] masked)
 
     Attributes:
-        mask: (K, N, L) bool; True where the token is hidden in draw k.
-        weight: (K, N, L) float32; non-zero only where hidden; sums to 1 over K in expectation on the completion.
+        mask: (K, N, L) bool; True where the token is masked in draw k.
+        weight: (K, N, L) float32; non-zero only where masked; sums to 1 over K in expectation on the completion.
     """
 
     mask: Tensor
     weight: Tensor
 
-    def hiding(self, also: Tensor) -> MaskSample:
-        """The same draws with further positions (N, L) hidden in every one of them (never scored)."""
+    def also_masking(self, also: Tensor) -> MaskSample:
+        """The same draws with further positions (N, L) masked in every one of them (never scored)."""
         return MaskSample(mask=self.mask | also, weight=self.weight)
 
     def select(self, rows: Tensor) -> MaskSample:
@@ -378,7 +378,7 @@ class Experience:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Share:
+class GlobalCounts:
     """What a learner rank must know about the whole batch of which it holds some rows.
 
     Attributes:

@@ -11,7 +11,7 @@ class Verdict(float):
     """A reward value with a status: a float, so that TRL accepts it too.
 
     Attributes:
-        status: "ok" (judged) or "invalid" (the completion is malformed; the value still counts).
+        status: "ok" (scored) or "invalid" (the completion is malformed; the value still counts).
     """
 
     status: Literal["ok", "invalid"]

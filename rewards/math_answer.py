@@ -38,7 +38,7 @@ class MathAnswer:
         """One verdict per completion; "invalid" if no answer could be found in it.
 
         Raises:
-            ValueError: a row without a reference answer: it cannot be judged.
+            ValueError: a row without a reference answer: it cannot be scored.
         """
         return [self._judge(*row) for row in zip(completions, answer, strict=True)]
 

@@ -25,14 +25,14 @@ class Request:
         prompt: the prompt.
         sample: number of the sample within the prompt's group.
         key: counter that all of the row's randomness hangs on.
-        begun: where it was paused, or None.
+        partial: where it was paused, or None.
     """
 
     index: int
     prompt: Prompt
     sample: int
     key: int
-    begun: Trajectory | None
+    partial: Trajectory | None
 
     def tokens(self, length: int, mask_id: int) -> Tensor:
         """(length,) int64: the prompt and the canvas with what is known of it, mask tokens elsewhere."""
@@ -41,21 +41,21 @@ class Request:
         tokens[:start] = torch.tensor(self.prompt.token_ids)
         for offset, token in self.prompt.injected.items():
             tokens[start + offset] = token
-        if self.begun is not None:
-            known = self.begun.unmask_step < self.begun.num_forwards
-            tokens[: len(known)][known] = self.begun.tokens[known]
+        if self.partial is not None:
+            known = self.partial.unmask_step < self.partial.num_forwards
+            tokens[: len(known)][known] = self.partial.tokens[known]
         return tokens
 
-    def hidden(self, length: int, canvas: int) -> Tensor:
+    def masked(self, length: int, canvas: int) -> Tensor:
         """(length,) bool: the canvas without what is known of it."""
         start = len(self.prompt.token_ids)
-        hidden = torch.zeros(length, dtype=torch.bool)
-        if self.begun is not None:
-            hidden[: start + canvas] = self.begun.unmask_step == self.begun.num_forwards
-            return hidden
-        hidden[start : start + canvas] = True
-        hidden[[start + offset for offset in self.prompt.injected]] = False
-        return hidden
+        masked = torch.zeros(length, dtype=torch.bool)
+        if self.partial is not None:
+            masked[: start + canvas] = self.partial.unmask_step == self.partial.num_forwards
+            return masked
+        masked[start : start + canvas] = True
+        masked[[start + offset for offset in self.prompt.injected]] = False
+        return masked
 
 
 def requests(
@@ -64,20 +64,20 @@ def requests(
     sampling: Sampling,
     seed: int,
     samples_per_prompt: int,
-    begun: Sequence[Trajectory] | None,
+    partial: Sequence[Trajectory] | None,
 ) -> list[Request]:
     """One request per row, prompt-major.
 
     Raises:
         ValueError: a prompt that does not fit the model, an injected offset outside the canvas, a foreign block size,
-            rows that were begun for other prompts.
+            rows that were partial for other prompts.
     """
     if samples_per_prompt < 1:
         raise ValueError(f"samples_per_prompt = {samples_per_prompt}: must be at least 1")
-    if begun is not None:
+    if partial is not None:
         want = [(prompt.uid, sample) for prompt in prompts for sample in range(samples_per_prompt)]
-        if [(t.prompt_uid, t.sample) for t in begun] != want:
-            raise ValueError("begun must hold the trajectories of the same prompts and samples, in the same order")
+        if [(t.prompt_uid, t.sample) for t in partial] != want:
+            raise ValueError("partial must hold the trajectories of the same prompts and samples, in the same order")
     if denoiser.block_size is not None and sampling.block_size not in (None, denoiser.block_size):
         raise ValueError(
             f"sampling.block_size = {sampling.block_size}, but this block-causal model decodes blocks of "
@@ -99,7 +99,7 @@ def requests(
                 f"{sampling.max_new_tokens} tokens"
             )
     return [
-        Request(index, prompt, sample, derive(seed, prompt.uid, sample), None if begun is None else begun[index])
+        Request(index, prompt, sample, derive(seed, prompt.uid, sample), None if partial is None else partial[index])
         for index, (prompt, sample) in enumerate((p, s) for p in prompts for s in range(samples_per_prompt))
     ]
 
@@ -122,14 +122,14 @@ def choose(strategy: UnmaskingStrategy, candidates: Candidates) -> Tensor:
     Raises:
         ValueError: it broke its contract; without the check a row without a choice would decode forever.
     """
-    order, hidden = strategy.select(candidates), candidates.hidden
+    order, eligible = strategy.select(candidates), candidates.eligible
     order = numbered(order) if order.dtype == torch.bool else order
     chosen = order > 0
-    stuck = hidden.any(-1) & ~chosen.any(-1)
-    if bool((stuck[:, None] | (chosen & ~hidden)).any()):
-        what = "no position of a row that has hidden ones" if bool(stuck.any()) else "a position that is not hidden"
+    stuck = eligible.any(-1) & ~chosen.any(-1)
+    if bool((stuck[:, None] | (chosen & ~eligible)).any()):
+        what = "no position of a row that has eligible ones" if bool(stuck.any()) else "a position that is not eligible"
         raise ValueError(
-            f"strategy {type(strategy).__name__} selected {what}: select() must return a subset of candidates.hidden "
+            f"strategy {type(strategy).__name__} selected {what}: select() must return a subset of candidates.eligible "
             "with at least one position in every row that has any"
         )
     return order
@@ -167,9 +167,9 @@ def trajectory(
     tokens, step, logp, order = (t[:length].cpu().clone() for t in (tokens, unmask_step, logp, order))
     generated = step != GIVEN
     weights_step = torch.where(generated, weights.step, GIVEN)
-    if request.begun is not None:
-        earlier = generated & (step < request.begun.num_forwards)
-        weights_step = torch.where(earlier, request.begun.weights_step, weights_step)
+    if request.partial is not None:
+        earlier = generated & (step < request.partial.num_forwards)
+        weights_step = torch.where(earlier, request.partial.weights_step, weights_step)
     ends = (generated & (tokens == eos_id)).nonzero().flatten()
     completion_length = int(ends[0]) + 1 - start if len(ends) else sampling.max_new_tokens
     decoded = generated.clone()

@@ -1,7 +1,7 @@
 """The fast engine in plain torch: batched, exact.
 
 Full attention: no cache exists that is exact, so each forward recomputes the rows that are left. Block-causal families:
-keys and values of finished blocks are cached exactly, a forward computes one block. Only hidden rows of the active
+keys and values of finished blocks are cached exactly, a forward computes one block. Only masked rows of the active
 block are unembedded, rows that finished leave the batch, and nothing loops over rows in Python.
 """
 
@@ -29,13 +29,13 @@ CHUNK_ELEMENTS = 1 << 25  # 0.7 GB at the peak of a greedy choice, 1.5 GB with t
 class _Rows:
     """State of the rows that are still decoding; every tensor has one entry per row.
 
-    row (N,) index into the batch's requests; tokens, hidden, due (to be decoded in this call), valid, canvas, step,
-    logp, order, blocks (N, L); confidence (N, T, L), T = 0 unless it is kept; key, forward (N,).
+    row (N,) index into the batch's requests; tokens, masked, due (to be decoded in this call), valid, canvas, step,
+    logp, order, block_ids (N, L); confidence (N, T, L), T = 0 unless it is kept; key, forward (N,).
     """
 
     row: Tensor
     tokens: Tensor
-    hidden: Tensor
+    masked: Tensor
     due: Tensor
     valid: Tensor
     canvas: Tensor
@@ -43,7 +43,7 @@ class _Rows:
     logp: Tensor
     order: Tensor
     confidence: Tensor
-    blocks: Tensor
+    block_ids: Tensor
     key: Tensor
     forward: Tensor
 
@@ -51,21 +51,21 @@ class _Rows:
         for field in dataclasses.fields(self):
             setattr(self, field.name, getattr(self, field.name)[rows])
 
-    def restore(self, row: int, begun: Trajectory) -> None:
-        """Put a row where it was paused; tokens and hidden are there already."""
-        forwards, length = begun.num_forwards, len(begun.tokens)
+    def restore(self, row: int, partial: Trajectory) -> None:
+        """Put a row where it was paused; tokens and masked are there already."""
+        forwards, length = partial.num_forwards, len(partial.tokens)
         self.forward[row] = forwards
-        self.step[row, :length] = begun.unmask_step.masked_fill(begun.unmask_step == forwards, GIVEN)
-        self.logp[row, :length] = begun.behaviour_logp
-        if begun.order is not None:
-            self.order[row, :length] = begun.order
-        if begun.confidence is not None and self.confidence.shape[1]:
-            self.confidence[row, :forwards, :length] = begun.confidence
+        self.step[row, :length] = partial.unmask_step.masked_fill(partial.unmask_step == forwards, GIVEN)
+        self.logp[row, :length] = partial.behaviour_logp
+        if partial.order is not None:
+            self.order[row, :length] = partial.order
+        if partial.confidence is not None and self.confidence.shape[1]:
+            self.confidence[row, :forwards, :length] = partial.confidence
 
     @property
     def left(self) -> Tensor:
         """(N, L) bool: still to be decoded in this call."""
-        return self.hidden & self.due
+        return self.masked & self.due
 
 
 class NativeEngine:
@@ -103,18 +103,18 @@ class NativeEngine:
         *,
         seed: int,
         samples_per_prompt: int = 1,
-        begun: Sequence[Trajectory] | None = None,
-        blocks: int | None = None,
+        partial: Sequence[Trajectory] | None = None,
+        max_blocks: int | None = None,
     ) -> list[Trajectory]:
         """See protocols.RolloutEngine."""
-        wanted = requests(self._denoiser, prompts, sampling, seed, samples_per_prompt, begun)
-        finished = {r.index: r.begun for r in wanted if r.begun is not None and r.begun.finish != "paused"}
+        wanted = requests(self._denoiser, prompts, sampling, seed, samples_per_prompt, partial)
+        finished = {r.index: r.partial for r in wanted if r.partial is not None and r.partial.finish != "paused"}
         todo = [request for request in wanted if request.index not in finished]
         todo.sort(key=lambda request: len(request.prompt.token_ids))
         decode = self._decode_full if self._denoiser.block_size is None else self._decode_blocks
         with inference(self._denoiser.module):
             for batch in self._batches(todo, sampling):
-                finished.update(decode(self._start(batch, sampling, blocks), batch, sampling))
+                finished.update(decode(self._start(batch, sampling, max_blocks), batch, sampling))
         return [finished[index] for index in range(len(wanted))]
 
     def _batches(self, todo: list[Request], sampling: Sampling) -> Iterator[list[Request]]:
@@ -134,28 +134,28 @@ class NativeEngine:
         length = int(end.max())
         position = torch.arange(length)
         tokens = torch.stack([request.tokens(length, self._denoiser.mask_id) for request in batch])
-        hidden = torch.stack([request.hidden(length, sampling.max_new_tokens) for request in batch])
+        masked = torch.stack([request.masked(length, sampling.max_new_tokens) for request in batch])
         size, origin = block_rule(self._denoiser, sampling)
-        blocks = block_index(start, length, size, origin)
-        first = blocks.gather(1, start[:, None])
+        block_ids = block_index(start, length, size, origin)
+        first = block_ids.gather(1, start[:, None])
         rows = _Rows(
             row=torch.arange(len(batch)),
             tokens=tokens,
-            hidden=hidden,
-            due=torch.ones_like(hidden) if count is None else blocks < first + count,
+            masked=masked,
+            due=torch.ones_like(masked) if count is None else block_ids < first + count,
             valid=position < end[:, None],
             canvas=(position >= start[:, None]) & (position < end[:, None]),
             step=torch.full_like(tokens, GIVEN),
             logp=torch.zeros(tokens.shape),
             order=torch.zeros_like(tokens),
             confidence=torch.zeros(len(batch), sampling.max_new_tokens if self._whole else 0, length),
-            blocks=blocks,
+            block_ids=block_ids,
             key=torch.tensor([request.key for request in batch]),
             forward=torch.zeros(len(batch), dtype=torch.int64),
         )
         for row, request in enumerate(batch):  # set-up, once per row
-            if request.begun is not None:
-                rows.restore(row, request.begun)
+            if request.partial is not None:
+                rows.restore(row, request.partial)
         for field in dataclasses.fields(rows):
             setattr(rows, field.name, getattr(rows, field.name).to(self._denoiser.device))
         return rows
@@ -163,18 +163,18 @@ class NativeEngine:
     def _decode_full(self, rows: _Rows, batch: list[Request], sampling: Sampling) -> Iterator[tuple[int, Trajectory]]:
         position = torch.arange(rows.tokens.shape[1], device=rows.tokens.device).expand_as(rows.tokens)
         yield from self._retire(rows, ~rows.left.any(-1), batch, sampling)
-        beyond = int(rows.blocks.max()) + 1 if len(rows.row) else 0
+        beyond = int(rows.block_ids.max()) + 1 if len(rows.row) else 0
         while len(rows.row):
-            current = torch.where(rows.hidden, rows.blocks, beyond).amin(-1, keepdim=True)
-            inside = rows.blocks == current
+            current = torch.where(rows.masked, rows.block_ids, beyond).amin(-1, keepdim=True)
+            inside = rows.block_ids == current
             # Rows in the same state (samples of one prompt, at first) share a forward.
             same = torch.cat([rows.tokens, rows.valid], dim=1)
             distinct, copy = torch.unique(same, dim=0, return_inverse=True)
             tokens, valid = distinct.split(rows.tokens.shape[1], dim=1)
-            states = self._denoiser.hidden(tokens, tokens == self._denoiser.mask_id, valid.bool(), None)
+            states = self._denoiser.hidden_states(tokens, tokens == self._denoiser.mask_id, valid.bool(), None)
             place = position[: len(rows.row)]
-            self._commit(rows, place, rows.hidden & inside, rows.valid, states, sampling, copy)
-            complete = ~(rows.hidden & inside).any(-1)
+            self._commit(rows, place, rows.masked & inside, rows.valid, states, sampling, copy)
+            complete = ~(rows.masked & inside).any(-1)
             done = complete & (self._ended(rows, inside) | ~rows.left.any(-1))
             yield from self._retire(rows, done, batch, sampling)
 
@@ -187,23 +187,23 @@ class NativeEngine:
             return
         prompt_length = torch.tensor([len(batch[row].prompt.token_ids) for row in rows.row.tolist()], device=device)
         begin = prompt_length if origin == "response" else prompt_length // size * size
-        first = rows.blocks.gather(1, prompt_length[:, None]).squeeze(1)
-        current = rows.blocks.masked_fill(~rows.hidden, int(rows.blocks.max())).amin(-1)
+        first = rows.block_ids.gather(1, prompt_length[:, None]).squeeze(1)
+        current = rows.block_ids.masked_fill(~rows.masked, int(rows.block_ids.max())).amin(-1)
         begin = begin + (current - first) * size  # what is known before it is context, as the prompt is
         longest = int(begin.max())
         clean = torch.arange(longest, device=device) < begin[:, None]
-        cache = denoiser.prefill(rows.tokens[:, :longest], clean, rows.blocks[:, :longest])
+        cache = denoiser.prefill(rows.tokens[:, :longest], clean, rows.block_ids[:, :longest])
         while True:
             position = begin[:, None] + torch.arange(size, device=device)
             room = position < rows.tokens.shape[1]
             place = position.clamp(max=rows.tokens.shape[1] - 1)  # a last window may stick out past the canvas
             valid = rows.valid.gather(1, place) & room
-            while bool((active := rows.hidden.gather(1, place) & valid).any()):
+            while bool((active := rows.masked.gather(1, place) & valid).any()):
                 window = torch.where(active, denoiser.mask_id, rows.tokens.gather(1, place))
                 states = denoiser.extend(cache, window, position, valid, commit=False)
                 copy = torch.arange(len(states), device=device)
                 self._commit(rows, place, active, valid, states, sampling, copy)
-            inside = rows.blocks == rows.blocks.gather(1, place[:, :1])
+            inside = rows.block_ids == rows.block_ids.gather(1, place[:, :1])
             done = self._ended(rows, inside) | ~rows.left.any(-1)
             stay = (~done).nonzero().flatten()
             yield from self._retire(rows, done, batch, sampling)
@@ -230,14 +230,14 @@ class NativeEngine:
         Args:
             rows: changed in place.
             place: (N, W) positions of the window in the row.
-            active: (N, W) bool; hidden positions of the active block.
+            active: (N, W) bool; masked positions of the active block.
             visible: (N, W) bool; positions of the window that belong to the row.
             states: (u, W, D) of distinct inputs.
             sampling: how to draw.
             copy: (N,) int64; the state of each row.
         """
         context = rows.canvas.gather(1, place) & visible
-        masked = rows.hidden.gather(1, place) & context
+        masked = rows.masked.gather(1, place) & context
         wanted = masked if self._whole else active
         row, column = wanted.nonzero(as_tuple=True)
         position = place[row, column]
@@ -255,7 +255,7 @@ class NativeEngine:
             p = propose(logits, sampling, noise[part], mask_id=self._denoiser.mask_id)
             token[at], logp[at], entropy[at], margin[at] = p.token, p.logp, p.entropy, p.margin
         candidates = Candidates(
-            hidden=active,
+            eligible=active,
             token=token,
             logp=logp.masked_fill(~wanted, float("-inf")),
             entropy=entropy,
@@ -276,7 +276,7 @@ class NativeEngine:
         rows.tokens[at] = token[row, column]
         rows.logp[at] = logp[row, column]
         rows.step[at] = rows.forward[row]
-        rows.hidden[at] = False
+        rows.masked[at] = False
         rows.forward += active.any(-1)
 
     def _ended(self, rows: _Rows, inside: Tensor) -> Tensor:

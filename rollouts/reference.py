@@ -47,26 +47,26 @@ class ReferenceEngine:
         *,
         seed: int,
         samples_per_prompt: int = 1,
-        begun: Sequence[Trajectory] | None = None,
-        blocks: int | None = None,
+        partial: Sequence[Trajectory] | None = None,
+        max_blocks: int | None = None,
     ) -> list[Trajectory]:
         """See protocols.RolloutEngine."""
-        rows = requests(self._denoiser, prompts, sampling, seed, samples_per_prompt, begun)
+        rows = requests(self._denoiser, prompts, sampling, seed, samples_per_prompt, partial)
         with inference(self._denoiser.module):
-            return [self._decode(request, sampling, blocks) for request in rows]
+            return [self._decode(request, sampling, max_blocks) for request in rows]
 
     def _decode(self, request: Request, sampling: Sampling, count: int | None) -> Trajectory:
-        begun = request.begun
-        if begun is not None and begun.finish != "paused":
-            return begun
+        partial = request.partial
+        if partial is not None and partial.finish != "paused":
+            return partial
         denoiser, device = self._denoiser, self._denoiser.device
         start = len(request.prompt.token_ids)
         length = start + sampling.max_new_tokens
         size, origin = block_rule(denoiser, sampling)
-        blocks = block_index(torch.tensor([start], device=device), length, size, origin)
+        block_ids = block_index(torch.tensor([start], device=device), length, size, origin)
         tokens = request.tokens(length, denoiser.mask_id)[None].to(device)
-        hidden = request.hidden(length, sampling.max_new_tokens)[None].to(device)
-        valid = torch.ones_like(hidden)
+        masked = request.masked(length, sampling.max_new_tokens)[None].to(device)
+        valid = torch.ones_like(masked)
         step = torch.full((1, length), GIVEN, device=device)
         logp = torch.zeros(1, length, device=device)
         order = torch.zeros_like(step)
@@ -74,23 +74,28 @@ class ReferenceEngine:
         key = torch.tensor([[request.key]], device=device)
         position = torch.arange(length, device=device)[None]
         forward = 0
-        if begun is not None:
-            forward, seen = begun.num_forwards, [] if begun.confidence is None else list(begun.confidence.to(device))
-            step[0] = begun.unmask_step.masked_fill(begun.unmask_step == forward, GIVEN)
-            logp[0] = begun.behaviour_logp
-            order[0] = 0 if begun.order is None else begun.order
-        for block in sorted(set(blocks[0, start:].tolist()))[:count]:
-            inside = (blocks == block) & (position >= start)
-            while bool((active := hidden & inside).any()):
-                states = denoiser.hidden(tokens, hidden, valid, None if denoiser.block_size is None else blocks)
+        if partial is not None:
+            forward, seen = (
+                partial.num_forwards,
+                [] if partial.confidence is None else list(partial.confidence.to(device)),
+            )
+            step[0] = partial.unmask_step.masked_fill(partial.unmask_step == forward, GIVEN)
+            logp[0] = partial.behaviour_logp
+            order[0] = 0 if partial.order is None else partial.order
+        for block in sorted(set(block_ids[0, start:].tolist()))[:count]:
+            inside = (block_ids == block) & (position >= start)
+            while bool((active := masked & inside).any()):
+                states = denoiser.hidden_states(
+                    tokens, masked, valid, None if denoiser.block_size is None else block_ids
+                )
                 logits = denoiser.unembed(states[0])
                 # A block-causal forward computes a block; full attention the canvas, whatever may be committed.
                 context = inside if denoiser.block_size is not None else position >= start
-                masked = hidden & context
-                wanted = masked if self._whole else active
+                visible = masked & context
+                wanted = visible if self._whole else active
                 p = propose(logits, sampling, uniform(key, forward, position, TOKEN_NOISE)[0], mask_id=denoiser.mask_id)
                 candidates = Candidates(
-                    hidden=active,
+                    eligible=active,
                     token=p.token[None],
                     logp=p.logp[None].masked_fill(~wanted, float("-inf")),
                     entropy=p.entropy[None].masked_fill(~wanted, 0.0),
@@ -98,18 +103,18 @@ class ReferenceEngine:
                     noise=uniform(key, forward, position, POSITION_NOISE),
                     count=active.sum(-1).clamp(max=sampling.tokens_per_step),
                     context=context,
-                    masked=masked,
+                    masked=visible,
                     time=torch.tensor([forward / sampling.max_new_tokens], device=device),
                 )
                 if self._whole:
-                    seen.append(candidates.logp[0].exp().masked_fill(~masked[0], 0.0))
+                    seen.append(candidates.logp[0].exp().masked_fill(~visible[0], 0.0))
                 order_now = choose(self._strategy, candidates)
                 chosen = order_now > 0
                 order = torch.where(chosen, order_now, order)
                 tokens = torch.where(chosen, candidates.token, tokens)
                 step = torch.where(chosen, forward, step)
                 logp = torch.where(chosen, candidates.logp, logp)
-                hidden = hidden & ~chosen
+                masked = masked & ~chosen
                 forward += 1
             if bool((inside & (step != GIVEN) & (tokens == denoiser.eos_id)).any()):
                 break

@@ -30,7 +30,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import ray
 from safetensors.torch import load_file
 
-from dllm_rl.cluster.group import Group, Lost
+from dllm_rl.cluster.group import WorkerGroup, WorkerLost
 from dllm_rl.config.load import load_config
 from dllm_rl.config.schema import Config
 from dllm_rl.driver.engine_pool import EnginePool
@@ -52,20 +52,20 @@ class Said(Quiet):
     def __init__(self) -> None:
         self.lines: list[str] = []
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """See Progress."""
         self.lines.append(text)
 
 
-def at_work(group: Group, rank: int, do: Callable[[], Any]) -> None:
-    """Do something as soon as a member has made progress from now on."""
-    before = group.pulse(rank).result(60).ticks
+def at_work(group: WorkerGroup, rank: int, do: Callable[[], Any]) -> None:
+    """Do something as soon as a worker has made progress from now on."""
+    before = group.heartbeat(rank).result(60).ticks
 
     def watch() -> None:
         try:
-            while group.pulse(rank).result(60).ticks == before:
+            while group.heartbeat(rank).result(60).ticks == before:
                 time.sleep(0.002)
-        except Lost:
+        except WorkerLost:
             return
         do()
 
@@ -85,7 +85,7 @@ class Saboteur:
         self._rollouts += 1
         if self._rollouts > 2 and "engine" in self.left:
             self.left.remove("engine")
-            pid = pool.group.pulse(1).result(60).pid
+            pid = pool.group.heartbeat(1).result(60).pid
             at_work(pool.group, 1, lambda: os.kill(pid, signal.SIGKILL))
         if self._rollouts > 2 and "node" in self.left:
             self.left.remove("node")
@@ -97,7 +97,7 @@ class Saboteur:
         self._updates += 1
         if self._updates == 4 and "learner" in self.left:
             self.left.remove("learner")
-            pid = learner.group.pulse(0).result(60).pid
+            pid = learner.group.heartbeat(0).result(60).pid
             at_work(learner.group, 0, lambda: os.kill(pid, signal.SIGKILL))
         return self._update(learner, *arguments, **options)
 

@@ -54,7 +54,7 @@ class Killer:
         rank = self._before.get(self._calls)
         self._calls += 1
         if rank is not None:
-            pid = pool.group.pulse(rank).result(60).pid
+            pid = pool.group.heartbeat(rank).result(60).pid
             at_work(pool.group, rank, lambda: self._kill(pid))
         return self._generate(pool, *arguments, **options)
 

@@ -79,12 +79,12 @@ def test_every_algorithm_runs_on_every_kind_of_family(tmp_path, monkeypatch, alg
     if algorithm == "lightning_rl":
         values["sampling"] |= {"strategy": {"name": "confidence_threshold", "threshold": 0.2}}
         values["data"]["task"] = {"name": "test_train:Shapes", "train_puzzles": 40, "test_puzzles": 20}
-        values["reward_pool"] = {"canary": 0}
+        values["reward_pool"] = {"self_test": 0}
     if algorithm == "unmasking_policy":
         values["sampling"] |= {"strategy": {"name": "learned", "width": 16}, "temperature": 0.0}
         values["data"]["task"] = {"name": "test_train:Shapes", "train_puzzles": 40, "test_puzzles": 20}
         values["rewards"] = [{"name": "format", "pattern": "."}]  # all are right, some are fast
-        values["reward_pool"] = {"canary": 0}
+        values["reward_pool"] = {"self_test": 0}
     summary = run(values)
     assert summary.steps == 2 and len(summary.after) == 1
     first, second = [row for row in rows(summary) if "loss" in row]

@@ -36,9 +36,9 @@ def run_demo(seed: int, output: Path, json_path: Path | None, progress: Progress
         if (Path(config.run.output) / config.run.name).exists():
             there = Path(config.run.output) / config.run.name
             raise ValueError(f"'{there}' is there already; remove it, or use another --seed or --output")
-    progress.say(f"1/2 masked SFT on 4x4 Sudoku: {sft.run.steps} steps of {sft.data.prompts_per_step} boards")
+    progress.log(f"1/2 masked SFT on 4x4 Sudoku: {sft.run.steps} steps of {sft.data.prompts_per_step} boards")
     taught = train(sft, progress=progress)
-    progress.say(
+    progress.log(
         f"2/2 reinforcement learning, {rl.sampling.tokens_per_step} tokens per forward: {rl.run.steps} steps of "
         f"{rl.data.prompts_per_step} x {rl.data.samples_per_prompt} boards"
     )

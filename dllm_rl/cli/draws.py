@@ -17,7 +17,7 @@ from dllm_rl import seeding
 from dllm_rl.cli.output import stdout, write_json
 from dllm_rl.config.plugins import build
 from dllm_rl.config.schema import Config
-from dllm_rl.driver.build import Parts, assemble
+from dllm_rl.driver.build import Run, build_run
 from dllm_rl.driver.collect import demonstrate, roll_out
 from dllm_rl.learner.diagnostics import redrawn
 from dllm_rl.protocols.algorithm import Algorithm
@@ -67,20 +67,20 @@ def run_draws(
     with contextlib.ExitStack() as stack:
         scratch = stack.enter_context(tempfile.TemporaryDirectory())
         advance = stack.enter_context(progress.track("scoring", 2 * len(values)))
-        parts = stack.enter_context(assemble(config, Path(scratch), progress))
-        parts.weights.push()
-        whole, rewards = _collect(parts, config)
-        advantage = parts.algorithm.advantages(rewards, whole)
+        run = stack.enter_context(build_run(config, Path(scratch), progress))
+        run.weights.push()
+        whole, rewards = _collect(run, config)
+        advantage = run.algorithm.advantages(rewards, whole)
         batch = _informative(whole, advantage, rows)
         seeds = [seeding.derive(config.run.seed, "draws", number) for number in range(redraws)]
         before = []
         for candidate in candidates:
-            before.append(redrawn(parts.learner, candidate, batch, seeds=seeds))
+            before.append(redrawn(run.learner, candidate, batch, seeds=seeds))
             advance(1, "")
-        _update(parts, config, whole, rewards, advantage)
+        _update(run, config, whole, rewards, advantage)
         results: list[dict[str, Any]] = []
         for value, candidate, old in zip(values, candidates, before, strict=True):
-            ratio = redrawn(parts.learner, candidate, batch, seeds=seeds) - old
+            ratio = redrawn(run.learner, candidate, batch, seeds=seeds) - old
             forwards = len(candidate.masks(batch, seeding.generator_for(0)).mask)
             results.append(_row(value, forwards, old, ratio))
             advance(1, "")
@@ -109,14 +109,14 @@ def _varied(config: Config, vary: str | None, kind: type[Algorithm]) -> tuple[st
     return option, [yaml.safe_load(value) for value in text.split(",")]
 
 
-def _collect(parts: Parts, config: Config) -> tuple[RolloutBatch, Rewards]:
-    prompts = parts.source.batch(0)
-    if parts.algorithm.source != "rollouts":
-        found = demonstrate(parts, prompts)
+def _collect(run: Run, config: Config) -> tuple[RolloutBatch, Rewards]:
+    prompts = run.source.batch(0)
+    if run.algorithm.source != "rollouts":
+        found = demonstrate(run, prompts)
     else:
-        assert parts.pool is not None, "assemble() refuses rollouts without rewards"
-        with parts.pool:
-            found = roll_out(parts, config, prompts, 0, Clock())
+        assert run.reward_pool is not None, "build_run() refuses rollouts without rewards"
+        with run.reward_pool:
+            found = roll_out(run, config, prompts, 0, Clock())
     return found.batch, found.rewards
 
 
@@ -132,11 +132,11 @@ def _informative(batch: RolloutBatch, advantage: torch.Tensor, rows: int) -> Rol
     return batch.select(few)
 
 
-def _update(parts: Parts, config: Config, batch: RolloutBatch, rewards: Rewards, advantage: torch.Tensor) -> None:
-    masks = parts.algorithm.masks(batch, seeding.generator_for(config.run.seed, "masks", 0))
-    needed = parts.algorithm.needs_reference
-    reference = parts.learner.score(batch, masks, reference=True) if needed else None
-    parts.learner.update(batch, rewards, advantage, masks, parts.algorithm, reference=reference)
+def _update(run: Run, config: Config, batch: RolloutBatch, rewards: Rewards, advantage: torch.Tensor) -> None:
+    masks = run.algorithm.masks(batch, seeding.generator_for(config.run.seed, "masks", 0))
+    needed = run.algorithm.needs_reference
+    reference = run.learner.score(batch, masks, reference=True) if needed else None
+    run.learner.update(batch, rewards, advantage, masks, run.algorithm, reference=reference)
 
 
 def _row(value: Any, forwards: int, old: torch.Tensor, ratio: torch.Tensor) -> dict[str, Any]:

@@ -46,7 +46,7 @@ def write_json(path: Path | None, values: Mapping[str, Any]) -> None:
 def evaluation_table(title: str, rows: Sequence[tuple[str, Evaluation]]) -> Table:
     """One line per evaluation: success with its interval, components, speed."""
     table = Table(title=title, title_justify="left")
-    for name in ("", "tokens per forward", "success", "95% interval", "components", "judged", "failed", "seconds"):
+    for name in ("", "tokens per forward", "success", "95% interval", "components", "scored", "failed", "seconds"):
         table.add_column(name, justify="right" if name else "left")
     for label, e in rows:
         table.add_row(
@@ -55,7 +55,7 @@ def evaluation_table(title: str, rows: Sequence[tuple[str, Evaluation]]) -> Tabl
             f"{e.success:.1%}",
             f"{e.low:.1%} .. {e.high:.1%}",
             ", ".join(f"{name} {value:.3f}" for name, value in e.components.items()),
-            str(e.judged),
+            str(e.scored),
             str(e.failed),
             f"{e.seconds:.1f}",
         )

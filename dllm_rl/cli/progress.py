@@ -25,7 +25,7 @@ class RichProgress:
         """
         self._console = console
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """One line for the user."""
         self._console.print(text, highlight=False)
 

@@ -15,14 +15,14 @@ import ray
 
 
 @contextmanager
-def ray_session(address: str | None, namespace: str, cpus: float) -> Iterator[None]:
+def ray_connection(address: str | None, namespace: str, cpus: float) -> Iterator[None]:
     """Be connected inside.
 
     Args:
         address: of a running cluster ("auto", "host:port", "ray://..."); "local" starts a private one on this machine;
             None takes RAY_ADDRESS, else "local".
         namespace: where named things of this run live.
-        cpus: what the run wants; a private cluster claims to have as many, so that members may share cores.
+        cpus: what the run wants; a private cluster claims to have as many, so that workers may share cores.
     Raises:
         ValueError: nothing answers there.
     """
@@ -53,6 +53,6 @@ def ray_session(address: str | None, namespace: str, cpus: float) -> Iterator[No
         ray.shutdown()  # ends a private cluster; from any other it only disconnects
 
 
-def gpus_there() -> bool:
+def cluster_has_gpus() -> bool:
     """Whether the connected cluster has GPUs."""
     return bool(ray.cluster_resources().get("GPU", 0))

@@ -1,7 +1,7 @@
 """Members that do one job, in this process or each in a Ray actor: one interface, and the driver does not know which.
 
-A member is any object; its public methods are called by name. Futures are the standard library's, so that waiting for
-any of several members, with a deadline, is concurrent.futures.wait.
+A worker is any object; its public methods are called by name. Futures are the standard library's, so that waiting for
+any of several workers, with a deadline, is concurrent.futures.wait.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 
-class Lost(RuntimeError):
-    """A member has died or was ended because it hung.
+class WorkerLost(RuntimeError):
+    """A worker has died or was ended because it hung.
 
     Attributes:
         group: name of its group.
@@ -27,18 +27,18 @@ class Lost(RuntimeError):
         self.group, self.rank, self.reason = group, rank, reason
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Lost, (self.group, self.rank, self.reason)
+        return WorkerLost, (self.group, self.rank, self.reason)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
-    """Where a member stands in its group.
+class WorkerRank:
+    """Where a worker stands in its group.
 
     Attributes:
-        rank: number of the member.
-        size: members of the group.
+        rank: number of the worker.
+        size: workers of the group.
         address: host where rank 0 can be reached.
-        host: where this member can be reached.
+        host: where this worker can be reached.
         port: free port there, for a rendezvous.
     """
 
@@ -50,11 +50,11 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Pulse:
+class Heartbeat:
     """A sign of life.
 
     Attributes:
-        ticks: grows while the member works (forwards, micro-batches); a member that hangs stands still.
+        ticks: grows while the worker works (forwards, micro-batches); a worker that hangs stands still.
         pid: process.
         host: node.
         rss_bytes: resident memory.
@@ -74,15 +74,15 @@ class Pulse:
     gpu_percent: float | None = None
 
 
-Build = Callable[[Place], Any]
+Build = Callable[[WorkerRank], Any]
 
 
-class Group(ABC):
+class WorkerGroup(ABC):
     """Members 0 .. size - 1.
 
     Attributes:
-        name: what its members are called in messages, e.g. "engine".
-        size: number of members.
+        name: what its workers are called in messages, e.g. "engine".
+        size: number of workers.
     """
 
     name: str
@@ -90,38 +90,38 @@ class Group(ABC):
 
     @abstractmethod
     def submit(self, rank: int, method: str, *args: Any, **kwargs: Any) -> Future[Any]:
-        """Call a method of one member. The future raises what the member raised, or Lost."""
+        """Call a method of one worker. The future raises what the worker raised, or WorkerLost."""
 
     @abstractmethod
-    def pulse(self, rank: int) -> Future[Pulse]:
+    def heartbeat(self, rank: int) -> Future[Heartbeat]:
         """A sign of life, also while a call is under way."""
 
     @abstractmethod
     def restart(self, ranks: Sequence[int]) -> None:
-        """End these members and build them anew, together (a rendezvous needs all of them).
+        """End these workers and build them anew, together (a rendezvous needs all of them).
 
         Raises:
-            Lost: one of them did not come up.
+            WorkerLost: one of them did not come up.
         """
 
     @abstractmethod
     def end(self, rank: int) -> None:
-        """End a member that hangs; calls under way raise Lost."""
+        """End a worker that hangs; calls under way raise WorkerLost."""
 
     @abstractmethod
     def close(self) -> None:
-        """End all members."""
+        """End all workers."""
 
     def call(self, method: str, *args: Any, **kwargs: Any) -> list[Any]:
-        """Call a method of all members at once with the same arguments; results by rank."""
+        """Call a method of all workers at once with the same arguments; results by rank."""
         return gather([self.submit(rank, method, *args, **kwargs) for rank in range(self.size)])
 
     def scatter(self, method: str, shares: Sequence[tuple[Any, ...]]) -> list[Any]:
-        """Call a method of all members at once, each with its own arguments; results by rank."""
-        assert len(shares) == self.size, f"{len(shares)} shares for {self.size} members"
+        """Call a method of all workers at once, each with its own arguments; results by rank."""
+        assert len(shares) == self.size, f"{len(shares)} shares for {self.size} workers"
         return gather([self.submit(rank, method, *share) for rank, share in enumerate(shares)])
 
-    def __enter__(self) -> Group:
+    def __enter__(self) -> WorkerGroup:
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -129,8 +129,8 @@ class Group(ABC):
 
 
 def gather(futures: Sequence[Future[Any]]) -> list[Any]:
-    """Results in order; raises the first failure that is not merely a consequence (Lost) of another."""
+    """Results in order; raises the first failure that is not merely a consequence (WorkerLost) of another."""
     failures = [error for future in futures if (error := future.exception()) is not None]
     if failures:
-        raise next((error for error in failures if not isinstance(error, Lost)), failures[0])
+        raise next((error for error in failures if not isinstance(error, WorkerLost)), failures[0])
     return [future.result() for future in futures]

@@ -1,4 +1,4 @@
-"""Where members of a Ray run go: one placement group, checked beforehand and waited for with an explanation."""
+"""Where workers of a Ray run go: one placement group, checked beforehand and waited for with an explanation."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ Bundle = Mapping[str, float]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Slot:
-    """A place for one member.
+    """A place for one worker.
 
     Attributes:
         placement: the placement group.
         bundle: index of its bundle.
-        cpus: CPU share of the member.
-        gpus: GPU share of the member; two members of one bundle may share a device.
+        cpus: CPU share of the worker.
+        gpus: GPU share of the worker; two workers of one bundle may share a device.
     """
 
     placement: PlacementGroup
@@ -34,10 +34,10 @@ class Slot:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Needs:
-    """What a kind of member needs.
+    """What a kind of worker needs.
 
     Attributes:
-        count: members.
+        count: workers.
         cpus: CPUs of each.
         gpus: GPUs of each, a fraction where several share one.
     """
@@ -55,16 +55,16 @@ class Placement:
 
     @staticmethod
     def reserve(
-        engines: Needs, learners: Needs, *, colocate: bool, wait_s: float, say: Callable[[str], None]
+        engines: Needs, learners: Needs, *, colocate: bool, wait_s: float, log: Callable[[str], None]
     ) -> Placement:
-        """Reserve places for all members at once.
+        """Reserve places for all workers at once.
 
         Args:
             engines: what engines need.
             learners: what learners need.
             colocate: engine i and learner i on the same devices, as far as there are both.
             wait_s: how long to wait for other jobs to give resources back.
-            say: told every ten seconds what is wanted and what is free.
+            log: told every ten seconds what is wanted and what is free.
         Raises:
             ValueError: the cluster is too small, or the places were not free in time.
         """
@@ -72,7 +72,7 @@ class Placement:
         _preflight(bundles)
         group = placement_group([dict(bundle) for bundle in bundles], strategy="PACK")
         try:
-            _wait(group, bundles, wait_s, say)
+            _wait(group, bundles, wait_s, log)
             order = _by_node(group)
         except BaseException:
             remove_placement_group(group)
@@ -131,7 +131,7 @@ def _preflight(bundles: Sequence[Bundle]) -> None:
             )
 
 
-def _wait(group: PlacementGroup, bundles: Sequence[Bundle], wait_s: float, say: Callable[[str], None]) -> None:
+def _wait(group: PlacementGroup, bundles: Sequence[Bundle], wait_s: float, log: Callable[[str], None]) -> None:
     deadline = time.monotonic() + wait_s
     while not group.wait(math.ceil(min(SAY_EVERY_S, max(1.0, deadline - time.monotonic())))):  # whole seconds only
         text = f"wanted {_listed(bundles)}; free: {_free()}"
@@ -140,7 +140,7 @@ def _wait(group: PlacementGroup, bundles: Sequence[Bundle], wait_s: float, say: 
                 f"the Ray cluster did not free enough within cluster.wait_s = {wait_s:g} s: {text}; stop other jobs "
                 f"('ray list placement-groups' shows them), ask for less, or raise cluster.wait_s"
             )
-        say(f"waiting for the Ray cluster: {text}")
+        log(f"waiting for the Ray cluster: {text}")
 
 
 def _by_node(group: PlacementGroup) -> list[int]:

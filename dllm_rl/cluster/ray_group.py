@@ -13,7 +13,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from dllm_rl.cluster.group import Build, Group, Lost, Place, Pulse, gather
+from dllm_rl.cluster.group import Build, Heartbeat, WorkerGroup, WorkerLost, WorkerRank, gather
 from dllm_rl.cluster.placement import Slot
 from dllm_rl.cluster.usage import Usage
 from dllm_rl.errors import mark
@@ -31,10 +31,10 @@ def _marked() -> Iterator[None]:
 
 
 class Host:
-    """What runs in an actor: it builds the member and passes calls on."""
+    """What runs in an actor: it builds the worker and passes calls on."""
 
     def __init__(self) -> None:
-        self._member: Any = None
+        self._worker: Any = None
         self._usage = Usage()
 
     def rendezvous(self) -> tuple[str, int]:
@@ -43,23 +43,23 @@ class Host:
             probe.bind(("", 0))
             return ray.util.get_node_ip_address(), probe.getsockname()[1]
 
-    def build(self, make: Build, place: Place) -> None:
-        """Make the member."""
+    def build(self, make: Build, place: WorkerRank) -> None:
+        """Make the worker."""
         with _marked():
-            self._member = make(dataclasses.replace(place, host=ray.util.get_node_ip_address()))
+            self._worker = make(dataclasses.replace(place, host=ray.util.get_node_ip_address()))
 
     def invoke(self, method: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Call a method of the member."""
+        """Call a method of the worker."""
         with _marked(), self._usage.working():
-            return getattr(self._member, method)(*args, **kwargs)
+            return getattr(self._worker, method)(*args, **kwargs)
 
     @ray.method(concurrency_group="control")
-    def pulse(self) -> Pulse:
+    def heartbeat(self) -> Heartbeat:
         """A sign of life; answered beside a call that is under way."""
-        return self._usage.pulse(getattr(self._member, "ticks", 0))
+        return self._usage.heartbeat(getattr(self._worker, "ticks", 0))
 
 
-class RayGroup(Group):
+class RayWorkerGroup(WorkerGroup):
     """Actors that the driver owns: they end with it."""
 
     def __init__(self, name: str, build: Build, slots: Sequence[Slot], env: Mapping[str, str]) -> None:
@@ -67,8 +67,8 @@ class RayGroup(Group):
 
         Args:
             name: for messages.
-            build: picklable; makes a member for its place.
-            slots: where each member runs and what it gets.
+            build: picklable; makes a worker for its place.
+            slots: where each worker runs and what it gets.
             env: environment variables of the actors.
         """
         self.name, self.size = name, len(slots)
@@ -78,20 +78,20 @@ class RayGroup(Group):
         self._rendezvous = ("127.0.0.1", 0)
 
     def submit(self, rank: int, method: str, *args: Any, **kwargs: Any) -> Future[Any]:
-        """See Group."""
+        """See WorkerGroup."""
         actor = self._actors[rank]
         if actor is None:
             return self._gone(rank)
         return self._future(rank, actor.invoke.remote(method, args, kwargs))
 
-    def pulse(self, rank: int) -> Future[Pulse]:
-        """See Group."""
+    def heartbeat(self, rank: int) -> Future[Heartbeat]:
+        """See WorkerGroup."""
         actor = self._actors[rank]
-        return self._gone(rank) if actor is None else self._future(rank, actor.pulse.remote())
+        return self._gone(rank) if actor is None else self._future(rank, actor.heartbeat.remote())
 
     def restart(self, ranks: Sequence[int]) -> None:
-        """See Group."""
-        # The address of rank 0 comes first: members of a collective group need it in order to meet.
+        """See WorkerGroup."""
+        # The address of rank 0 comes first: workers of a collective group need it in order to meet.
         for rank in ranks:
             self._kill(rank)
             self._why.pop(rank, None)
@@ -99,10 +99,12 @@ class RayGroup(Group):
         if 0 in ranks:
             asked = self._future(0, self._actors[0].rendezvous.remote())
             if wait([asked], timeout=START_UP_S).not_done:
-                raise Lost(self.name, 0, f"it did not come up within {START_UP_S:g} s; is there still room for it?")
+                raise WorkerLost(
+                    self.name, 0, f"it did not come up within {START_UP_S:g} s; is there still room for it?"
+                )
             self._rendezvous = asked.result()
         address, port = self._rendezvous
-        places = [Place(rank=rank, size=self.size, address=address, port=port) for rank in ranks]
+        places = [WorkerRank(rank=rank, size=self.size, address=address, port=port) for rank in ranks]
         builds = {
             self._future(place.rank, self._actors[place.rank].build.remote(self._build, place)): place.rank
             for place in places
@@ -110,22 +112,24 @@ class RayGroup(Group):
         late = wait(builds, timeout=START_UP_S, return_when=FIRST_EXCEPTION).not_done
         if late and not any(future.done() and future.exception() for future in builds):
             rank = min(builds[future] for future in late)
-            raise Lost(self.name, rank, f"it did not come up within {START_UP_S:g} s; is there still room for it?")
+            raise WorkerLost(
+                self.name, rank, f"it did not come up within {START_UP_S:g} s; is there still room for it?"
+            )
         gather([future for future in builds if future.done()])
 
     def end(self, rank: int) -> None:
-        """See Group."""
+        """See WorkerGroup."""
         self._why[rank] = "ended by the driver because it made no progress"
         self._kill(rank)
 
     def close(self) -> None:
-        """End all members."""
+        """End all workers."""
         for rank in range(self.size):
             self._kill(rank)
 
     def pids(self) -> list[int]:
-        """Process of each member."""
-        return [self.pulse(rank).result(START_UP_S).pid for rank in range(self.size)]
+        """Process of each worker."""
+        return [self.heartbeat(rank).result(START_UP_S).pid for rank in range(self.size)]
 
     def _start(self, slot: Slot) -> Any:
         place = PlacementGroupSchedulingStrategy(
@@ -152,11 +156,11 @@ class RayGroup(Group):
 
     def _gone(self, rank: int) -> Future[Any]:
         future: Future[Any] = Future()
-        future.set_exception(Lost(self.name, rank, self._why.get(rank, "it was ended")))
+        future.set_exception(WorkerLost(self.name, rank, self._why.get(rank, "it was ended")))
         return future
 
     def _future(self, rank: int, reference: Any) -> Future[Any]:
-        """Of a call; what the member raised comes out as it was, an actor's death as Lost."""
+        """Of a call; what the worker raised comes out as it was, an actor's death as WorkerLost."""
         future: Future[Any] = Future()
         future.set_running_or_notify_cancel()
 
@@ -178,7 +182,7 @@ class RayGroup(Group):
             cause.__cause__ = error  # its text holds the traceback of the actor
             return cause
         if isinstance(error, ray.exceptions.RayActorError | ray.exceptions.ActorUnavailableError):
-            return Lost(self.name, rank, self._why.get(rank, _brief(error)))
+            return WorkerLost(self.name, rank, self._why.get(rank, _brief(error)))
         return error
 
 

@@ -171,8 +171,8 @@ class RewardsSection(Section):
     workers: int = Field(default=2, ge=1)
     """Worker processes."""
     max_failure_fraction: float = Field(default=0.5, ge=0, le=1)
-    """Stop the run if a larger share of a batch could not be judged."""
-    canary: int = Field(default=8, ge=0)
+    """Stop the run if a larger share of a batch could not be scored."""
+    self_test: int = Field(default=8, ge=0)
     """Examples whose gold answer must score full, and a wrong one not, before training starts; 0 = no check."""
 
 

@@ -45,14 +45,14 @@ class Subject:
 
     def batches(self) -> list[RolloutBatch]:
         """Full attention and block-causal."""
-        return [self.batch(blocks) for blocks in (False, True)]
+        return [self.batch(block_causal) for block_causal in (False, True)]
 
-    def batch(self, blocks: bool) -> RolloutBatch:
+    def batch(self, block_causal: bool) -> RolloutBatch:
         """Rollouts in groups of three, demonstrations, or pairs."""
         size = {"rollouts": 3, "demonstrations": 1, "pairs": 2}[self.algorithm.source]
-        return cases.batch(blocks=blocks, decoded=self.rolls_out, group_size=size)
+        return cases.batch(block_causal=block_causal, decoded=self.rolls_out, group_size=size)
 
-    def judged(self) -> Rewards:
+    def scored(self) -> Rewards:
         """Rewards that differ within every group."""
         return cases.rewards(cases.PAIRS if self.algorithm.source == "pairs" else cases.MIXED)
 
@@ -66,11 +66,11 @@ class Subject:
 
     def experience(self, batch: RolloutBatch) -> Experience:
         """With an old policy, and a reference if the algorithm says that it needs one."""
-        judged = self.judged()
+        scored = self.scored()
         masks = self.masks(batch)
         reference = self.estimate(batch, masks, seed=2) if self.algorithm.needs_reference else None
-        advantage = self.algorithm.advantages(judged, batch)
-        return cases.experience(batch, judged, advantage, masks, self.estimate(batch, masks, seed=1), reference)
+        advantage = self.algorithm.advantages(scored, batch)
+        return cases.experience(batch, scored, advantage, masks, self.estimate(batch, masks, seed=1), reference)
 
     def gradient(self, experience: Experience, new: LikelihoodEstimate) -> tuple[Tensor, Tensor]:
         """(loss, d loss / d token_logp)."""
@@ -92,7 +92,7 @@ def declares_itself(subject: Subject) -> None:
 def advantages_have_the_shape_of_rows_or_tokens(subject: Subject) -> None:
     """advantages() gives finite float32 values, (N,) or (N, L)."""
     for batch in subject.batches():
-        advantage = subject.algorithm.advantages(subject.judged(), batch)
+        advantage = subject.algorithm.advantages(subject.scored(), batch)
         require(
             tuple(advantage.shape) in ((len(batch),), tuple(batch.tokens.shape)),
             f"shape {tuple(advantage.shape)} for {len(batch)} rows of {batch.tokens.shape[1]} tokens",
@@ -108,9 +108,9 @@ def excluded_rows_count_for_nothing(subject: Subject) -> None:
     for batch in subject.batches():
         for gone in (1, 3):
             rest = torch.tensor([row for row in range(len(batch)) if row != gone])
-            judged = cases.rewards(cases.MIXED, excluded=gone)
-            whole = subject.algorithm.advantages(judged, batch)
-            alone = subject.algorithm.advantages(judged.select(rest), batch.select(rest))
+            scored = cases.rewards(cases.MIXED, excluded=gone)
+            whole = subject.algorithm.advantages(scored, batch)
+            alone = subject.algorithm.advantages(scored.select(rest), batch.select(rest))
             require(not bool(whole[gone].any()), f"excluded row {gone} has advantage {whole[gone].tolist()}")
             require(
                 torch.allclose(whole[rest], alone, atol=1e-6),
@@ -133,10 +133,10 @@ def equal_rewards_teach_nothing(subject: Subject) -> None:
 def row_order_does_not_matter(subject: Subject) -> None:
     """Advantages and kept rows move with their rows."""
     order = torch.tensor([1, 4, 5, 0, 3, 2])
-    judged = subject.judged()
+    scored = subject.scored()
     for batch in subject.batches():
         for method in (subject.algorithm.advantages, subject.algorithm.keep):
-            straight, moved = method(judged, batch)[order], method(judged.select(order), batch.select(order))
+            straight, moved = method(scored, batch)[order], method(scored.select(order), batch.select(order))
             require(
                 torch.allclose(straight.double(), moved.double(), atol=1e-6),
                 f"{method.__name__}: {straight.tolist()}, reordered {moved.tolist()}",
@@ -155,26 +155,26 @@ def masks_are_drawn_from_the_generator_alone(subject: Subject) -> None:
 
 
 def no_token_is_scored_in_sight(subject: Subject) -> None:
-    """A weight other than 0 is only where the token is hidden in that draw (no peeking)."""
+    """A weight other than 0 is only where the token is masked in that draw (no peeking)."""
     for batch in subject.batches():
         for seed in range(20):
             masks = subject.masks(batch, seed)
             seen = ((masks.weight != 0) & ~masks.mask).nonzero()
-            require(not len(seen), f"draw {seen[0].tolist() if len(seen) else ''} (draw, row, position) is not hidden")
+            require(not len(seen), f"draw {seen[0].tolist() if len(seen) else ''} (draw, row, position) is not masked")
 
 
 def only_the_completion_is_scored(subject: Subject) -> None:
-    """Prompt, padding and whatever follows the end have weight 0, and padding is not hidden."""
+    """Prompt, padding and whatever follows the end have weight 0, and padding is not masked."""
     for batch in subject.batches():
         for seed in range(20):
             masks = subject.masks(batch, seed)
             outside = ((masks.weight != 0) & ~batch.completion).nonzero()
             require(not len(outside), f"weight at {outside[:1].tolist()} (draw, row, position), outside the completion")
-            require(not bool((masks.mask & ~batch.valid).any()), "padding is hidden")
+            require(not bool((masks.mask & ~batch.valid).any()), "padding is masked")
 
 
 def what_follows_the_end_is_not_shown(subject: Subject) -> None:
-    """Positions after the first EOS are hidden in every draw that does not replay the trajectory."""
+    """Positions after the first EOS are masked in every draw that does not replay the trajectory."""
     if subject.algorithm.replays_trajectory or subject.trains_policy or not subject.rolls_out:
         return
     for batch in subject.batches():
@@ -279,26 +279,26 @@ def the_batch_is_left_as_it_was(subject: Subject) -> None:
     """No method changes the batch, the rewards or the draws in place."""
     for batch in subject.batches():
         experience = subject.experience(batch)
-        fresh = subject.batch(batch.blocks is not None)
+        fresh = subject.batch(batch.block_ids is not None)
         subject.algorithm.keep(experience.rewards, batch)
         subject.gradient(experience, subject.estimate(batch, experience.masks, seed=3))
         for f in dataclasses.fields(RolloutBatch):
             value, was = getattr(batch, f.name), getattr(fresh, f.name)
             same = torch.equal(value, was) if isinstance(value, Tensor) else value == was
             require(same, f"batch.{f.name} was changed")
-        require(torch.equal(experience.rewards.total, subject.judged().total), "rewards.total was changed")
+        require(torch.equal(experience.rewards.total, subject.scored().total), "rewards.total was changed")
         require(torch.equal(experience.masks.mask, subject.masks(batch).mask), "the draws were changed")
 
 
 def the_learner_can_train_with_it(subject: Subject) -> None:
     """One update of a tiny model, full attention and block-causal, gives finite figures and moves the weights."""
     for family, batch in zip(("tiny", "sdar"), subject.batches(), strict=True):
-        algorithm, judged = subject.algorithm, subject.judged()
+        algorithm, scored = subject.algorithm, subject.scored()
         learner = _policy_learner(batch) if subject.trains_policy else _learner(family, algorithm)
         before = learner.version().digest
         masks = subject.masks(batch)
         reference = learner.score(batch, masks, reference=True) if algorithm.needs_reference else None
-        learner.update(batch, judged, algorithm.advantages(judged, batch), masks, algorithm, reference=reference)
+        learner.update(batch, scored, algorithm.advantages(scored, batch), masks, algorithm, reference=reference)
         require(learner.version().digest != before, f"{family}: the weights did not move")
 
 
@@ -323,7 +323,7 @@ def _policy_learner(batch: RolloutBatch) -> Learner:
         seed=0,
         block_size=cases.BLOCK,
         block_origin="response",
-        sees_block_only=batch.blocks is not None,
+        sees_block_only=batch.block_ids is not None,
     )
 
 

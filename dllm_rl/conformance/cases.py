@@ -19,11 +19,11 @@ _PROMPTS = (3, 3, 3, 2, 2, 2)
 _COMPLETIONS = (8, 5, 8, 8, 8, 3)  # two rows end early: their canvas has a tail
 
 
-def batch(*, blocks: bool, decoded: bool = True, group_size: int = 3) -> RolloutBatch:
+def batch(*, block_causal: bool, decoded: bool = True, group_size: int = 3) -> RolloutBatch:
     """Six rows in groups, padded, some ended by EOS.
 
     Args:
-        blocks: as for a block-causal model with blocks of 4 from the response.
+        block_causal: as for a block-causal model with blocks of 4 from the response.
         decoded: with a trajectory that committed two tokens per forward, block by block; else as demonstrations are.
         group_size: rows per group.
     """
@@ -53,7 +53,7 @@ def batch(*, blocks: bool, decoded: bool = True, group_size: int = 3) -> Rollout
         group=torch.arange(len(_PROMPTS)) // group_size,
         num_forwards=torch.full((len(_PROMPTS),), 4 if decoded else 0),
         weights_step=torch.where(step == GIVEN, GIVEN, 0),
-        blocks=block_index(start, length, BLOCK, "response") if blocks else None,
+        block_ids=block_index(start, length, BLOCK, "response") if block_causal else None,
         exact=True,
         order=torch.where(step >= 0, 1, 0),
         confidence=torch.rand(len(_PROMPTS), 4, length, generator=generator).clamp(0.05, 0.95) if decoded else None,
@@ -90,7 +90,7 @@ def estimate(rows: RolloutBatch, masks: MaskSample, *, seed: int, policy: bool =
 
 def experience(
     rows: RolloutBatch,
-    judged: Rewards,
+    scored: Rewards,
     advantage: Tensor,
     masks: MaskSample,
     old: LikelihoodEstimate,
@@ -99,7 +99,7 @@ def experience(
     """An Experience whose global counts are the batch's own."""
     return Experience(
         batch=rows,
-        rewards=judged,
+        rewards=scored,
         advantage=advantage,
         masks=masks,
         old=old,

@@ -161,7 +161,7 @@ def log_probabilities_are_the_learners(subject: Subject) -> None:
         group = list(range(len(rows)))
         size, origin = denoiser.block_size, denoiser.block_origin
         batch = collate(rows, pad_id=denoiser.pad_id, group=group, block_size=size, block_origin=origin)
-        masks = masking.along_trajectory(batch.unmask_step, batch.generated, blocks=batch.blocks)
+        masks = masking.along_trajectory(batch.unmask_step, batch.generated, block_ids=batch.block_ids)
         replayed = likelihood.estimate(denoiser, batch, masks).token_logp
         off = (replayed - torch.where(batch.generated, batch.behaviour_logp, 0.0)).abs()
         require(float(off.max()) <= LOGP_TOLERANCE, f"{family}: off by up to {float(off.max()):.2g} nats")
@@ -174,13 +174,13 @@ def pausing_changes_nothing(subject: Subject) -> None:
             where = f"{family}, {strategy}"
             engine = subject.make(denoiser, strategy)
             whole = engine.generate(PROMPTS, SAMPLED, seed=6, samples_per_prompt=2)
-            begun = engine.generate(PROMPTS, SAMPLED, seed=6, samples_per_prompt=2, blocks=1)
-            require(any(t.finish == "paused" for t in begun), f"{where}: no row pauses after 1 block")
+            partial = engine.generate(PROMPTS, SAMPLED, seed=6, samples_per_prompt=2, max_blocks=1)
+            require(any(t.finish == "paused" for t in partial), f"{where}: no row pauses after 1 block")
             ended = subject.make(denoiser, strategy, NEWER).generate(
-                PROMPTS, SAMPLED, seed=6, samples_per_prompt=2, begun=begun
+                PROMPTS, SAMPLED, seed=6, samples_per_prompt=2, partial=partial
             )
             _same(ended, whole, f"{where}, paused after 1 block")
-            for first, t in zip(begun, ended, strict=True):
+            for first, t in zip(partial, ended, strict=True):
                 want = torch.where(t.unmask_step < first.num_forwards, WEIGHTS.step, NEWER.step)
                 if first.finish != "paused":
                     want = torch.full_like(want, WEIGHTS.step)

@@ -67,14 +67,14 @@ def every_text_gets_a_verdict(subject: Subject) -> None:
     """No text makes it raise, hang, miss a row or give infinity: what it cannot judge is a low reward or None."""
     for begin in range(0, len(HOSTILE), 4):
         texts = list(HOSTILE[begin : begin + 4])
-        judged = subject.score(texts)
+        scored = subject.score(texts)
         for row, text in enumerate(texts):
             failure = next((str(f) for f in subject.pool.failures if f.completion == text), "")
-            require(bool(judged.included[row]), f"{judged.status[row]} on {text[:40]!r}: {failure:.200}")
+            require(bool(scored.included[row]), f"{scored.status[row]} on {text[:40]!r}: {failure:.200}")
 
 
 def equal_texts_get_equal_rewards(subject: Subject) -> None:
-    """The reward of a completion does not depend on when it is judged, nor on the rows beside it."""
+    """The reward of a completion does not depend on when it is scored, nor on the rows beside it."""
     texts = list(HOSTILE)
     together = subject.score(texts)
     turned = subject.score(texts[::-1])

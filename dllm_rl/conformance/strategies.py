@@ -27,25 +27,25 @@ class Subject:
         """Random ones, and extreme ones: all tied, tokens of probability 0 and 1."""
         generator = generator_for(0, "conformance", "strategies")
         shape = (ROWS, WIDTH)
-        hidden = torch.rand(shape, generator=generator) < torch.linspace(0, 1, ROWS)[:, None]
-        left = hidden.sum(-1)
+        masked = torch.rand(shape, generator=generator) < torch.linspace(0, 1, ROWS)[:, None]
+        left = masked.sum(-1)
         drawn = Candidates(
-            hidden=hidden,
+            eligible=masked,
             token=torch.randint(3, 20, shape, generator=generator),
-            logp=(-3 * torch.rand(shape, generator=generator)).masked_fill(~hidden, float("-inf")),
-            entropy=(2 * torch.rand(shape, generator=generator)).masked_fill(~hidden, 0.0),
-            margin=torch.rand(shape, generator=generator).masked_fill(~hidden, 0.0),
+            logp=(-3 * torch.rand(shape, generator=generator)).masked_fill(~masked, float("-inf")),
+            entropy=(2 * torch.rand(shape, generator=generator)).masked_fill(~masked, 0.0),
+            margin=torch.rand(shape, generator=generator).masked_fill(~masked, 0.0),
             noise=torch.rand(shape, generator=generator, dtype=torch.float64).clamp(1e-9, 1 - 1e-9),
             count=torch.minimum(left, torch.randint(1, 5, (ROWS,), generator=generator)),
             context=torch.ones(shape, dtype=torch.bool),
-            masked=hidden,
+            masked=masked,
             time=torch.rand(ROWS, generator=generator),
         )
 
         def all_equal(logp: float) -> Candidates:
             return dataclasses.replace(
                 drawn,
-                logp=torch.full(shape, logp).masked_fill(~hidden, float("-inf")),
+                logp=torch.full(shape, logp).masked_fill(~masked, float("-inf")),
                 entropy=torch.zeros(shape),
                 margin=torch.zeros(shape),
             )
@@ -59,22 +59,22 @@ def _rows(candidates: Candidates, rows: Tensor) -> Candidates:
 
 
 def only_hidden_positions_are_chosen(subject: Subject) -> None:
-    """select() gives an (N, W) bool, or int64 numbers, that are a subset of hidden."""
+    """select() gives an (N, W) bool, or int64 numbers, that are a subset of eligible."""
     for candidates in subject.candidates():
         chosen = subject.strategy.select(candidates)
         require(
-            chosen.dtype in (torch.bool, torch.int64) and chosen.shape == candidates.hidden.shape,
+            chosen.dtype in (torch.bool, torch.int64) and chosen.shape == candidates.eligible.shape,
             f"{chosen.dtype} {chosen.shape}",
         )
-        outside = ((chosen > 0) & ~candidates.hidden).nonzero()
-        require(not len(outside), f"(row, position) {outside[:1].tolist()} is not hidden")
+        outside = ((chosen > 0) & ~candidates.eligible).nonzero()
+        require(not len(outside), f"(row, position) {outside[:1].tolist()} is not eligible")
 
 
 def every_row_moves_on(subject: Subject) -> None:
-    """A row with hidden positions gets at least one chosen, whatever the figures: otherwise it would decode forever."""
+    """A row with masked positions gets at least one chosen, whatever the figures: otherwise it would decode forever."""
     for candidates in subject.candidates():
-        stuck = (candidates.hidden.any(-1) & ~(subject.strategy.select(candidates) > 0).any(-1)).nonzero()
-        require(not len(stuck), f"row {stuck[:1].tolist()} has hidden positions and none is chosen")
+        stuck = (candidates.eligible.any(-1) & ~(subject.strategy.select(candidates) > 0).any(-1)).nonzero()
+        require(not len(stuck), f"row {stuck[:1].tolist()} has masked positions and none is chosen")
 
 
 def rows_do_not_see_each_other(subject: Subject) -> None:
@@ -94,9 +94,9 @@ def rows_do_not_see_each_other(subject: Subject) -> None:
 
 
 def what_is_in_sight_does_not_matter(subject: Subject) -> None:
-    """Tokens at positions that are not hidden do not change the choice."""
+    """Tokens at positions that are not masked do not change the choice."""
     for candidates in subject.candidates():
-        other = dataclasses.replace(candidates, token=torch.where(candidates.hidden, candidates.token, 2))
+        other = dataclasses.replace(candidates, token=torch.where(candidates.eligible, candidates.token, 2))
         same = torch.equal(subject.strategy.select(candidates), subject.strategy.select(other))
         require(same, "other visible tokens give another choice")
 

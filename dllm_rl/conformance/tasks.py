@@ -11,7 +11,7 @@ from dllm_rl.conformance.violation import require
 from dllm_rl.models.tokenizers import character_tokenizer
 from dllm_rl.protocols.task import Task
 from dllm_rl.reward_pool.pool import RewardPool, RewardSpec
-from dllm_rl.reward_pool.self_test import run_canary
+from dllm_rl.reward_pool.self_test import run_self_test
 from dllm_rl.types import Example
 
 CANARY = 32
@@ -80,7 +80,7 @@ def characters_cover_the_texts(subject: Subject) -> None:
 
 
 def gold_is_right_and_wrong_is_wrong(subject: Subject) -> None:
-    """With the task's own rewards, the gold completion of canary() succeeds and the wrong one does not."""
+    """With the task's own rewards, the gold completion of self_test() succeeds and the wrong one does not."""
     task = subject.task
     require(bool(task.rewards) == bool(task.success), f"rewards {task.rewards}, but success '{task.success}'")
     if not task.rewards:
@@ -89,7 +89,7 @@ def gold_is_right_and_wrong_is_wrong(subject: Subject) -> None:
     with RewardPool([RewardSpec(name=name) for name in task.rewards]) as pool:
         for split in SPLITS:
             try:
-                run_canary(pool, task, subject.examples[split][:CANARY])
+                run_self_test(pool, task, subject.examples[split][:CANARY])
             except ValueError as error:
                 require(False, f"{split}: {error}")
 

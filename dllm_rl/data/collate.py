@@ -51,7 +51,7 @@ def collate(
         group=torch.tensor(group),
         num_forwards=torch.tensor([t.num_forwards for t in trajectories]),
         weights_step=_padded([t.weights_step for t in trajectories], width, GIVEN),
-        blocks=None if block_size is None else block_index(start, width, block_size, block_origin),
+        block_ids=None if block_size is None else block_index(start, width, block_size, block_origin),
         exact=all(t.exact for t in trajectories),
         order=_if_all([t.order for t in trajectories], lambda rows: _padded(rows, width, 0)),
         confidence=_if_all([t.confidence for t in trajectories], lambda rows: _stacked(rows, width)),
@@ -118,7 +118,7 @@ def supervised(
         group=torch.tensor(group),
         num_forwards=torch.zeros(len(rows), dtype=torch.int64),
         weights_step=torch.full(valid.shape, GIVEN),
-        blocks=None if block_size is None else block_index(start, width, block_size, block_origin),
+        block_ids=None if block_size is None else block_index(start, width, block_size, block_origin),
         exact=True,
     ).check()
 

@@ -1,4 +1,4 @@
-"""Distributions over which hidden positions to commit: sampled from given uniforms, with exact log-probabilities.
+"""Distributions over which masked positions to commit: sampled from given uniforms, with exact log-probabilities.
 
 Both never choose nothing, so that a decoding forward is never wasted. Shapes: utilities (R, W) float; allowed (R, W)
 bool, positions that may be chosen; order (R, W) int64, 0 where not chosen, else the place in the order of choice, from

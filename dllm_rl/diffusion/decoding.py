@@ -1,4 +1,4 @@
-"""Decoding mathematics shared by every engine: proposing a token per hidden position, choosing positions."""
+"""Decoding mathematics shared by every engine: proposing a token per masked position, choosing positions."""
 
 from __future__ import annotations
 
@@ -82,18 +82,18 @@ def _invert(logits: Tensor, uniform: Tensor) -> Tensor:
     return torch.searchsorted(cumulative, target, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
 
 
-def take_best(score: Tensor, hidden: Tensor, count: Tensor) -> Tensor:
-    """Per row, the `count` hidden positions of highest score; ties go to the left.
+def take_best(score: Tensor, eligible: Tensor, count: Tensor) -> Tensor:
+    """Per row, the `count` eligible positions of highest score; ties go to the left.
 
     Args:
         score: (N, W).
-        hidden: (N, W) bool.
+        eligible: (N, W) bool.
         count: (N,) int64.
     Returns:
         (N, W) bool.
     """
-    # -inf is a legal score, and hidden positions must still come before visible ones.
-    ranked = score.clamp(min=torch.finfo(score.dtype).min).masked_fill(~hidden, float("-inf"))
+    # -inf is a legal score, and eligible positions must still come before visible ones.
+    ranked = score.clamp(min=torch.finfo(score.dtype).min).masked_fill(~eligible, float("-inf"))
     order = ranked.argsort(dim=-1, descending=True, stable=True)
     first = torch.arange(score.shape[-1], device=score.device) < count[:, None]
-    return torch.zeros_like(hidden).scatter(-1, order, first) & hidden
+    return torch.zeros_like(eligible).scatter(-1, order, first) & eligible

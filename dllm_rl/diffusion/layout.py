@@ -37,31 +37,31 @@ def block_rule(denoiser: Denoiser, sampling: Sampling) -> tuple[int, BlockOrigin
     return sampling.block_size or sampling.max_new_tokens, "response"
 
 
-def block_causal(blocks: Tensor, valid: Tensor) -> Tensor:
-    """Attention of one clean copy: position i sees valid j with blocks[j] <= blocks[i].
+def block_causal(block_ids: Tensor, valid: Tensor) -> Tensor:
+    """Attention of one clean copy: position i sees valid j with block_ids[j] <= block_ids[i].
 
     Args:
-        blocks: (N, L) int64.
+        block_ids: (N, L) int64.
         valid: (N, L) bool.
     Returns:
         (N, L, L) bool, query by key.
     """
-    return (blocks[:, None, :] <= blocks[:, :, None]) & valid[:, None, :]
+    return (block_ids[:, None, :] <= block_ids[:, :, None]) & valid[:, None, :]
 
 
-def clean_and_noised(blocks: Tensor, valid: Tensor) -> Tensor:
+def clean_and_noised(block_ids: Tensor, valid: Tensor) -> Tensor:
     """Attention of the [clean | noised] layout.
 
     A clean position of block b sees clean blocks <= b; a noised one sees clean blocks < b and noised block b.
 
     Args:
-        blocks: (N, L) int64.
+        block_ids: (N, L) int64.
         valid: (N, L) bool.
     Returns:
         (N, 2L, 2L) bool, query by key, clean copy first.
     """
-    earlier = (blocks[:, None, :] < blocks[:, :, None]) & valid[:, None, :]
-    same = (blocks[:, None, :] == blocks[:, :, None]) & valid[:, None, :]
+    earlier = (block_ids[:, None, :] < block_ids[:, :, None]) & valid[:, None, :]
+    same = (block_ids[:, None, :] == block_ids[:, :, None]) & valid[:, None, :]
     clean = torch.cat([earlier | same, torch.zeros_like(same)], dim=-1)
     noised = torch.cat([earlier, same], dim=-1)
     return torch.cat([clean, noised], dim=1)

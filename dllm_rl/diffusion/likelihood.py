@@ -1,4 +1,4 @@
-"""The one likelihood estimator: l_i = sum_k weight[k, i] log p(x_i | x with mask[k] hidden).
+"""The one likelihood estimator: l_i = sum_k weight[k, i] log p(x_i | x with mask[k] masked).
 
 Memory: only positions with a non-zero weight are unembedded, in chunks, with a float32 log-sum-exp that is recomputed
 in the backward pass, so that no (N, L, V) tensor ever exists. Draws are scored in micro-batches of bounded token count.
@@ -22,7 +22,7 @@ CHUNK_ELEMENTS = 1 << 25  # logits held at once: 2^25 floats are 128 MiB in floa
 
 def token_logp(
     unembed: Callable[[Tensor], Tensor],
-    hidden: Tensor,
+    states: Tensor,
     targets: Tensor,
     *,
     vocab_size: int,
@@ -36,7 +36,7 @@ def token_logp(
 
     Args:
         unembed: hidden states (m, D) -> logits (m, V).
-        hidden: (M, D) final hidden states.
+        states: (M, D) final hidden states.
         targets: (M,) int64.
         vocab_size: V.
         mask_id: id of the mask token.
@@ -54,10 +54,10 @@ def token_logp(
 
     number = max(chunks, chunk_count(len(targets), vocab_size, chunk_elements))
     if number == 1:
-        return of_chunk(hidden, targets)  # the logits of one chunk fit: keep them rather than compute them twice
+        return of_chunk(states, targets)  # the logits of one chunk fit: keep them rather than compute them twice
     pieces = [
         checkpoint(of_chunk, rows, ids, use_reentrant=False)
-        for rows, ids in zip(hidden.tensor_split(number), targets.tensor_split(number), strict=True)
+        for rows, ids in zip(states.tensor_split(number), targets.tensor_split(number), strict=True)
     ]
     return torch.cat(pieces)
 
@@ -104,7 +104,7 @@ def plan(batch: RolloutBatch, masks: MaskSample, tokens_per_microbatch: int) -> 
     # Everything the network sees: the tokens that are left, the length and, for block-causal models, the clean copy.
     seen = batch.tokens[row].masked_fill(masks.mask[draw, row], -1)
     key = [lengths[:, None], seen]
-    if batch.blocks is not None:
+    if batch.block_ids is not None:
         key += [batch.prompt_length[row][:, None], batch.tokens[row]]
     # unique() sorts, and the length is the first column: copies come out from short to long.
     copies, copy = torch.unique(torch.cat(key, dim=1), dim=0, return_inverse=True)
@@ -154,15 +154,15 @@ def scored_states(
     device = denoiser.device
     cut = slice(0, work.length)
     draw, row = work.draw[work.example], work.row[work.example]
-    hidden = denoiser.hidden(
+    states = denoiser.hidden_states(
         batch.tokens[row, cut].to(device),
         masks.mask[draw, row, cut].to(device),
         batch.valid[row, cut].to(device),
-        None if batch.blocks is None else batch.blocks[row, cut].to(device),
+        None if batch.block_ids is None else batch.block_ids[row, cut].to(device),
     )
     weight = masks.weight[work.draw, work.row, cut].to(device)
     pair, position = (torch.zeros_like(weight) if work.idle else weight).nonzero(as_tuple=True)
-    return hidden[work.copy.to(device)[pair], position], pair, position
+    return states[work.copy.to(device)[pair], position], pair, position
 
 
 def estimate(

@@ -1,12 +1,12 @@
 """Mask samplers: which noised copies of a completion are scored, and with what weights.
 
-Every likelihood in this code base is  l_i = sum_k weight[k, i] log p(x_i | x with mask[k] hidden).  Two laws hold for
+Every likelihood in this code base is  l_i = sum_k weight[k, i] log p(x_i | x with mask[k] masked).  Two laws hold for
 every sampler and are tested by exact enumeration:
 
     no peeking           weight[k, i] != 0  implies  mask[k, i]
     partition of unity   E sum_k weight[k, i] = 1 on the completion, 0 elsewhere
 
-Samplers know only the completion; positions that must be hidden as well (a canvas' tail) are added with
+Samplers know only the completion; positions that must be masked as well (a canvas' tail) are added with
 ``MaskSample.hiding``.
 """
 
@@ -31,7 +31,7 @@ def fully_masked(
 
     Args:
         completion: (N, L) bool; every row needs at least one True.
-        prompt: (N, L) bool; tokens that may be hidden as augmentation (they are never scored).
+        prompt: (N, L) bool; tokens that may be masked as augmentation (they are never scored).
         prompt_mask_rate: probability in [0, 1) for each of them.
         draws: independent prompt maskings K; each completion token is scored in all, weight 1/K.
         generator: CPU generator; needed if prompt_mask_rate > 0.
@@ -57,7 +57,7 @@ def no_draws(completion: Tensor) -> MaskSample:
 def bernoulli(
     completion: Tensor, *, draws: int = 1, t_min: float = 1e-3, t_max: float = 1.0, generator: torch.Generator
 ) -> MaskSample:
-    """Hide each token with probability t ~ U[t_min, t_max]; weight 1/t where hidden: the classic ELBO integrand.
+    """Hide each token with probability t ~ U[t_min, t_max]; weight 1/t where masked: the classic ELBO integrand.
 
     Args:
         completion: (N, L) bool.
@@ -110,7 +110,7 @@ def complementary_pair(
 ) -> MaskSample:
     """Hide M ~ Bernoulli(t) in one copy and its complement in the other: every token is scored exactly once a pair.
 
-        l_i = 1/2 ( 1[i in M]/t + 1[i not in M]/(1 - t) ) log p(x_i | x with its own half hidden),  t ~ U[t_min, t_max]
+        l_i = 1/2 ( 1[i in M]/t + 1[i not in M]/(1 - t) ) log p(x_i | x with its own half masked),  t ~ U[t_min, t_max]
 
     With the full view, each of the 2 pairs + 1 copies weighs the same: l_i = (phi_i + 2 sum_pairs l_i) / (2 pairs + 1).
 
@@ -119,7 +119,7 @@ def complementary_pair(
         t_min: smallest masking rate, > 0.
         t_max: largest masking rate, < 1.
         pairs: number of independent pairs; each weighs 1/pairs (rates are stratified over them).
-        full_view: add a copy with the whole completion hidden.
+        full_view: add a copy with the whole completion masked.
         generator: CPU generator.
     Returns:
         MaskSample with K = 2 * pairs (+ 1, the last); draws 2j and 2j + 1 are complements.
@@ -144,7 +144,7 @@ def complementary_pair(
 def complementary_count(completion: Tensor, *, pairs: int = 1, generator: torch.Generator) -> MaskSample:
     """Hide n ~ U{0..C} uniformly chosen tokens in one copy, the others in its twin: two anti-correlated ELBO samples.
 
-        l_i = 1/2 ( 1[i in M] (C+1)/n + 1[i not in M] (C+1)/(C-n) ) log p(x_i | x with its own half hidden)
+        l_i = 1/2 ( 1[i in M] (C+1)/n + 1[i not in M] (C+1)/(C-n) ) log p(x_i | x with its own half masked)
 
     Each half alone is unbiased for the any-order ELBO: n = 0 and n = C are drawn, and leave one copy empty.
 
@@ -203,7 +203,7 @@ def quadrature(
     return MaskSample(mask=mask, weight=weight.float())
 
 
-def left_to_right(canvas: Tensor, completion: Tensor, *, blocks: Tensor | None = None) -> MaskSample:
+def left_to_right(canvas: Tensor, completion: Tensor, *, block_ids: Tensor | None = None) -> MaskSample:
     """Hide token i and everything after it: the exact conditionals of left-to-right decoding, one draw per token.
 
     Block-causal models score a token of every block per draw (K = block size): blocks do not see each other's noise.
@@ -211,27 +211,27 @@ def left_to_right(canvas: Tensor, completion: Tensor, *, blocks: Tensor | None =
     Args:
         canvas: (N, L) bool; positions that decoding had to fill (given tokens stay visible).
         completion: (N, L) bool, the scored positions, a subset of canvas.
-        blocks: (N, L) int64 block numbers for block-causal models, None for full attention.
+        block_ids: (N, L) int64 block numbers for block-causal models, None for full attention.
     Source: Ni et al. 2026 (JustGRPO), arXiv:2601.15165.
     """
     position = torch.arange(canvas.shape[1], device=canvas.device).expand(canvas.shape)
-    return along_trajectory(position.masked_fill(~canvas, GIVEN), completion, blocks=blocks)
+    return along_trajectory(position.masked_fill(~canvas, GIVEN), completion, block_ids=block_ids)
 
 
 def along_trajectory(
-    unmask_step: Tensor, completion: Tensor, *, blocks: Tensor | None = None, merge: int = 1
+    unmask_step: Tensor, completion: Tensor, *, block_ids: Tensor | None = None, merge: int = 1
 ) -> MaskSample:
     """Replay a rollout: token i is scored in the state right before the forward that committed it.
 
-    Full attention: draw k hides what was still hidden at the k-th distinct step. Block-causal models: blocks do not see
+    Full attention: draw k hides what was still masked at the k-th distinct step. Block-causal models: blocks do not see
     each other's noise, so draw k replays the k-th distinct step of *every* block at once (K <= block size).
 
     Args:
         unmask_step: (N, L) int64; negative where given, larger than every step where never decoded.
         completion: (N, L) bool, the scored positions.
-        blocks: (N, L) int64 block numbers for block-causal models, None for full attention.
+        block_ids: (N, L) int64 block numbers for block-causal models, None for full attention.
         merge: consecutive steps that share a draw (the paper's shrink s): 1/merge of the forwards, but a token is then
-            scored in the state before the earliest of them, with more hidden than the sampler saw.
+            scored in the state before the earliest of them, with more masked than the sampler saw.
     Returns:
         MaskSample with K = the largest number of distinct (merged) steps (in any block) over the batch; the weight is
         one at the committing step, so every completion token is scored exactly once and sum_k weight = 1 without noise.
@@ -245,7 +245,7 @@ def along_trajectory(
             "along_trajectory: a completion token has no unmask step; the batch does not come from rollouts"
         )
     # Only scored steps make a draw. Hidden but unscored positions (the tail after EOS) join the last one before them.
-    scope = torch.zeros_like(unmask_step) if blocks is None else blocks
+    scope = torch.zeros_like(unmask_step) if block_ids is None else block_ids
     rank = _dense_rank(unmask_step, completion, scope).div(merge, rounding_mode="floor")
     num_draws = int(rank[completion].max()) + 1
     step = torch.arange(num_draws, device=completion.device)[:, None, None]
@@ -254,13 +254,13 @@ def along_trajectory(
     return MaskSample(mask=mask, weight=(completion & (rank == step)).float())
 
 
-def merged_steps(unmask_step: Tensor, completion: Tensor, *, blocks: Tensor | None = None, merge: int = 1) -> Tensor:
+def merged_steps(unmask_step: Tensor, completion: Tensor, *, block_ids: Tensor | None = None, merge: int = 1) -> Tensor:
     """(N, L) int64 number, from 0 in the order of time, of the merged step that committed a completion token.
 
     Args as in along_trajectory, whose draws these are: tokens of one number are scored in one state, except that draws
     of block-causal models hold a step of every block.
     """
-    scope = torch.zeros_like(unmask_step) if blocks is None else blocks - blocks.min()
+    scope = torch.zeros_like(unmask_step) if block_ids is None else block_ids - block_ids.min()
     rank = _dense_rank(unmask_step, completion, scope).div(merge, rounding_mode="floor")
     width = int(rank[completion].max()) + 1
     return _dense_rank(scope * width + rank, completion, torch.zeros_like(scope))  # blocks follow one another in time

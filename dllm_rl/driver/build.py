@@ -12,17 +12,17 @@ from typing import Any, Self
 import torch
 
 from dllm_rl import seeding
-from dllm_rl.cluster.group import Group
-from dllm_rl.cluster.local_group import LocalGroup
+from dllm_rl.cluster.group import WorkerGroup
+from dllm_rl.cluster.local_group import LocalWorkerGroup
 from dllm_rl.config.plugins import build
 from dllm_rl.config.schema import Config, RewardPlugin
 from dllm_rl.data.prompts import encode, encode_completion
 from dllm_rl.data.source import PromptSource
 from dllm_rl.diffusion.layout import block_rule
 from dllm_rl.driver.engine_pool import EnginePool
-from dllm_rl.driver.launch import Orders, local_crew, ray_crew
+from dllm_rl.driver.launch import WorkerSpec, launch_local, launch_ray
 from dllm_rl.driver.learner_group import LearnerGroup
-from dllm_rl.driver.weight_sync import Handover
+from dllm_rl.driver.weight_sync import WeightSync
 from dllm_rl.errors import need
 from dllm_rl.models.denoiser import TransformersDenoiser
 from dllm_rl.models.from_config import model_path
@@ -37,7 +37,7 @@ from dllm_rl.workers.engine_worker import EVALUATE, TRAIN
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Parts:
+class Run:
     """Everything that the training loop holds. A context manager: engines and learners end with it.
 
     Attributes:
@@ -48,7 +48,7 @@ class Parts:
         denoiser: the model of this process; on a cluster without weights, for shapes and token ids.
         learner: owns the trained weights, of the model or of the unmasking policy.
         weights: from the learner to the engines.
-        pool: reward workers, or None for supervised training on a task without rewards.
+        reward_pool: reward workers, or None for supervised training on a task without rewards.
         source: prompts of each step.
         demonstrations: uid -> tokens of its completions, for algorithms that train on them: the reference completion,
             or the chosen and the rejected one.
@@ -64,8 +64,8 @@ class Parts:
     algorithm: Algorithm
     denoiser: TransformersDenoiser
     learner: LearnerGroup
-    weights: Handover
-    pool: RewardPool | None
+    weights: WeightSync
+    reward_pool: RewardPool | None
     source: PromptSource[Prompt]
     demonstrations: Mapping[str, Sequence[Sequence[int]]]
     held_out: Sequence[Prompt]
@@ -74,10 +74,10 @@ class Parts:
     closing: ExitStack
 
     @property
-    def actors(self) -> list[Group]:
+    def actors(self) -> list[WorkerGroup]:
         """Who does the work in processes of their own."""
         groups = [self.engines.group, self.learner.group]
-        return [group for group in groups if not isinstance(group, LocalGroup)]
+        return [group for group in groups if not isinstance(group, LocalWorkerGroup)]
 
     @property
     def engine(self) -> RolloutEngine:
@@ -100,24 +100,24 @@ class Parts:
         self.closing.close()
 
 
-def assemble(config: Config, folder: Path, show: Progress) -> Parts:
+def build_run(config: Config, folder: Path, progress: Progress) -> Run:
     """Build every part.
 
     Args:
         config: the validated configuration.
         folder: the run folder; a model made from scratch is kept in its ``initial`` folder.
-        show: where to show progress.
+        progress: where to show progress.
     Raises:
         ValueError: an option, file or combination that cannot work, in one line.
     """
     if config.run.threads is not None:
         torch.set_num_threads(config.run.threads)
     with ExitStack() as stack:
-        parts = _assemble(config, folder, show, stack)
-        return dataclasses.replace(parts, closing=stack.pop_all())
+        run = _build_run(config, folder, progress, stack)
+        return dataclasses.replace(run, closing=stack.pop_all())
 
 
-def _assemble(config: Config, folder: Path, show: Progress, stack: ExitStack) -> Parts:
+def _build_run(config: Config, folder: Path, progress: Progress, stack: ExitStack) -> Run:
     algorithm: Algorithm = build("algorithms", config.algorithm.name, config.algorithm.options)
     strategy = build("strategies", config.sampling.strategy.name, config.sampling.strategy.options)
     task: Task = build("tasks", config.data.task.name, config.data.task.options)
@@ -142,11 +142,11 @@ def _assemble(config: Config, folder: Path, show: Progress, stack: ExitStack) ->
         )
     )
     _check_learner(config, algorithm)
-    orders = Orders(
+    spec = WorkerSpec(
         config=config, path=model_path(config, folder, task, train_examples), folder=folder, sampling=sampling
     )
-    crew = local_crew(orders) if config.cluster.kind == "local" else ray_crew(orders, stack, show.say)
-    denoiser, tokenizer = crew.denoiser, crew.tokenizer
+    workers = launch_local(spec) if config.cluster.kind == "local" else launch_ray(spec, stack, progress.log)
+    denoiser, tokenizer = workers.denoiser, workers.tokenizer
     room = denoiser.max_length - sampling.max_new_tokens
     if room < 1:
         raise ValueError(
@@ -163,7 +163,7 @@ def _assemble(config: Config, folder: Path, show: Progress, stack: ExitStack) ->
 
     def tokenised(examples: Sequence[Example]) -> list[Prompt]:
         encoded = []
-        with show.track("tokenising", len(examples)) as advance:
+        with progress.track("tokenising", len(examples)) as advance:
             for example in examples:
                 encoded.append(
                     encode(
@@ -183,21 +183,21 @@ def _assemble(config: Config, folder: Path, show: Progress, stack: ExitStack) ->
     demonstrations: dict[str, Sequence[Sequence[int]]] = {}
     if algorithm.source != "rollouts":
         wanted = _demonstration if algorithm.source == "demonstrations" else _pair
-        with show.track("completions", len(train_examples)) as advance:
+        with progress.track("completions", len(train_examples)) as advance:
             for example in train_examples:
                 demonstrations[example.uid] = [
                     _completion(text, example, tokenizer, sampling.max_new_tokens) for text in wanted(example)
                 ]
                 advance(1, "")
-    return Parts(
+    return Run(
         task=task,
         tokenizer=tokenizer,
-        engines=crew.engines,
+        engines=workers.engines,
         algorithm=algorithm,
         denoiser=denoiser,
-        learner=crew.learner,
-        weights=crew.weights,
-        pool=_pool(config, task),
+        learner=workers.learner,
+        weights=workers.weights,
+        reward_pool=_reward_pool(config, task),
         source=PromptSource(prompts, config.data.prompts_per_step, seed),
         demonstrations=demonstrations,
         held_out=tokenised(held_out),
@@ -313,7 +313,7 @@ def _held_out(config: Config, task: Task) -> Sequence[Example]:
     return [examples[i] for i in order[: config.evaluate.limit]]
 
 
-def _pool(config: Config, task: Task) -> RewardPool | None:
+def _reward_pool(config: Config, task: Task) -> RewardPool | None:
     plugins = reward_plugins(config, task)
     if not plugins:
         return None

@@ -1,4 +1,4 @@
-"""Collects what a step learns from: fresh judged rollouts, or demonstrations."""
+"""Collects what a step learns from: fresh scored rollouts, or demonstrations."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import torch
 from dllm_rl import seeding
 from dllm_rl.config.schema import Config
 from dllm_rl.data.collate import collate, completion_texts, supervised
-from dllm_rl.driver.build import Parts
-from dllm_rl.protocols.algorithm import Further
+from dllm_rl.driver.build import Run
+from dllm_rl.protocols.algorithm import ExtraRollout
 from dllm_rl.reports.measure import rollout_metrics
 from dllm_rl.reward_pool.score import judge
 from dllm_rl.types import Prompt, Rewards, RewardStatus, RolloutBatch, Trajectory
@@ -56,36 +56,36 @@ class _Drawn:
 
 
 def roll_out(
-    parts: Parts,
+    run: Run,
     config: Config,
     prompts: Sequence[Prompt],
     step: int,
     timer: Callable[[str], AbstractContextManager[None]],
 ) -> Collected:
     """Decode and collect in one go."""
-    return collect(parts, config, prompts, decode(parts, config, prompts, step, timer), step, timer)
+    return collect(run, config, prompts, decode(run, config, prompts, step, timer), step, timer)
 
 
 def decode(
-    parts: Parts,
+    run: Run,
     config: Config,
     prompts: Sequence[Prompt],
     step: int,
     timer: Callable[[str], AbstractContextManager[None]],
     *,
-    begun: Sequence[Trajectory] | None = None,
-    blocks: int | None = None,
+    partial: Sequence[Trajectory] | None = None,
+    max_blocks: int | None = None,
 ) -> list[Trajectory]:
-    """Decode samples_per_prompt completions per prompt, or go on with begun ones; see RolloutEngine.generate."""
+    """Decode samples_per_prompt completions per prompt, or go on with partial ones; see RolloutEngine.generate."""
     key, size = seeding.derive(config.run.seed, "rollout", step), config.data.samples_per_prompt
     with timer("rollout_s"):
-        return parts.engine.generate(
-            prompts, parts.sampling, seed=key, samples_per_prompt=size, begun=begun, blocks=blocks
+        return run.engine.generate(
+            prompts, run.sampling, seed=key, samples_per_prompt=size, partial=partial, max_blocks=max_blocks
         )
 
 
 def collect(
-    parts: Parts,
+    run: Run,
     config: Config,
     prompts: Sequence[Prompt],
     trajectories: list[Trajectory],
@@ -95,32 +95,32 @@ def collect(
     """Judge what was decoded; then decode and judge further completions that the algorithm asks for.
 
     Raises:
-        RuntimeError: more than reward_pool.max_failure_fraction of the rows could not be judged.
+        RuntimeError: more than reward_pool.max_failure_fraction of the rows could not be scored.
     """
     seed, size = config.run.seed, config.data.samples_per_prompt
-    wanted = [Further(group=number, prompt=prompt) for number, prompt in enumerate(prompts) for _ in range(size)]
-    drawn = _judged(parts, wanted, trajectories, timer)
+    wanted = [ExtraRollout(group=number, prompt=prompt) for number, prompt in enumerate(prompts) for _ in range(size)]
+    drawn = _judged(run, wanted, trajectories, timer)
     failed = 1 - drawn.rewards.included.float().mean().item()
     if failed > config.reward_pool.max_failure_fraction:
-        assert parts.pool is not None, "it has just judged"
+        assert run.reward_pool is not None, "it has just scored"
         raise RuntimeError(
-            f"step {step}: {failed:.0%} of the completions could not be judged (reward_pool.max_failure_fraction = "
-            f"{config.reward_pool.max_failure_fraction}); last failure: {parts.pool.failures[-1]}"
+            f"step {step}: {failed:.0%} of the completions could not be scored (reward_pool.max_failure_fraction = "
+            f"{config.reward_pool.max_failure_fraction}); last failure: {run.reward_pool.failures[-1]}"
         )
-    batch, rewards = _collate(parts, drawn), drawn.rewards
+    batch, rewards = _collate(run, drawn), drawn.rewards
     metrics = rollout_metrics(batch, rewards)
     rows = list(range(len(batch)))
-    if parts.algorithm.asks_further:
+    if run.algorithm.asks_further:
         generator = seeding.generator_for(seed, "further", step)
-        canvas = parts.sampling.max_new_tokens
-        further = parts.algorithm.further(prompts, rewards, batch, canvas=canvas, generator=generator)
+        canvas = run.sampling.max_new_tokens
+        further = run.algorithm.extra_rollouts(prompts, rewards, batch, canvas=canvas, generator=generator)
         for number, kind in enumerate(_kinds(further)):
-            more = _draw(parts, kind, seeding.derive(seed, "further", step, number), timer)
+            more = _draw(run, kind, seeding.derive(seed, "further", step, number), timer)
             drawn = _Drawn.join(drawn, more)
         if further:
-            everything = _collate(parts, drawn)
+            everything = _collate(run, drawn)
             added = torch.arange(len(everything)) >= len(batch)
-            chosen = parts.algorithm.mix(added, drawn.rewards, everything, generator)
+            chosen = run.algorithm.select_rows(added, drawn.rewards, everything, generator)
             batch, rewards, rows = everything.select(chosen), drawn.rewards.select(chosen), chosen.tolist()
             metrics |= {f"guided/{name}": value for name, value in rollout_metrics(batch, rewards).items()}
     samples = [
@@ -139,46 +139,46 @@ def collect(
     return Collected(batch=batch, rewards=rewards, metrics=metrics, samples=samples, uids=uids)
 
 
-def _kinds(further: Sequence[Further]) -> Sequence[Sequence[Further]]:
-    """Further rollouts by how they are decoded: one engine call each."""
-    kinds: dict[str, list[Further]] = {}
+def _kinds(further: Sequence[ExtraRollout]) -> Sequence[Sequence[ExtraRollout]]:
+    """ExtraRollout rollouts by how they are decoded: one engine call each."""
+    kinds: dict[str, list[ExtraRollout]] = {}
     for one in further:
         kinds.setdefault(repr((one.strategy, one.block_size)), []).append(one)
     return list(kinds.values())
 
 
 def _draw(
-    parts: Parts,
-    wanted: Sequence[Further],
+    run: Run,
+    wanted: Sequence[ExtraRollout],
     seed: int,
     timer: Callable[[str], AbstractContextManager[None]],
 ) -> _Drawn:
     """Decode and judge rollouts of one kind."""
     strategy, block_size = wanted[0].strategy, wanted[0].block_size
-    engine = parts.engine if strategy is None else parts.expert_engine(strategy)
-    sampling = parts.sampling if block_size is None else dataclasses.replace(parts.sampling, block_size=block_size)
+    engine = run.engine if strategy is None else run.expert_engine(strategy)
+    sampling = run.sampling if block_size is None else dataclasses.replace(run.sampling, block_size=block_size)
     with timer("rollout_s"):
         trajectories = engine.generate([w.prompt for w in wanted], sampling, seed=seed)
-    return _judged(parts, wanted, trajectories, timer)
+    return _judged(run, wanted, trajectories, timer)
 
 
 def _judged(
-    parts: Parts,
-    wanted: Sequence[Further],
+    run: Run,
+    wanted: Sequence[ExtraRollout],
     trajectories: list[Trajectory],
     timer: Callable[[str], AbstractContextManager[None]],
 ) -> _Drawn:
-    assert parts.pool is not None, "assemble() refuses rollouts without rewards"
+    assert run.reward_pool is not None, "build_run() refuses rollouts without rewards"
     prompts = [w.prompt for w in wanted]
-    texts = completion_texts(trajectories, parts.tokenizer)
+    texts = completion_texts(trajectories, run.tokenizer)
     with timer("reward_s"):
-        rewards = judge(parts.pool, prompts, texts, [t.completion_length for t in trajectories])
+        rewards = judge(run.reward_pool, prompts, texts, [t.completion_length for t in trajectories])
     expert = [w.strategy is not None for w in wanted]
     return _Drawn(trajectories, prompts, texts, [w.group for w in wanted], expert, rewards)
 
 
-def _collate(parts: Parts, drawn: _Drawn) -> RolloutBatch:
-    denoiser = parts.denoiser
+def _collate(run: Run, drawn: _Drawn) -> RolloutBatch:
+    denoiser = run.denoiser
     return collate(
         drawn.trajectories,
         pad_id=denoiser.pad_id,
@@ -189,18 +189,18 @@ def _collate(parts: Parts, drawn: _Drawn) -> RolloutBatch:
     )
 
 
-def demonstrate(parts: Parts, prompts: Sequence[Prompt]) -> Collected:
+def demonstrate(run: Run, prompts: Sequence[Prompt]) -> Collected:
     """The reference completions of the prompts with reward 1; of pairs, the chosen one with 1, the rejected with 0."""
-    denoiser = parts.denoiser
-    completions = [parts.demonstrations[prompt.uid] for prompt in prompts]
+    denoiser = run.denoiser
+    completions = [run.demonstrations[prompt.uid] for prompt in prompts]
     batch = supervised(
         [prompt for prompt, texts in zip(prompts, completions, strict=True) for _ in texts],
         [text for texts in completions for text in texts],
         group=[number for number, texts in enumerate(completions) for _ in texts],
         eos_id=denoiser.eos_id,
         pad_id=denoiser.pad_id,
-        max_new_tokens=parts.sampling.max_new_tokens,
-        pad_to_canvas=getattr(parts.algorithm.config, "pad_to_canvas", False),
+        max_new_tokens=run.sampling.max_new_tokens,
+        pad_to_canvas=getattr(run.algorithm.config, "pad_to_canvas", False),
         block_size=denoiser.block_size,
         block_origin=denoiser.block_origin,
     )

@@ -12,11 +12,11 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-from dllm_rl.cluster.group import Group, Lost
-from dllm_rl.cluster.watchdog import HEARTBEAT_S, Watch
+from dllm_rl.cluster.group import WorkerGroup, WorkerLost
+from dllm_rl.cluster.watchdog import HEARTBEAT_S, Watchdog
 from dllm_rl.types import Prompt, Sampling, Trajectory, WeightsVersion
 from dllm_rl.workers.engine_worker import NOTHING, Role
-from dllm_rl.workers.packing import Parcel, pack, unpack
+from dllm_rl.workers.packing import PackedTrajectories, pack, unpack
 
 _DEPTH = 2  # calls that an engine holds: the next one is there when it has finished one
 
@@ -28,34 +28,34 @@ class EnginePool:
         group: the engines.
         weights: the version that all of them hold.
         restarts: engines that were lost and built anew.
-        equip: gives a rebuilt engine the current weights and verifies them; set by the pump.
+        sync_worker: gives a rebuilt engine the current weights and verifies them; set by the sync.
     """
 
     def __init__(
         self,
-        group: Group,
+        group: WorkerGroup,
         *,
         rows_per_call: int,
         hang_s: float,
         max_restarts: int,
         sleeps: bool = False,
-        say: Callable[[str], None],
+        log: Callable[[str], None],
     ) -> None:
         """Take over a group.
 
         Args:
-            group: of EngineMembers.
+            group: of EngineWorkers.
             rows_per_call: completions per call, fewer only where a group of samples is cut off by the end.
             hang_s: an engine that makes no forward for so long is ended.
             max_restarts: how many engines may be lost over the run.
             sleeps: engines share their devices with learners and make room for them.
-            say: told when one was lost.
+            log: told when one was lost.
         """
         self.group, self.weights, self.restarts = group, NOTHING, 0
-        self.equip: Callable[[int], None] = lambda rank: None
+        self.sync_worker: Callable[[int], None] = lambda rank: None
         self._rows_per_call, self._max_restarts = rows_per_call, max_restarts
-        self._sleeps, self._say = sleeps, say
-        self._watch = Watch(group, hang_s)
+        self._sleeps, self._log = sleeps, log
+        self._watch = Watchdog(group, hang_s)
 
     def role(self, role: Role) -> PooledEngine:
         """The pool as an engine of one role."""
@@ -69,23 +69,23 @@ class EnginePool:
         *,
         seed: int,
         samples_per_prompt: int = 1,
-        begun: Sequence[Trajectory] | None = None,
-        blocks: int | None = None,
+        partial: Sequence[Trajectory] | None = None,
+        max_blocks: int | None = None,
     ) -> list[Trajectory]:
         """Decode on all engines; see protocols.RolloutEngine.
 
         Raises:
-            Lost: more engines were lost than max_restarts.
+            WorkerLost: more engines were lost than max_restarts.
         """
         size = max(1, self._rows_per_call // samples_per_prompt)
         begins = range(0, len(prompts), size)
         calls = [(prompts[begin : begin + size], sampling, seed, samples_per_prompt) for begin in begins]
-        starts: list[Parcel | None] = [None] * len(calls)
-        if begun is not None:
-            starts = [pack(begun[begin * samples_per_prompt :][: size * samples_per_prompt]) for begin in begins]
+        starts: list[PackedTrajectories | None] = [None] * len(calls)
+        if partial is not None:
+            starts = [pack(partial[begin * samples_per_prompt :][: size * samples_per_prompt]) for begin in begins]
         waiting, load = deque(range(len(calls))), [0] * self.group.size
         running: dict[Future[Any], tuple[int, int]] = {}
-        down: dict[int, Lost] = {}
+        down: dict[int, WorkerLost] = {}
         answers: deque[tuple[int, Any]] = deque()
         found: dict[int, list[Trajectory]] = {}
         while len(found) < len(calls):
@@ -93,18 +93,18 @@ class EnginePool:
                 number = waiting.popleft()
                 load[rank] += 1
                 self._watch.begin(rank)
-                future = self.group.submit(rank, "generate", role, *calls[number], starts[number], blocks)
+                future = self.group.submit(rank, "generate", role, *calls[number], starts[number], max_blocks)
                 running[future] = (number, rank)
             while answers:  # engines have work meanwhile
                 number, answer = answers.popleft()
-                found[number] = unpack(answer) if isinstance(answer, Parcel) else answer
+                found[number] = unpack(answer) if isinstance(answer, PackedTrajectories) else answer
             finished = wait(running, timeout=HEARTBEAT_S, return_when=FIRST_COMPLETED).done
             for future in finished:
                 number, rank = running.pop(future)
                 load[rank] -= 1
                 try:
                     answers.append((number, future.result()))
-                except Lost as lost:
+                except WorkerLost as lost:
                     waiting.appendleft(number)
                     down[rank] = lost
             for rank in [rank for rank in down if not load[rank]]:  # all that it had has come back
@@ -126,7 +126,7 @@ class EnginePool:
         Args:
             timer: adds up "sleep_s".
         Raises:
-            Lost: more engines were lost than max_restarts.
+            WorkerLost: more engines were lost than max_restarts.
         """
         if not self._sleeps:
             yield
@@ -153,27 +153,27 @@ class EnginePool:
         for future in calls:
             try:
                 future.result()
-            except Lost as lost:
-                self.replace(lost, equip=False)
+            except WorkerLost as lost:
+                self.replace(lost, sync_worker=False)
 
-    def replace(self, lost: Lost, *, equip: bool = True) -> None:
+    def replace(self, lost: WorkerLost, *, sync_worker: bool = True) -> None:
         """Build a lost engine anew.
 
         Args:
             lost: which.
-            equip: give it the weights that the others hold.
+            sync_worker: give it the weights that the others hold.
         Raises:
-            Lost: it is one too many, or not one of the engines.
+            WorkerLost: it is one too many, or not one of the engines.
         """
         while lost.group == self.group.name and self.restarts < self._max_restarts:
             self.restarts += 1
-            self._say(f"{lost}; it is built anew, and its prompts are decoded again")
+            self._log(f"{lost}; it is built anew, and its prompts are decoded again")
             try:
                 self.group.restart([lost.rank])
-                if equip:
-                    self.equip(lost.rank)
+                if sync_worker:
+                    self.sync_worker(lost.rank)
                 return
-            except Lost as again:
+            except WorkerLost as again:
                 lost = again
         raise lost
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from dllm_rl import seeding
 from dllm_rl.config.load import load_config
-from dllm_rl.driver.build import assemble
+from dllm_rl.driver.build import build_run
 from dllm_rl.evaluation.evaluate import Evaluation, evaluate
 from dllm_rl.learner import checkpoint
 from dllm_rl.reports.progress import Progress
-from dllm_rl.reward_pool.self_test import run_canary
+from dllm_rl.reward_pool.self_test import run_self_test
 
 
 def evaluate_target(target: Path, overrides: Sequence[str], progress: Progress) -> list[Evaluation]:
@@ -34,25 +34,25 @@ def evaluate_target(target: Path, overrides: Sequence[str], progress: Progress) 
         found = checkpoint.find(target / "checkpoints", None)
     config = load_config(target / "config.yaml" if found else target, overrides)
     with tempfile.TemporaryDirectory() as scratch:  # a model made from scratch is not kept
-        parts = assemble(config, target if found else Path(scratch), progress)
-        with parts, contextlib.ExitStack() as stack:
-            if parts.pool is None:
+        run = build_run(config, target if found else Path(scratch), progress)
+        with run, contextlib.ExitStack() as stack:
+            if run.reward_pool is None:
                 raise ValueError(f"task '{config.data.task.name}' has no rewards: nothing says what counts as solved")
-            pool = stack.enter_context(parts.pool)
-            run_canary(pool, parts.task, parts.task.examples("train")[: config.reward_pool.canary])
+            pool = stack.enter_context(run.reward_pool)
+            run_self_test(pool, run.task, run.task.examples("train")[: config.reward_pool.self_test])
             if found is not None:
-                parts.learner.load(found)
-            parts.weights.push()
-            with progress.track("evaluating", len(parts.held_out) * len(parts.eval_samplings)) as advance:
+                run.learner.load(found)
+            run.weights.push()
+            with progress.track("evaluating", len(run.held_out) * len(run.eval_samplings)) as advance:
                 return [
                     evaluate(
-                        parts.eval_engine,
+                        run.eval_engine,
                         pool,
-                        parts.held_out,
-                        parts.tokenizer,
+                        run.held_out,
+                        run.tokenizer,
                         sampling,
                         seed=seeding.derive(config.run.seed, "evaluate"),
                         advance=advance,
                     )
-                    for sampling in parts.eval_samplings
+                    for sampling in run.eval_samplings
                 ]

@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 
-from dllm_rl.cluster.group import Group, Place, gather
-from dllm_rl.cluster.local_group import LocalGroup
+from dllm_rl.cluster.group import WorkerGroup, WorkerRank, gather
+from dllm_rl.cluster.local_group import LocalWorkerGroup
 from dllm_rl.config.plugins import build
 from dllm_rl.config.schema import Config
 from dllm_rl.driver.engine_pool import EnginePool
 from dllm_rl.driver.learner_group import LearnerGroup
-from dllm_rl.driver.weight_sync import Handover, Pump, SharedWeights
+from dllm_rl.driver.weight_sync import DistributedWeightSync, InProcessWeightSync, WeightSync
 from dllm_rl.errors import need
 from dllm_rl.models.denoiser import TransformersDenoiser
 from dllm_rl.models.from_config import load_model
@@ -27,12 +27,12 @@ from dllm_rl.protocols.algorithm import Algorithm
 from dllm_rl.protocols.strategy import UnmaskingStrategy
 from dllm_rl.types import Sampling
 from dllm_rl.weight_transfer.sender import Transport
-from dllm_rl.workers.engine_worker import EVALUATE, TRAIN, EngineMember
-from dllm_rl.workers.learner_worker import LearnerMember, make_learner
+from dllm_rl.workers.engine_worker import EVALUATE, TRAIN, EngineWorker
+from dllm_rl.workers.learner_worker import LearnerWorker, make_learner
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Crew:
+class Workers:
     """Who does the work.
 
     Attributes:
@@ -47,11 +47,11 @@ class Crew:
     tokenizer: Any
     learner: LearnerGroup
     engines: EnginePool
-    weights: Handover
+    weights: WeightSync
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Orders:
+class WorkerSpec:
     """What every process needs in order to build its part; travels by pickle.
 
     Attributes:
@@ -88,51 +88,49 @@ def strategies(
     return {TRAIN: train, EVALUATE: held_out}
 
 
-def local_crew(orders: Orders) -> Crew:
+def launch_local(spec: WorkerSpec) -> Workers:
     """One engine and one learner in this process, over the same weights."""
-    config, algorithm = orders.config, orders.algorithm
-    denoiser, tokenizer = load_model(config, orders.path)
+    config, algorithm = spec.config, spec.algorithm
+    denoiser, tokenizer = load_model(config, spec.path)
     vocabulary, trains_policy = vocabulary_digest(tokenizer), algorithm.trains == "policy"
     chosen = strategies(config, vocabulary, denoiser.device, trains_policy=trains_policy)
-    made: list[LearnerMember] = []
+    made: list[LearnerWorker] = []
 
-    def learner_member(place: Place) -> LearnerMember:
-        learner = make_learner(
-            config, orders.folder, algorithm, chosen[TRAIN], denoiser, tokenizer, orders.sampling, place
-        )
-        made.append(LearnerMember(learner, place, denoiser))
+    def learner_member(place: WorkerRank) -> LearnerWorker:
+        learner = make_learner(config, spec.folder, algorithm, chosen[TRAIN], denoiser, tokenizer, spec.sampling, place)
+        made.append(LearnerWorker(learner, place, denoiser))
         return made[-1]
 
-    learners = LocalGroup("learner", learner_member)
+    learners = LocalWorkerGroup("learner", learner_member)
     weights = dict(made[-1].learner.named_weights())
-    engines = LocalGroup(
-        "engine", lambda place: EngineMember(config, denoiser, chosen, vocabulary, weights, place, packed=False)
+    engines = LocalWorkerGroup(
+        "engine", lambda place: EngineWorker(config, denoiser, chosen, vocabulary, weights, place, packed=False)
     )
-    learner, pool = _views(config, learners, engines, sleeps=False, say=lambda text: None)
-    shared = SharedWeights(learner, pool)
+    learner, pool = _views(config, learners, engines, sleeps=False, log=lambda text: None)
+    shared = InProcessWeightSync(learner, pool)
     shared.push()
-    return Crew(denoiser=denoiser, tokenizer=tokenizer, learner=learner, engines=pool, weights=shared)
+    return Workers(denoiser=denoiser, tokenizer=tokenizer, learner=learner, engines=pool, weights=shared)
 
 
-def ray_crew(orders: Orders, stack: ExitStack, say: Callable[[str], None]) -> Crew:
+def launch_ray(spec: WorkerSpec, stack: ExitStack, log: Callable[[str], None]) -> Workers:
     """Actors on a Ray cluster.
 
     Args:
-        orders: what to build.
+        spec: what to build.
         stack: closes them.
-        say: told what is waited for.
+        log: told what is waited for.
     Raises:
         ValueError: no cluster, or one that is too small.
     """
     need("ray", "ray", "cluster.kind: ray")
-    from dllm_rl.cluster.connection import gpus_there, ray_session
+    from dllm_rl.cluster.connection import cluster_has_gpus, ray_connection
     from dllm_rl.cluster.placement import Needs, Placement
-    from dllm_rl.cluster.ray_group import RayGroup
+    from dllm_rl.cluster.ray_group import RayWorkerGroup
 
-    config, cluster = orders.config, orders.config.cluster
+    config, cluster = spec.config, spec.config.cluster
     wanted = cluster.engines * cluster.cpus_per_engine + cluster.learners * cluster.cpus_per_learner
-    stack.enter_context(ray_session(cluster.address, cluster.namespace, wanted))
-    default = (0.5 if cluster.colocate else 1.0) if gpus_there() else 0.0
+    stack.enter_context(ray_connection(cluster.address, cluster.namespace, wanted))
+    default = (0.5 if cluster.colocate else 1.0) if cluster_has_gpus() else 0.0
     engine_gpus = default if cluster.gpus_per_engine is None else cluster.gpus_per_engine
     learner_gpus = default if cluster.gpus_per_learner is None else cluster.gpus_per_learner
     placement = Placement.reserve(
@@ -140,20 +138,20 @@ def ray_crew(orders: Orders, stack: ExitStack, say: Callable[[str], None]) -> Cr
         Needs(count=cluster.learners, cpus=cluster.cpus_per_learner, gpus=learner_gpus),
         colocate=cluster.colocate,
         wait_s=cluster.wait_s,
-        say=say,
+        log=log,
     )
     stack.callback(placement.close)
-    denoiser, tokenizer = load_model(config, orders.path, weights=False)
-    learners = RayGroup(
+    denoiser, tokenizer = load_model(config, spec.path, weights=False)
+    learners = RayWorkerGroup(
         "learner",
-        functools.partial(_learner_actor, orders),
+        functools.partial(_learner_actor, spec),
         placement.learners,
         _environment(config, cluster.cpus_per_learner),
     )
     stack.callback(learners.close)
-    engines = RayGroup(
+    engines = RayWorkerGroup(
         "engine",
-        functools.partial(_engine_actor, orders),
+        functools.partial(_engine_actor, spec),
         placement.engines,
         _environment(config, cluster.cpus_per_engine),
     )
@@ -163,26 +161,26 @@ def ray_crew(orders: Orders, stack: ExitStack, say: Callable[[str], None]) -> Cr
     sleeps = cluster.sleep
     if sleeps is None:
         sleeps = cluster.colocate and engine_gpus > 0 and not config.rollout.max_staleness
-    learner, pool = _views(config, learners, engines, sleeps=sleeps, say=say)
+    learner, pool = _views(config, learners, engines, sleeps=sleeps, log=log)
     transport: Transport = "collective"
     if cluster.transport != "auto":
         transport = cluster.transport
     elif learner_gpus and cluster.colocate:
         transport = "cuda_ipc" if cluster.engines <= cluster.learners else "object_store"
-    pump = Pump(
+    sync = DistributedWeightSync(
         learner,
         pool,
         transport=transport,
         bucket_bytes=cluster.bucket_mb << 20,
         timeout_s=cluster.push_timeout_s,
         keep=config.rollout.max_staleness > 0,
-        say=say,
+        log=log,
     )
-    return Crew(denoiser=denoiser, tokenizer=tokenizer, learner=learner, engines=pool, weights=pump)
+    return Workers(denoiser=denoiser, tokenizer=tokenizer, learner=learner, engines=pool, weights=sync)
 
 
 def _views(
-    config: Config, learners: Group, engines: Group, *, sleeps: bool, say: Callable[[str], None]
+    config: Config, learners: WorkerGroup, engines: WorkerGroup, *, sleeps: bool, log: Callable[[str], None]
 ) -> tuple[LearnerGroup, EnginePool]:
     cluster = config.cluster
     learner = LearnerGroup(learners, hang_s=cluster.hang_s, max_restarts=cluster.max_restarts)
@@ -192,7 +190,7 @@ def _views(
         hang_s=cluster.hang_s,
         max_restarts=cluster.max_restarts,
         sleeps=sleeps,
-        say=say,
+        log=log,
     )
     return learner, pool
 
@@ -201,31 +199,31 @@ def _environment(config: Config, cpus: float) -> Mapping[str, str]:
     return {"OMP_NUM_THREADS": str(config.run.threads or max(1, int(cpus))), "TOKENIZERS_PARALLELISM": "false"}
 
 
-def _learner_actor(orders: Orders, place: Place) -> LearnerMember:
-    config = orders.config
+def _learner_actor(spec: WorkerSpec, place: WorkerRank) -> LearnerWorker:
+    config = spec.config
     _use_threads(config)
-    algorithm = orders.algorithm
-    denoiser, tokenizer = load_model(config, orders.path)
+    algorithm = spec.algorithm
+    denoiser, tokenizer = load_model(config, spec.path)
     chosen = strategies(
         config, vocabulary_digest(tokenizer), denoiser.device, trains_policy=algorithm.trains == "policy"
     )
-    learner = make_learner(config, orders.folder, algorithm, chosen[TRAIN], denoiser, tokenizer, orders.sampling, place)
+    learner = make_learner(config, spec.folder, algorithm, chosen[TRAIN], denoiser, tokenizer, spec.sampling, place)
     cluster = config.cluster
-    return LearnerMember(learner, place, denoiser, merged=cluster.push == "merged", shares=cluster.colocate)
+    return LearnerWorker(learner, place, denoiser, merged=cluster.push == "merged", shares=cluster.colocate)
 
 
-def _engine_actor(orders: Orders, place: Place) -> EngineMember:
-    config = orders.config
+def _engine_actor(spec: WorkerSpec, place: WorkerRank) -> EngineWorker:
+    config = spec.config
     _use_threads(config)
-    trains_policy = orders.algorithm.trains == "policy"
-    denoiser, tokenizer = load_model(config, orders.path, adapter=config.cluster.push == "adapter")
+    trains_policy = spec.algorithm.trains == "policy"
+    denoiser, tokenizer = load_model(config, spec.path, adapter=config.cluster.push == "adapter")
     denoiser.module.requires_grad_(False)
     vocabulary = vocabulary_digest(tokenizer)
     chosen = strategies(config, vocabulary, denoiser.device, trains_policy=trains_policy)
     owner = chosen[TRAIN].policy if trains_policy else denoiser.module
-    assert owner is not None, "assemble() refuses strategies without a policy"
+    assert owner is not None, "build_run() refuses strategies without a policy"
     weights = {name: parameter.data for name, parameter in owner.named_parameters()}
-    return EngineMember(config, denoiser, chosen, vocabulary, weights, place, packed=True)
+    return EngineWorker(config, denoiser, chosen, vocabulary, weights, place, packed=True)
 
 
 def _use_threads(config: Config) -> None:

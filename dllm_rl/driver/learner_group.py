@@ -11,17 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dllm_rl.cluster.group import Group, Lost, gather
-from dllm_rl.cluster.watchdog import HEARTBEAT_S, Watch
+from dllm_rl.cluster.group import WorkerGroup, WorkerLost, gather
+from dllm_rl.cluster.watchdog import HEARTBEAT_S, Watchdog
 from dllm_rl.protocols.algorithm import Algorithm
-from dllm_rl.types import LikelihoodEstimate, MaskSample, Rewards, RolloutBatch, Share, WeightsVersion
+from dllm_rl.types import GlobalCounts, LikelihoodEstimate, MaskSample, Rewards, RolloutBatch, WeightsVersion
 
 _Call = tuple[tuple[Any, ...], Mapping[str, Any]]
 _GRACE_S = 10.0  # after a failed collective, for the news of who died
 
 
 class LearnerGroup:
-    """A protocols.Learner over a group of LearnerMembers.
+    """A protocols.Learner over a group of LearnerWorkers.
 
     Attributes:
         group: the ranks.
@@ -30,18 +30,18 @@ class LearnerGroup:
         on_rebuild: told when it was.
     """
 
-    def __init__(self, group: Group, *, hang_s: float, max_restarts: int) -> None:
+    def __init__(self, group: WorkerGroup, *, hang_s: float, max_restarts: int) -> None:
         """Take over a group.
 
         Args:
-            group: of LearnerMembers.
+            group: of LearnerWorkers.
             hang_s: a rank that makes no micro-batch for so long while it has work is ended.
             max_restarts: how often the group may be built anew over the run.
         """
         self.group, self.step, self.restarts = group, 0, 0
         self.on_rebuild: Callable[[], None] = lambda: None
         self._hang_s, self._max_restarts = hang_s, max_restarts
-        self._watch = Watch(group, hang_s)
+        self._watch = Watchdog(group, hang_s)
 
     def update(
         self,
@@ -52,21 +52,21 @@ class LearnerGroup:
         algorithm: Algorithm,
         *,
         reference: LikelihoodEstimate | None,
-        share: Share | None = None,
+        counts: GlobalCounts | None = None,
     ) -> Mapping[str, float]:
         """See protocols.Learner."""
-        assert share is None, "the group holds whole batches"
+        assert counts is None, "the group holds whole batches"
         calls: list[_Call] = []
         if self.group.size == 1:
             calls.append(((batch, rewards, advantage, masks, algorithm), {"reference": reference}))
         else:
-            whole = Share(num_tokens=int(batch.completion.sum()), num_rows=len(batch))
-            for rows in _deal(batch, self.group.size):
+            whole = GlobalCounts(num_tokens=int(batch.completion.sum()), num_rows=len(batch))
+            for rows in balance_rows(batch, self.group.size):
                 idle = not len(rows)
                 rows = torch.zeros(1, dtype=torch.int64) if idle else rows
                 few = (batch.select(rows), rewards.select(rows), advantage[rows], masks.select(rows), algorithm)
                 part = None if reference is None else _of_rows(reference, rows)
-                calls.append((few, {"reference": part, "share": dataclasses.replace(whole, idle=idle)}))
+                calls.append((few, {"reference": part, "counts": dataclasses.replace(whole, idle=idle)}))
         metrics: Mapping[str, float] = self._all("update", calls)[0]
         self.step += 1
         return metrics
@@ -76,11 +76,11 @@ class LearnerGroup:
         if self.group.size == 1:
             found: LikelihoodEstimate = self._all("score", [((batch, masks), {"reference": reference})])[0]
             return found
-        dealt = _deal(batch, self.group.size)
+        dealt = balance_rows(batch, self.group.size)
         shares = [rows if len(rows) else torch.zeros(1, dtype=torch.int64) for rows in dealt]
-        parts = self._all("score", [((batch.select(r), masks.select(r)), {"reference": reference}) for r in shares])
+        run = self._all("score", [((batch.select(r), masks.select(r)), {"reference": reference}) for r in shares])
         back = torch.cat(dealt).argsort()
-        used = [part for part, rows in zip(parts, dealt, strict=True) if len(rows)]
+        used = [part for part, rows in zip(run, dealt, strict=True) if len(rows)]
         return LikelihoodEstimate(
             token_logp=torch.cat([part.token_logp for part in used])[back],
             draw_logp=torch.cat([part.draw_logp for part in used], dim=1)[:, back],
@@ -114,11 +114,11 @@ class LearnerGroup:
         """See protocols.Learner."""
         self.step = self._same("load", folder)
 
-    def rebuild(self, lost: Lost) -> None:
+    def rebuild(self, lost: WorkerLost) -> None:
         """Build all ranks anew, at step 0: a collective group cannot lose one of its own.
 
         Raises:
-            Lost: once too often, or not one of the learners.
+            WorkerLost: once too often, or not one of the learners.
         """
         while lost.group == self.group.name and self.restarts < self._max_restarts:
             self.restarts += 1
@@ -127,7 +127,7 @@ class LearnerGroup:
                 self.step = 0
                 self.on_rebuild()
                 return
-            except Lost as again:
+            except WorkerLost as again:
                 lost = again
         raise lost
 
@@ -145,7 +145,7 @@ class LearnerGroup:
         while left:
             done, left = wait(left, timeout=_GRACE_S if failed else HEARTBEAT_S, return_when=FIRST_COMPLETED)
             failures = [error for future in done if (error := future.exception()) is not None]
-            if any(isinstance(error, Lost) for error in failures) or (failed and not done):
+            if any(isinstance(error, WorkerLost) for error in failures) or (failed and not done):
                 break
             failed = failed or bool(failures)
             if not done:
@@ -154,13 +154,13 @@ class LearnerGroup:
         for future in left:
             self.group.end(futures[future])
         wait(left)
-        lost = next((error for error in errors if isinstance(error, Lost)), None)
+        lost = next((error for error in errors if isinstance(error, WorkerLost)), None)
         if lost is not None:  # what others raised is a consequence
             raise lost
         return gather(list(futures))
 
 
-def _deal(batch: RolloutBatch, size: int) -> list[Tensor]:
+def balance_rows(batch: RolloutBatch, size: int) -> list[Tensor]:
     """Rows of each rank: whole groups (pairs stay together), the largest first to whom has least to compute."""
     tokens = batch.valid.sum(-1)
     groups = [(batch.group == number).nonzero().flatten() for number in batch.group.unique().tolist()]

@@ -26,17 +26,17 @@ import torch
 
 from dllm_rl.config.schema import Config
 from dllm_rl.diffusion.staleness import oldest_weights
-from dllm_rl.driver.build import Parts
+from dllm_rl.driver.build import Run
 from dllm_rl.driver.collect import Collected, collect, decode, demonstrate
 from dllm_rl.reports.clock import Clock
 from dllm_rl.types import GIVEN, Rewards, RolloutBatch, Trajectory, WeightsVersion
 
-FILE = "ahead.pt"
+FILE = "prefetched.pt"
 Batch = tuple[Collected, Clock]
 
 
 @dataclass(slots=True)
-class _Begun:
+class _PartialBatch:
     """A batch that is being decoded: its completions after some blocks."""
 
     trajectories: list[Trajectory] | None = None
@@ -48,28 +48,28 @@ class _Dropped(Exception):
     """The run went back while a batch was decoded."""
 
 
-class Ahead:
+class RolloutPrefetcher:
     """Where the loop gets its batches from. A context manager."""
 
-    def __init__(self, parts: Parts, config: Config) -> None:
+    def __init__(self, run: Run, config: Config) -> None:
         """Collect nothing yet.
 
         Args:
-            parts: of the run.
+            run: its parts.
             config: of the run; its section rollout decides.
         """
-        self._parts, self._config = parts, config
-        self._lead = config.rollout.max_staleness if parts.algorithm.source == "rollouts" else 0
+        self._run, self._config = run, config
+        self._lead = config.rollout.max_staleness if run.algorithm.source == "rollouts" else 0
         # In one process the learner changes the weights that the engine decodes with: the same schedule, no overlap.
         overlap = self._lead > 0 and config.cluster.kind != "local"
-        self._thread = ThreadPoolExecutor(1, "ahead") if overlap else None
+        self._thread = ThreadPoolExecutor(1, "prefetch") if overlap else None
         self._pause = config.rollout.pause_blocks
         self._batches: dict[int, Future[Batch]] = {}
-        self._begun: dict[int, _Begun] = {}
+        self._partial: dict[int, _PartialBatch] = {}
         # Whoever uses the engines holds the second lock; who waits for it holds the first, so that turns alternate.
         self._turn, self._engines = Lock(), Lock()
 
-    def take(self, step: int) -> Batch:
+    def get(self, step: int) -> Batch:
         """The batch of a step and how long its parts took; starts those that max_staleness allows to."""
         for later in range(step, min(step + self._lead, self._config.run.steps - 1) + 1):
             if later not in self._batches:
@@ -77,7 +77,7 @@ class Ahead:
         return self._batches.pop(step).result()
 
     @contextmanager
-    def still(self) -> Iterator[None]:
+    def engines_idle(self) -> Iterator[None]:
         """Nothing is decoded meanwhile: the engines are free for new weights, or for something else."""
         if self._pause is None:
             for future in self._batches.values():
@@ -87,16 +87,16 @@ class Ahead:
 
     def drop(self) -> None:
         """Forget everything: the run goes back."""
-        with self.still():
-            self._batches, self._begun = {}, {}
+        with self.engines_idle():
+            self._batches, self._partial = {}, {}
 
     def save(self, folder: Path) -> None:
-        """Write the batches that wait or have begun, decoded with weights that a resumed run no longer has."""
-        with self.still():
+        """Write the batches that wait or have partial, decoded with weights that a resumed run no longer has."""
+        with self.engines_idle():
             waiting = {step: _plain(future.result()) for step, future in self._batches.items() if future.done()}
-            begun = {step: _plain_begun(one) for step, one in self._begun.items() if one.trajectories is not None}
-        if waiting or begun:
-            torch.save({"waiting": waiting, "begun": begun}, folder / FILE)
+            partial = {step: _plain_begun(one) for step, one in self._partial.items() if one.trajectories is not None}
+        if waiting or partial:
+            torch.save({"waiting": waiting, "partial": partial}, folder / FILE)
 
     def load(self, folder: Path, step: int) -> None:
         """Restore what save wrote, as far as max_staleness still allows it."""
@@ -109,43 +109,43 @@ class Ahead:
             if self._allows(step, number, oldest_weights(found[0].batch)):
                 self._batches[number] = Future()
                 self._batches[number].set_result(found)
-        for number, values in saved["begun"].items():
-            begun = _restored_begun(values)
-            steps = torch.cat([t.weights_step[t.weights_step != GIVEN] for t in begun.trajectories or ()])
+        for number, values in saved["partial"].items():
+            partial = _restored_begun(values)
+            steps = torch.cat([t.weights_step[t.weights_step != GIVEN] for t in partial.trajectories or ()])
             if self._pause is not None and self._allows(step, number, int(steps.min())):
-                self._begun[number] = begun
+                self._partial[number] = partial
 
     def _allows(self, step: int, number: int, oldest: int) -> bool:
         return step <= number <= step + self._lead and number - oldest <= self._lead
 
     def _start(self, step: int) -> Future[Batch]:
-        begun = self._begun.setdefault(step, _Begun())
+        partial = self._partial.setdefault(step, _PartialBatch())
         if self._thread is not None:
-            return self._thread.submit(self._collect, step, begun)
+            return self._thread.submit(self._collect, step, partial)
         future: Future[Batch] = Future()
-        future.set_result(self._collect(step, begun))
+        future.set_result(self._collect(step, partial))
         return future
 
-    def _collect(self, step: int, begun: _Begun) -> Batch:
-        timer, prompts = begun.clock, self._parts.source.batch(step)
-        if self._parts.algorithm.source != "rollouts":
-            del self._begun[step]
-            return demonstrate(self._parts, prompts), timer
-        found = begun.trajectories
+    def _collect(self, step: int, partial: _PartialBatch) -> Batch:
+        timer, prompts = partial.clock, self._run.source.batch(step)
+        if self._run.algorithm.source != "rollouts":
+            del self._partial[step]
+            return demonstrate(self._run, prompts), timer
+        found = partial.trajectories
         while found is None or any(t.finish == "paused" for t in found):
             with self._engines_alone():
-                self._still_wanted(step, begun)
-                blocks = None if self._pause is None else begun.blocks + self._pause
-                found = decode(self._parts, self._config, prompts, step, timer, begun=found, blocks=blocks)
-                begun.trajectories, begun.blocks = found, blocks or 0
+                self._require_wanted(step, partial)
+                blocks = None if self._pause is None else partial.blocks + self._pause
+                found = decode(self._run, self._config, prompts, step, timer, partial=found, max_blocks=blocks)
+                partial.trajectories, partial.blocks = found, blocks or 0
         with self._engines_alone():
-            self._still_wanted(step, begun)
-            collected = collect(self._parts, self._config, prompts, found, step, timer)
-            del self._begun[step]
+            self._require_wanted(step, partial)
+            collected = collect(self._run, self._config, prompts, found, step, timer)
+            del self._partial[step]
         return collected, timer
 
-    def _still_wanted(self, step: int, begun: _Begun) -> None:
-        if self._begun.get(step) is not begun:
+    def _require_wanted(self, step: int, partial: _PartialBatch) -> None:
+        if self._partial.get(step) is not partial:
             raise _Dropped
 
     @contextmanager
@@ -157,11 +157,11 @@ class Ahead:
         finally:
             self._engines.release()
 
-    def __enter__(self) -> Ahead:
+    def __enter__(self) -> RolloutPrefetcher:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._begun = {}
+        self._partial = {}
         if self._thread is not None:
             self._thread.shutdown(wait=error[0] is None, cancel_futures=True)
 
@@ -192,16 +192,16 @@ def _restored(values: dict[str, Any]) -> Batch:
     return collected, clock
 
 
-def _plain_begun(begun: _Begun) -> dict[str, Any]:
-    rows = [_fields(t) | {"weights": _fields(t.weights)} for t in begun.trajectories or ()]
-    return {"trajectories": rows, "blocks": begun.blocks, "seconds": begun.clock.seconds}
+def _plain_begun(partial: _PartialBatch) -> dict[str, Any]:
+    rows = [_fields(t) | {"weights": _fields(t.weights)} for t in partial.trajectories or ()]
+    return {"trajectories": rows, "blocks": partial.blocks, "seconds": partial.clock.seconds}
 
 
-def _restored_begun(values: dict[str, Any]) -> _Begun:
+def _restored_begun(values: dict[str, Any]) -> _PartialBatch:
     clock = Clock()
     clock.seconds = values["seconds"]
     rows = [Trajectory(**row | {"weights": WeightsVersion(**row["weights"])}) for row in values["trajectories"]]
-    return _Begun(rows, values["blocks"], clock)
+    return _PartialBatch(rows, values["blocks"], clock)
 
 
 def _fields(value: Any) -> dict[str, Any]:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dllm_rl.cluster.group import Lost
+from dllm_rl.cluster.group import WorkerLost
 from dllm_rl.config.load import resumable
 from dllm_rl.config.schema import Config
-from dllm_rl.driver.build import Parts
-from dllm_rl.driver.prefetch import Ahead
+from dllm_rl.driver.build import Run
+from dllm_rl.driver.prefetch import RolloutPrefetcher
 from dllm_rl.learner import checkpoint
 from dllm_rl.reports.progress import Progress
 from dllm_rl.reports.run_folder import RunFolder
 
 
 def starting_point(
-    config: Config, folder: Path, resume: bool, from_checkpoint: str | None, show: Progress
+    config: Config, folder: Path, resume: bool, from_checkpoint: str | None, progress: Progress
 ) -> Path | None:
     """The checkpoint to go on from, or None for a new run.
 
@@ -24,7 +24,7 @@ def starting_point(
         folder: the run folder.
         resume: go on from the newest one, if there is one.
         from_checkpoint: go on from this one.
-        show: told what is unusual.
+        progress: told what is unusual.
     Raises:
         ValueError: there is a run already, or no such checkpoint, or a damaged one.
     """
@@ -34,54 +34,54 @@ def starting_point(
             raise ValueError(f"'{folder}' holds a run already; continue it with --resume, or set another run.name")
         return None
     if from_checkpoint is None and not checkpoint.names(root):
-        show.say(f"no checkpoint in '{root}' yet: starting from step 0")
+        progress.log(f"no checkpoint in '{root}' yet: starting from step 0")
         return None
     found = checkpoint.find(root, from_checkpoint)
     changes = resumable(folder / "config.yaml", config)
     if changes:
-        show.say(f"going on with another configuration: {'; '.join(changes)}")
+        progress.log(f"going on with another configuration: {'; '.join(changes)}")
     return found
 
 
 class State:
     """What a checkpoint holds: the learner's state, and batches that wait for it."""
 
-    def __init__(self, parts: Parts, ahead: Ahead) -> None:
-        self.parts, self.ahead = parts, ahead
+    def __init__(self, run: Run, prefetcher: RolloutPrefetcher) -> None:
+        self.run, self.prefetcher = run, prefetcher
 
     def save(self, folder: Path) -> None:
         """Write it into a folder."""
-        self.parts.learner.save(folder)
-        self.ahead.save(folder)
+        self.run.learner.save(folder)
+        self.prefetcher.save(folder)
 
     def load(self, folder: Path) -> None:
         """Restore what save wrote."""
-        self.parts.learner.load(folder)
-        self.ahead.load(folder, self.parts.learner.step)
+        self.run.learner.load(folder)
+        self.prefetcher.load(folder, self.run.learner.step)
 
 
-def go_back(state: State, run: RunFolder, lost: Lost, config: Config, show: Progress) -> int:
+def recover(state: State, records: RunFolder, lost: WorkerLost, config: Config, progress: Progress) -> int:
     """Build lost learners anew and return to the newest checkpoint; returns its step.
 
     Raises:
         RuntimeError: more was lost than cluster.max_restarts; what could be saved is saved.
     """
-    parts, learner = state.parts, state.parts.learner
-    state.ahead.drop()
+    run, learner = state.run, state.run.learner
+    state.prefetcher.drop()
     try:
         learner.rebuild(lost)
-    except Lost as again:
+    except WorkerLost as again:
         saved = ""
         if again.group != learner.group.name:  # the weights are still there
-            checkpoint.write(run.checkpoints, learner.step, {}, learner.save, keep=config.checkpoint.keep)
+            checkpoint.write(records.checkpoints, learner.step, {}, learner.save, keep=config.checkpoint.keep)
             saved = f"; step {learner.step} is saved"
         raise RuntimeError(
             f"{again}; cluster.max_restarts = {config.cluster.max_restarts} are used up{saved}; find out why it dies, "
             f"then go on with --resume"
         ) from lost
-    if checkpoint.names(run.checkpoints):
-        state.load(checkpoint.find(run.checkpoints, None))
-    parts.weights.push(back=True)
-    run.rewind(learner.step)
-    show.say(f"{lost}; the learners were built anew and go on from step {learner.step}")
+    if checkpoint.names(records.checkpoints):
+        state.load(checkpoint.find(records.checkpoints, None))
+    run.weights.push(allow_older=True)
+    records.rewind(learner.step)
+    progress.log(f"{lost}; the learners were built anew and go on from step {learner.step}")
     return learner.step

@@ -15,67 +15,67 @@ from torch import Tensor
 
 from dllm_rl import seeding
 from dllm_rl.config.schema import Config
-from dllm_rl.driver.build import Parts
+from dllm_rl.driver.build import Run
 from dllm_rl.driver.collect import demonstrate
 from dllm_rl.reports.progress import Progress
 from dllm_rl.types import LikelihoodEstimate, MaskSample, RolloutBatch
 
 
-class References:
+class ReferenceCache:
     """Where a step gets its reference likelihoods from."""
 
-    def __init__(self, parts: Parts, config: Config, folder: Path) -> None:
+    def __init__(self, run: Run, config: Config, folder: Path) -> None:
         """Look at the configuration; compute nothing yet.
 
         Args:
-            parts: of the run.
+            run: its parts.
             config: of the run; learner.precompute_reference and learner.reference_cache decide.
             folder: the run folder; the cache is its ``reference`` folder unless the configuration names another.
         Raises:
             ValueError: precomputing for rollouts, which are not there yet.
         """
-        self._parts, self._config = parts, config
-        self._needed = parts.algorithm.needs_reference
+        self._run, self._config = run, config
+        self._needed = run.algorithm.needs_reference
         self._cached = self._needed and config.learner.precompute_reference
         self._folder = Path(config.learner.reference_cache or folder / "reference")
-        if self._cached and parts.algorithm.source == "rollouts":
+        if self._cached and run.algorithm.source == "rollouts":
             raise ValueError(
                 f"learner.precompute_reference = true: algorithm '{config.algorithm.name}' trains on fresh rollouts, "
                 f"which cannot be scored beforehand; leave it out"
             )
-        self._weights = parts.learner.reference_digest() if self._cached else ""
+        self._weights = run.learner.reference_digest() if self._cached else ""
 
-    def prepare(self, first: int, total: int, show: Progress) -> None:
+    def prepare(self, first: int, total: int, progress: Progress) -> None:
         """Score every step that is not in the cache, then free the reference.
 
         Args:
             first: the step that training goes on with.
             total: steps of the run.
-            show: where to show progress.
+            progress: where to show progress.
         """
         if not self._cached:
             return
-        parts, seed = self._parts, self._config.run.seed
-        with show.track("reference", total - first) as advance:
+        run, seed = self._run, self._config.run.seed
+        with progress.track("reference", total - first) as advance:
             for step in range(first, total):
-                batch = demonstrate(parts, parts.source.batch(step)).batch
-                masks = parts.algorithm.masks(batch, seeding.generator_for(seed, "masks", step))
+                batch = demonstrate(run, run.source.batch(step)).batch
+                masks = run.algorithm.masks(batch, seeding.generator_for(seed, "masks", step))
                 path = self._path(batch, masks)
                 if not path.exists():
-                    estimate = parts.learner.score(batch, masks, reference=True)
+                    estimate = run.learner.score(batch, masks, reference=True)
                     path.parent.mkdir(parents=True, exist_ok=True)
                     half = path.with_suffix(".part")
                     torch.save({"token_logp": estimate.token_logp, "draw_logp": estimate.draw_logp}, half)
                     half.replace(path)  # whole or not there
                 advance(1, "")
-        parts.learner.drop_reference()
+        run.learner.drop_reference()
 
     def of(self, batch: RolloutBatch, masks: MaskSample) -> LikelihoodEstimate | None:
         """The reference likelihoods of a batch under its draws, or None if the algorithm needs none."""
         if not self._needed:
             return None
         if not self._cached:
-            return self._parts.learner.score(batch, masks, reference=True)
+            return self._run.learner.score(batch, masks, reference=True)
         return LikelihoodEstimate(**torch.load(self._path(batch, masks), weights_only=True))
 
     def _path(self, batch: RolloutBatch, masks: MaskSample) -> Path:

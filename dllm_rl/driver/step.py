@@ -9,31 +9,31 @@ from dllm_rl import seeding
 from dllm_rl.config.schema import Config
 from dllm_rl.diffusion import masking
 from dllm_rl.diffusion.staleness import decoded_by_several, oldest_weights, truncated_weights
-from dllm_rl.driver.build import Parts
+from dllm_rl.driver.build import Run
 from dllm_rl.driver.collect import Collected
-from dllm_rl.driver.prefetch import Ahead
-from dllm_rl.driver.reference_cache import References
+from dllm_rl.driver.prefetch import RolloutPrefetcher
+from dllm_rl.driver.reference_cache import ReferenceCache
 from dllm_rl.learner.diagnostics import estimator_metrics
 from dllm_rl.reports.clock import Clock
 from dllm_rl.types import RolloutBatch
 
 
 def one_step(
-    parts: Parts, config: Config, ahead: Ahead, references: References
+    run: Run, config: Config, prefetcher: RolloutPrefetcher, references: ReferenceCache
 ) -> tuple[Collected, dict[str, float], Clock]:
     """What was collected, the metrics of learning from it, and where the time went.
 
     Args:
-        parts: of the run.
+        run: its parts.
         config: of the run.
-        ahead: gives the batch.
+        prefetcher: gives the batch.
         references: gives reference likelihoods.
     """
-    timer, seed, algorithm, learner = Clock(), config.run.seed, parts.algorithm, parts.learner
+    timer, seed, algorithm, learner = Clock(), config.run.seed, run.algorithm, run.learner
     step = learner.step
     with timer("step_s"):
         with timer("wait_s"):
-            collected, times = ahead.take(step)
+            collected, times = prefetcher.get(step)
         timer.add(times)
         batch, rewards = collected.batch, collected.rewards
         learned: dict[str, float] = {}
@@ -49,11 +49,11 @@ def one_step(
         else:
             batch, rewards, advantage = batch.select(keep), rewards.select(keep), advantage[keep]
             masks = algorithm.masks(batch, seeding.generator_for(seed, "masks", step))
-            with parts.engines.asleep(timer):
+            with run.engines.asleep(timer):
                 with timer("score_s"):
                     reference = references.of(batch, masks)
                     if config.rollout.correction is not None and oldest_weights(batch) < step:
-                        advantage, figures = _corrected(advantage, parts, config, batch)
+                        advantage, figures = _corrected(advantage, run, config, batch)
                         learned |= figures
                 every = config.diagnostics.every_steps
                 if every is not None and step % every == 0:
@@ -62,19 +62,19 @@ def one_step(
                         learned |= estimator_metrics(learner, algorithm, batch, config.diagnostics, key)
                 with timer("update_s"):
                     learned |= learner.update(batch, rewards, advantage, masks, algorithm, reference=reference)
-        with timer("push_s"), ahead.still():
-            parts.weights.push()
+        with timer("push_s"), prefetcher.engines_idle():
+            run.weights.push()
     parts_of_it = ("wait_s", "sleep_s", "score_s", "diagnose_s", "update_s", "push_s")
     known = sum(timer.seconds.get(name, 0.0) for name in parts_of_it)
     timer.seconds["other_s"] = timer.seconds["step_s"] - known
     return collected, learned, timer
 
 
-def _corrected(advantage: Tensor, parts: Parts, config: Config, batch: RolloutBatch) -> tuple[Tensor, dict[str, float]]:
+def _corrected(advantage: Tensor, run: Run, config: Config, batch: RolloutBatch) -> tuple[Tensor, dict[str, float]]:
     level = config.rollout.correction
     assert level is not None, "the caller asked"
-    replay = masking.along_trajectory(batch.unmask_step, batch.generated, blocks=batch.blocks)
-    now = parts.learner.score(batch, replay).token_logp
+    replay = masking.along_trajectory(batch.unmask_step, batch.generated, block_ids=batch.block_ids)
+    now = run.learner.score(batch, replay).token_logp
     factor, figures = truncated_weights(now, batch, cap=config.rollout.correction_cap, level=level)
     if advantage.dim() < factor.dim():
         advantage = advantage[:, None]

@@ -15,31 +15,31 @@ from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from dataclasses import dataclass
 from typing import Any
 
-from dllm_rl.cluster.group import Group, Lost, gather
+from dllm_rl.cluster.group import WorkerGroup, WorkerLost, gather
 from dllm_rl.driver.engine_pool import EnginePool
 from dllm_rl.driver.learner_group import LearnerGroup
 from dllm_rl.models.digest import joined
 from dllm_rl.types import WeightsVersion
-from dllm_rl.weight_transfer.receiver import Entry, Layout, PushError, PushTimeout, buckets, compare, size_of
+from dllm_rl.weight_transfer.receiver import Layout, PushError, PushTimeout, TensorSpec, buckets, compare, size_of
 from dllm_rl.weight_transfer.sender import Transport
 
-_Call = tuple[Group, int, str, tuple[Any, ...], Mapping[str, Any]]
+_Call = tuple[WorkerGroup, int, str, tuple[Any, ...], Mapping[str, Any]]
 _GRACE_S = 10.0
 _CHANGE = 1e-5  # of the largest logit; what a perturbed adapter must change at least
 
 
-class Handover(ABC):
+class WeightSync(ABC):
     """From a learner to engines."""
 
     def __init__(self, learner: LearnerGroup, engines: EnginePool) -> None:
         self._learner, self._engines = learner, engines
 
     @abstractmethod
-    def push(self, *, back: bool = False) -> WeightsVersion:
+    def push(self, *, allow_older: bool = False) -> WeightsVersion:
         """Give all engines the learners' weights.
 
         Args:
-            back: older weights than the engines hold are meant.
+            allow_older: older weights than the engines hold are meant.
         """
 
     def verify(self) -> None:
@@ -50,7 +50,7 @@ class Handover(ABC):
         Raises:
             PushError: they do not.
         """
-        self.push(back=True)
+        self.push(allow_older=True)
         learners, engines = self._learner.group, self._engines.group
         before = engines.call("probe")
         if not learners.call("perturb")[0]:
@@ -70,13 +70,13 @@ class Handover(ABC):
                 raise PushError(f"engine {rank}: its logits did not come back with the adapter's old values")
 
 
-class SharedWeights(Handover):
+class InProcessWeightSync(WeightSync):
     """Engines and the learner are one process and hold the same tensors: there is nothing to move."""
 
-    def push(self, *, back: bool = False) -> WeightsVersion:
+    def push(self, *, allow_older: bool = False) -> WeightsVersion:
         """Tell the engines which weights they hold."""
         self._engines.weights = version = self._learner.version()
-        self._engines.group.call("hold", version)
+        self._engines.group.call("activate", version)
         return version
 
 
@@ -89,7 +89,7 @@ class _Kept:
     sent: Mapping[str, int]
 
 
-class Pump(Handover):
+class DistributedWeightSync(WeightSync):
     """Moves weights between processes.
 
     Attributes:
@@ -106,69 +106,75 @@ class Pump(Handover):
         bucket_bytes: int,
         timeout_s: float,
         keep: bool = False,
-        say: Callable[[str], None],
+        log: Callable[[str], None],
     ) -> None:
         """Ask the learners what they have.
 
         Args:
             learner: sends.
-            engines: receive; what they lose is re-equipped from here.
+            engines: receive; what they lose is re-synced from here.
             transport: how.
             bucket_bytes: largest bucket.
             timeout_s: for each bucket.
             keep: hold the last push in the object store, for engines that are lost while learners work on the next.
-            say: told when another way had to be taken.
+            log: told when another way had to be taken.
         """
         super().__init__(learner, engines)
         self._learners = learner.group
         self._transport: Transport = transport
-        self._bucket_bytes, self._timeout_s, self._say = bucket_bytes, timeout_s, say
+        self._bucket_bytes, self._timeout_s, self._log = bucket_bytes, timeout_s, log
         self._keep, self._connected = keep, False
         self._kept: _Kept | None = None
         self.bytes_sent, self.seconds = 0, 0.0
-        engines.equip = self._equip
+        engines.sync_worker = self._sync_worker
         learner.on_rebuild = self._disconnect
 
-    def push(self, *, back: bool = False) -> WeightsVersion:
-        """See Handover.
+    def push(self, *, allow_older: bool = False) -> WeightsVersion:
+        """See WeightSync.
 
         Raises:
             PushError: what went wrong, with rank, phase and tensor.
-            Lost: a learner was lost, or more engines than may be.
+            WorkerLost: a learner was lost, or more engines than may be.
         """
         while True:
             try:
                 ranks = range(self._engines.group.size)
                 if self._transport == "collective" and not self._connected:
                     self._connect()
-                self._engines.weights = self._push(ranks, back=back, transport=self._transport, step=self._learner.step)
+                self._engines.weights = self._push(
+                    ranks, allow_older=allow_older, transport=self._transport, step=self._learner.step
+                )
                 return self._engines.weights
-            except Lost as lost:
+            except WorkerLost as lost:
                 self._connected = False
-                # Its successor is equipped by the next attempt, with all others.
-                self._engines.replace(lost, equip=False)
+                # Its successor is synced by the next attempt, with all others.
+                self._engines.replace(lost, sync_worker=False)
 
-    def _equip(self, rank: int) -> None:
+    def _sync_worker(self, rank: int) -> None:
         """A rebuilt engine gets the weights that the others hold. Others may be decoding: no collective."""
         self._connected = False
         held = self._engines.weights
         if self._kept is None:
-            version = self._push([rank], back=True, transport="object_store", step=held.step)
+            version = self._push([rank], allow_older=True, transport="object_store", step=held.step)
         else:  # the learners may be at work on the next weights already
             engines = self._engines.group
-            self._together("begin", "", [(engines, rank, "begin", (held.step, self._kept.layout), {"back": True})])
+            self._together(
+                "begin", "", [(engines, rank, "begin", (held.step, self._kept.layout), {"allow_older": True})]
+            )
             for number, payload in enumerate(self._kept.payloads):
                 self._together("write", "", [(engines, rank, "write", (number, payload), {})])
             version = self._settle([rank], held.step, self._kept.sent)
         if version != held:
             raise PushError(f"engine {rank} was given other weights than the other engines hold (step {held.step})")
 
-    def _push(self, ranks: Sequence[int], *, back: bool, transport: Transport, step: int) -> WeightsVersion:
+    def _push(self, ranks: Sequence[int], *, allow_older: bool, transport: Transport, step: int) -> WeightsVersion:
         started = time.perf_counter()
-        entries: list[Entry] = self._learners.submit(0, "entries").result(self._timeout_s)
+        entries: list[TensorSpec] = self._learners.submit(0, "entries").result(self._timeout_s)
         layout = buckets(entries, self._bucket_bytes)
         engines, learners = self._engines.group, range(self._learners.size)
-        self._together("begin", "", [(engines, rank, "begin", (step, layout), {"back": back}) for rank in ranks])
+        self._together(
+            "begin", "", [(engines, rank, "begin", (step, layout), {"allow_older": allow_older}) for rank in ranks]
+        )
         stored: list[Any] = []
         for number, bucket in enumerate(layout):
             what = f"{bucket[0].name} and {len(bucket) - 1} more" if len(bucket) > 1 else bucket[0].name
@@ -200,7 +206,7 @@ class Pump(Handover):
         for rank, digests in zip(ranks, held, strict=True):
             compare(f"engine {rank}", sent, digests)
         version = WeightsVersion(step=step, digest=joined(sent))
-        self._together("accept", "", [(engines, rank, "hold", (version,), {}) for rank in ranks])
+        self._together("accept", "", [(engines, rank, "activate", (version,), {}) for rank in ranks])
         return version
 
     def _connect(self) -> None:
@@ -215,9 +221,9 @@ class Pump(Handover):
             self._together("join", "", joins)
             self._connected = True
         except (PushTimeout, RuntimeError) as error:
-            if isinstance(error, Lost):
+            if isinstance(error, WorkerLost):
                 raise
-            self._say(f"weights go through Ray's object store: no process group could be set up ({error})")
+            self._log(f"weights go through Ray's object store: no process group could be set up ({error})")
             self._transport = "object_store"
 
     def _disconnect(self) -> None:
@@ -227,7 +233,7 @@ class Pump(Handover):
         """Make calls at the same time; results in order.
 
         Raises:
-            Lost: a member died.
+            WorkerLost: a worker died.
             PushTimeout: naming who did not finish.
         """
         of: dict[Future[Any], str] = {}
@@ -237,7 +243,7 @@ class Pump(Handover):
         if any(future.done() and future.exception() for future in of):  # the news of a death may come a little later
             left = wait(left, timeout=_GRACE_S, return_when=FIRST_EXCEPTION).not_done
         errors = [future.exception() for future in of if future.done()]
-        lost = next((error for error in errors if isinstance(error, Lost)), None)
+        lost = next((error for error in errors if isinstance(error, WorkerLost)), None)
         if lost is not None:  # what others raised is a consequence
             raise lost
         if left and not any(errors):

@@ -21,10 +21,10 @@ class Evaluation:
 
     Attributes:
         tokens_per_step: positions committed per forward that were asked for.
-        success: share of judged examples that are solved.
+        success: share of scored examples that are solved.
         low: lower end of the 95% interval of success.
         high: upper end.
-        judged: examples with a verdict.
+        scored: examples with a verdict.
         failed: examples whose verifier failed; not part of any figure.
         components: mean of each reward component.
         tokens_per_forward: completion tokens per denoising forward, over all examples.
@@ -36,7 +36,7 @@ class Evaluation:
     success: float
     low: float
     high: float
-    judged: int
+    scored: int
     failed: int
     components: dict[str, float]
     tokens_per_forward: float
@@ -50,7 +50,7 @@ class Evaluation:
             f"{prefix}/success": self.success,
             f"{prefix}/success_low": self.low,
             f"{prefix}/success_high": self.high,
-            f"{prefix}/judged": self.judged,
+            f"{prefix}/scored": self.scored,
             f"{prefix}/tokens_per_forward": self.tokens_per_forward,
             **{f"{prefix}/{name}": value for name, value in self.components.items()},
         }
@@ -83,7 +83,7 @@ def evaluate(
         chunk: prompts per call of the engine.
         advance: told how many prompts have finished.
     Raises:
-        ValueError: no prompts, or not one of them could be judged.
+        ValueError: no prompts, or not one of them could be scored.
     """
     if not prompts:
         raise ValueError("evaluation needs at least one held-out example; the task's test split is empty")
@@ -104,17 +104,17 @@ def evaluate(
                 if included and not value[row].isnan():
                     values.setdefault(name, []).append(value[row].item())
         advance(len(part), "")
-    judged = [s for s in solved if s is not None]
-    if not judged:
-        raise ValueError(f"no completion could be judged; last failure: {pool.failures[-1] if pool.failures else '?'}")
-    low, high = wilson(sum(judged), len(judged))
+    scored = [s for s in solved if s is not None]
+    if not scored:
+        raise ValueError(f"no completion could be scored; last failure: {pool.failures[-1] if pool.failures else '?'}")
+    low, high = wilson(sum(scored), len(scored))
     return Evaluation(
         tokens_per_step=sampling.tokens_per_step,
-        success=sum(judged) / len(judged),
+        success=sum(scored) / len(scored),
         low=low,
         high=high,
-        judged=len(judged),
-        failed=len(solved) - len(judged),
+        scored=len(scored),
+        failed=len(solved) - len(scored),
         components={name: sum(v) / len(v) for name, v in values.items()},
         tokens_per_forward=tokens / max(forwards, 1),  # every canvas fully injected: no forward at all
         seconds=time.perf_counter() - started,

@@ -24,11 +24,11 @@ from dllm_rl.protocols.strategy import Candidates, UnmaskingStrategy
 from dllm_rl.types import (
     BlockOrigin,
     Experience,
+    GlobalCounts,
     LikelihoodEstimate,
     MaskSample,
     Rewards,
     RolloutBatch,
-    Share,
     WeightsVersion,
 )
 
@@ -62,7 +62,7 @@ class PolicyLearner:
             block_origin: where decoding blocks start.
             sees_block_only: the model is block-causal, so that a forward computes its active block alone.
         """
-        assert strategy.policy is not None, "assemble() refuses strategies without a policy"
+        assert strategy.policy is not None, "build_run() refuses strategies without a policy"
         self.step = 0
         self._strategy, self._config, self._seed = strategy, config, seed
         self._block_size, self._block_origin, self._sees_block_only = block_size, block_origin, sees_block_only
@@ -87,7 +87,7 @@ class PolicyLearner:
         algorithm: Algorithm,
         *,
         reference: LikelihoodEstimate | None,
-        share: Share | None = None,
+        counts: GlobalCounts | None = None,
     ) -> dict[str, float]:
         """updates_per_step optimiser updates on one batch, with one micro-batch's graph alive at a time.
 
@@ -185,15 +185,15 @@ class PolicyLearner:
         step, now = batch.unmask_step[row], forward[:, None]
         canvas = (batch.completion | batch.tail)[row]
         masked = canvas & (step >= now)
-        blocks = block_index(batch.prompt_length[row], step.shape[1], self._block_size, self._block_origin)
-        last = int(blocks.max()) + 1
-        active = blocks == torch.where(masked, blocks, last).amin(-1, keepdim=True)
+        block_ids = block_index(batch.prompt_length[row], step.shape[1], self._block_size, self._block_origin)
+        last = int(block_ids.max()) + 1
+        active = block_ids == torch.where(masked, block_ids, last).amin(-1, keepdim=True)
         context = canvas & active if self._sees_block_only else canvas
         masked = masked & context
         blank = torch.zeros(step.shape)
         device = self._trained[0][1].device
         candidates = Candidates(
-            hidden=(masked & active).to(device),
+            eligible=(masked & active).to(device),
             token=torch.zeros_like(step).to(device),
             logp=batch.confidence[row, forward].log().to(device),
             entropy=blank.to(device),

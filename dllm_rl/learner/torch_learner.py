@@ -32,7 +32,16 @@ from dllm_rl.models.digest import digest
 from dllm_rl.models.loading import load_denoiser, save_denoiser
 from dllm_rl.models.lora import load_adapter, reference_weights, save_adapter
 from dllm_rl.protocols.algorithm import Algorithm
-from dllm_rl.types import Experience, LikelihoodEstimate, Loss, MaskSample, Rewards, RolloutBatch, Share, WeightsVersion
+from dllm_rl.types import (
+    Experience,
+    GlobalCounts,
+    LikelihoodEstimate,
+    Loss,
+    MaskSample,
+    Rewards,
+    RolloutBatch,
+    WeightsVersion,
+)
 
 Scored = tuple[Tensor, Tensor, Tensor]
 Scoring = Callable[..., Scored]  # likelihood.score or likelihood.entropy
@@ -111,14 +120,14 @@ class TorchLearner:
         algorithm: Algorithm,
         *,
         reference: LikelihoodEstimate | None,
-        share: Share | None = None,
+        counts: GlobalCounts | None = None,
     ) -> dict[str, float]:
         """updates_per_step optimiser updates on one batch; the old policy is the one that enters.
 
         Raises:
             NonFiniteError: non-finite loss or gradient; weights are those before the update, the batch is on disk.
         """
-        share = share or Share(num_tokens=int(batch.completion.sum()), num_rows=len(batch))
+        counts = counts or GlobalCounts(num_tokens=int(batch.completion.sum()), num_rows=len(batch))
         seeding.seed_everything(seeding.derive(self._seed, "update", self.step))  # dropout of adapters
         lr = self._optimizer.start(self.step)
         metrics: dict[str, float] = {}
@@ -128,7 +137,7 @@ class TorchLearner:
             entropy = self._entropy(batch, masks)
         value: Tensor | None = None
         if algorithm.value_clip is not None:
-            assert self._values is not None, "assemble() keeps values for algorithms that want them"
+            assert self._values is not None, "build_run() keeps values for algorithms that want them"
             self._values.start(self.step)
             value = self._values.predict(batch, masks)
             advantage, target = algorithm.credit(rewards, batch, value)
@@ -144,11 +153,11 @@ class TorchLearner:
                 masks=masks,
                 old=old,
                 reference=reference,
-                num_tokens=share.num_tokens,
-                num_rows=share.num_rows,
+                num_tokens=counts.num_tokens,
+                num_rows=counts.num_rows,
                 entropy=entropy,
             )
-            loss = Loss(0.0 * new.token_logp.sum()) if share.idle else algorithm.loss(new, experience)
+            loss = Loss(0.0 * new.token_logp.sum()) if counts.idle else algorithm.loss(new, experience)
             found = self._over_ranks({"loss": loss.value.detach(), **loss.metrics})
             self._require_finite("loss", found["loss"], experience)
             if alive:

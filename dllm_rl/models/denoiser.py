@@ -98,14 +98,14 @@ class TransformersDenoiser:
     def _backbone(self) -> Any:
         return self.module.model
 
-    def hidden(self, tokens: Tensor, mask: Tensor, valid: Tensor, blocks: Tensor | None = None) -> Tensor:
+    def hidden_states(self, tokens: Tensor, mask: Tensor, valid: Tensor, block_ids: Tensor | None = None) -> Tensor:
         """Final hidden states whose unembedding predicts each position; see protocols.Denoiser."""
         length = tokens.shape[1]
         self._check_length(length)
         noised = torch.where(mask, self.mask_id, tokens)
         if self.block_size is None:
-            if blocks is not None:
-                raise ValueError(f"family '{self.family.name}' has full attention: blocks must be None")
+            if block_ids is not None:
+                raise ValueError(f"family '{self.family.name}' has full attention: block_ids must be None")
             if self.shift and bool(mask[:, 0].any()):
                 raise ValueError(
                     f"position 0 is hidden, and family '{self.family.name}' predicts position i from i - 1: "
@@ -113,12 +113,12 @@ class TransformersDenoiser:
                 )
             hidden = self._run(noised, self._positions(length), valid[:, None, None, :])
             return torch.cat([hidden[:, :1], hidden[:, :-1]], dim=1) if self.shift else hidden
-        if blocks is None:
-            raise ValueError(f"family '{self.family.name}' is block-causal: blocks (N, L) are required")
+        if block_ids is None:
+            raise ValueError(f"family '{self.family.name}' is block-causal: block_ids (N, L) are required")
         hidden = self._run(
             torch.cat([tokens, noised], dim=1),
             self._positions(length).repeat(1, 2),
-            clean_and_noised(blocks, valid)[:, None],
+            clean_and_noised(block_ids, valid)[:, None],
         )
         return hidden[:, length:]
 
@@ -128,7 +128,7 @@ class TransformersDenoiser:
         return logits
 
     @torch.no_grad()
-    def prefill(self, tokens: Tensor, valid: Tensor, blocks: Tensor) -> Cache:
+    def prefill(self, tokens: Tensor, valid: Tensor, block_ids: Tensor) -> Cache:
         """Keys and values of clean right-padded prompts (N, P), P >= 0, under block-causal attention."""
         self._require_blocks("prefill")
         length = tokens.shape[1]
@@ -136,7 +136,7 @@ class TransformersDenoiser:
         cache = BlockCache(len(self._backbone.layers), valid[:, :0])
         if length:
             with _evaluating(self.module):
-                self._run(tokens, self._positions(length), block_causal(blocks, valid)[:, None], cache)
+                self._run(tokens, self._positions(length), block_causal(block_ids, valid)[:, None], cache)
             cache.commit(valid)
         return cache
 

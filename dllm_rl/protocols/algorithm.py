@@ -42,7 +42,7 @@ class Plan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Further:
+class ExtraRollout:
     """A rollout that an algorithm asks for in view of the ordinary ones.
 
     Attributes:
@@ -107,13 +107,13 @@ class Algorithm:
 
     @property
     def asks_further(self) -> bool:
-        """Whether further() may ask for more rollouts; prompts then carry the tokens of their trace."""
+        """Whether extra_rollouts() may ask for more rollouts; prompts then carry the tokens of their trace."""
         return False
 
     def check_plan(self, plan: Plan) -> None:
         """Raise ValueError, in one line, if the algorithm cannot work with this plan."""
 
-    def further(
+    def extra_rollouts(
         self,
         prompts: Sequence[Prompt],
         rewards: Rewards,
@@ -121,7 +121,7 @@ class Algorithm:
         *,
         canvas: int,
         generator: torch.Generator,
-    ) -> Sequence[Further]:
+    ) -> Sequence[ExtraRollout]:
         """More rollouts to make, in view of the ordinary ones.
 
         Args:
@@ -133,18 +133,18 @@ class Algorithm:
         """
         return ()
 
-    def mix(self, further: Tensor, rewards: Rewards, batch: RolloutBatch, generator: torch.Generator) -> Tensor:
+    def select_rows(self, extra: Tensor, rewards: Rewards, batch: RolloutBatch, generator: torch.Generator) -> Tensor:
         """Which rows to learn from, once the further rollouts are there.
 
         Args:
-            further: (N,) bool; the rows that further() asked for, at the end.
+            extra: (N,) bool; the rows that extra_rollouts() asked for, at the end.
             rewards: of all rows.
             batch: all rows.
             generator: CPU generator.
         Returns:
             int64 row numbers.
         """
-        return (~further).nonzero().flatten()
+        return (~extra).nonzero().flatten()
 
     def keep(self, rewards: Rewards, batch: RolloutBatch) -> Tensor:
         """(N,) bool: rows to train on. Groups dropped here cost no learner time."""

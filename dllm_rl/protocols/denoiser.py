@@ -1,4 +1,4 @@
-"""The contract of networks that predict hidden tokens."""
+"""The contract of networks that predict masked tokens."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Cache(Protocol):
 
 @runtime_checkable
 class Denoiser(Protocol):
-    """A network that predicts hidden tokens.
+    """A network that predicts masked tokens.
 
     Output position i always predicts token i (families that predict the next position are shifted inside).
 
@@ -33,7 +33,7 @@ class Denoiser(Protocol):
         max_length: longest sequence, tokens.
         block_size: None for full attention, else tokens per block of a block-causal family.
         block_origin: where blocks start for a block-causal family: "response" or "sequence".
-        shift: True if the network itself predicts position i at i - 1 (then position 0 can never be hidden).
+        shift: True if the network itself predicts position i at i - 1 (then position 0 can never be masked).
         device: where tensors must live.
         module: the torch module whose parameters are trained.
     """
@@ -52,14 +52,14 @@ class Denoiser(Protocol):
     def device(self) -> torch.device:
         """Device of the parameters."""
 
-    def hidden(self, tokens: Tensor, mask: Tensor, valid: Tensor, blocks: Tensor | None = None) -> Tensor:
+    def hidden_states(self, tokens: Tensor, mask: Tensor, valid: Tensor, block_ids: Tensor | None = None) -> Tensor:
         """Final hidden states whose unembedding predicts each position.
 
         Args:
             tokens: (N, L) int64, rows padded on the right.
-            mask: (N, L) bool, True where the token is hidden (replaced by the mask token).
+            mask: (N, L) bool, True where the token is masked (replaced by the mask token).
             valid: (N, L) bool, False on padding; padding is never attended to.
-            blocks: (N, L) int64 block number of each position (see diffusion.layout), required by block-causal
+            block_ids: (N, L) int64 block number of each position (see diffusion.layout), required by block-causal
                 families and None for full attention. The forward is then over [clean | noised]: a noised position of
                 block b sees clean blocks < b and noised block b; a clean position of block b sees clean blocks <= b.
         Returns:
@@ -69,7 +69,7 @@ class Denoiser(Protocol):
     def unembed(self, rows: Tensor) -> Tensor:
         """Logits (M, V) of hidden states (M, D), in the dtype of the network."""
 
-    def prefill(self, tokens: Tensor, valid: Tensor, blocks: Tensor) -> Cache:
+    def prefill(self, tokens: Tensor, valid: Tensor, block_ids: Tensor) -> Cache:
         """Keys and values of clean (N, P) right-padded prompts under block-causal attention. Block families only."""
 
     def extend(self, cache: Cache, tokens: Tensor, positions: Tensor, valid: Tensor, *, commit: bool) -> Tensor:
@@ -77,7 +77,7 @@ class Denoiser(Protocol):
 
         Args:
             cache: what the rows have committed so far; every valid entry is visible to every window position.
-            tokens: (N, W) int64 with the mask token at hidden positions.
+            tokens: (N, W) int64 with the mask token at masked positions.
             positions: (N, W) int64 absolute positions.
             valid: (N, W) bool; invalid window positions are not attended to.
             commit: append the window's keys and values to the cache (clean tokens) or leave the cache as it was.

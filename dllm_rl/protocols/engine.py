@@ -31,8 +31,8 @@ class RolloutEngine(Protocol):
         *,
         seed: int,
         samples_per_prompt: int = 1,
-        begun: Sequence[Trajectory] | None = None,
-        blocks: int | None = None,
+        partial: Sequence[Trajectory] | None = None,
+        max_blocks: int | None = None,
     ) -> list[Trajectory]:
         """Decode every prompt samples_per_prompt times, prompt-major order.
 
@@ -44,7 +44,7 @@ class RolloutEngine(Protocol):
             sampling: how to decode.
             seed: of all randomness.
             samples_per_prompt: rows of each prompt.
-            begun: what an earlier call with the same arguments returned, to go on with where it was paused: blocks
+            partial: what an earlier call with the same arguments returned, to go on with where it was paused: blocks
                 that are finished stay, whatever the weights now say.
-            blocks: pause rows once this many decoding blocks of their canvas are finished; None = decode everything.
+            max_blocks: pause rows once so many decoding blocks of their canvas are finished; None = decode everything.
         """

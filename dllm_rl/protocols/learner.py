@@ -10,11 +10,11 @@ from torch import Tensor
 
 from dllm_rl.protocols.algorithm import Algorithm
 from dllm_rl.types import (
+    GlobalCounts,
     LikelihoodEstimate,
     MaskSample,
     Rewards,
     RolloutBatch,
-    Share,
     WeightsVersion,
 )
 
@@ -36,7 +36,7 @@ class Learner(Protocol):
         algorithm: Algorithm,
         *,
         reference: LikelihoodEstimate | None,
-        share: Share | None = None,
+        counts: GlobalCounts | None = None,
     ) -> Mapping[str, float]:
         """Train on one batch; the old policy is the one that enters. Returns metrics.
 

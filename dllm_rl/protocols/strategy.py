@@ -15,20 +15,20 @@ class Candidates:
     """What a strategy may choose from, W positions for each of N rows.
 
     Attributes:
-        hidden: (N, W) bool; positions that may be committed now (hidden, in the row's active block).
+        eligible: (N, W) bool; positions that may be committed now (masked, in the row's active block).
         token: (N, W) int64 proposed token.
-        logp: (N, W) float32 nats; log p(proposed token), untempered; -inf where not hidden.
-        entropy: (N, W) float32 nats of the untempered distribution; 0 where not hidden.
-        margin: (N, W) float32 probability of the best minus the second best token; 0 where not hidden.
+        logp: (N, W) float32 nats; log p(proposed token), untempered; -inf where not eligible.
+        entropy: (N, W) float32 nats of the untempered distribution; 0 where not eligible.
+        margin: (N, W) float32 probability of the best minus the second best token; 0 where not eligible.
         noise: (N, W) float64 uniform in (0, 1), keyed by (row, forward, position).
-        count: (N,) int64 positions to commit for count-based strategies; <= number hidden.
+        count: (N,) int64 positions to commit for count-based strategies; <= number eligible.
         context: (N, W) bool; positions of the completion canvas that the forward computed.
-        masked: (N, W) bool; every hidden position of the context, in the active block or after it. A strategy that
+        masked: (N, W) bool; every masked position of the context, in the active block or after it. A strategy that
             reads_canvas gets token, logp, entropy and margin at all of them.
         time: (N,) float32; forwards that the row has taken, divided by the tokens of its canvas.
     """
 
-    hidden: Tensor
+    eligible: Tensor
     token: Tensor
     logp: Tensor
     entropy: Tensor
@@ -41,7 +41,7 @@ class Candidates:
 
 
 class UnmaskingStrategy:
-    """Decides which hidden positions to commit at this forward.
+    """Decides which masked positions to commit at this forward.
 
     Attributes:
         revises: True if committed tokens may change later; trajectories are then only valid as event lists.
@@ -64,7 +64,7 @@ class UnmaskingStrategy:
         self.config = config
 
     def select(self, candidates: Candidates) -> Tensor:
-        """(N, W) bool, a subset of hidden, at least one in every row that has a hidden position.
+        """(N, W) bool, a subset of eligible, at least one in every row that has an eligible position.
 
         A strategy that chooses one position after another returns int64 instead: the place in its order from 1, else 0.
         Vectorised over rows (no Python loop per row); a row's result depends on that row alone.
@@ -74,7 +74,7 @@ class UnmaskingStrategy:
     def log_prob(self, candidates: Candidates, order: Tensor) -> Tensor:
         """(N,) nats, differentiable in the policy: log-probability that select() gives this order (N, W) int64.
 
-        Reads hidden, logp, context, masked and time of the candidates.
+        Reads eligible, logp, context, masked and time of the candidates.
         """
         raise NotImplementedError
 

@@ -12,7 +12,7 @@ from dllm_rl.types import (
 
 
 class Task:
-    """A source of examples with a verifier: training and held-out rows, and what the reward canary checks."""
+    """A source of examples with a verifier: training and held-out rows, and what the reward self-test checks."""
 
     @dataclass(frozen=True, slots=True, kw_only=True)
     class Config:
@@ -29,6 +29,6 @@ class Task:
         """The rows of a split, always in the same order. Raises ValueError naming file and line of a malformed row."""
         raise NotImplementedError
 
-    def canary(self, example: Example) -> tuple[str, str]:
+    def self_test(self, example: Example) -> tuple[str, str]:
         """(gold, wrong): a completion that must score full marks, and one that must not, in the deployed rewards."""
         raise NotImplementedError

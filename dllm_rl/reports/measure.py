@@ -10,10 +10,10 @@ from dllm_rl.types import Rewards, RolloutBatch
 
 
 def rollout_metrics(batch: RolloutBatch, rewards: Rewards) -> dict[str, float]:
-    """Means over rows of what was generated and how it was judged.
+    """Means over rows of what was generated and how it was scored.
 
     Args:
-        batch: all rows, judged or not.
+        batch: all rows, scored or not.
         rewards: their rewards.
     """
     ok = rewards.included

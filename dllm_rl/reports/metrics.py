@@ -15,7 +15,7 @@ class Metric:
 
 
 METRICS: Mapping[str, Metric] = {
-    "reward": Metric("", "mean total reward over judged rows"),
+    "reward": Metric("", "mean total reward over scored rows"),
     "reward_deviation": Metric("", "mean standard deviation of the total reward within a group"),
     "reward/*": Metric("", "mean of one reward component over rows it applies to"),
     "success": Metric("share", "rows whose success component reaches 1"),

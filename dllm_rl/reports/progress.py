@@ -15,7 +15,7 @@ class Progress(Protocol):
     def track(self, label: str, total: int) -> AbstractContextManager[Advance]:
         """A phase of total units; the context gives the function to call as units finish."""
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """One line for the user."""
 
 
@@ -27,5 +27,5 @@ class Quiet:
         """A phase nobody sees."""
         yield lambda done, note: None
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """Say nothing."""

@@ -26,7 +26,7 @@ class Trackers:
         run: str,
         folder: Path,
         settings: Mapping[str, Any],
-        say: Callable[[str], None],
+        log: Callable[[str], None],
     ) -> None:
         """Start them.
 
@@ -36,11 +36,11 @@ class Trackers:
             run: name of the run.
             folder: for trackers that write files: its ``tracking`` folder.
             settings: the configuration.
-            say: told what fails.
+            log: told what fails.
         Raises:
             ValueError: a tracker whose package is not installed.
         """
-        self._say = say
+        self._log = log
         self._live: dict[str, Any] = {}
         for name in names:
             need(PACKAGES[name], name, f"tracking.to: {name}")
@@ -83,7 +83,7 @@ class Trackers:
         except Exception as error:  # whatever a service or its client does must not end a run
             self._live.pop(name, None)
             reason = " ".join(str(error).split())[:200]
-            self._say(f"tracker '{name}' failed and is left out from now on ({type(error).__name__}: {reason})")
+            self._log(f"tracker '{name}' failed and is left out from now on ({type(error).__name__}: {reason})")
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

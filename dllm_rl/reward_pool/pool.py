@@ -74,9 +74,9 @@ class _Worker:
         )
         os.close(child_in)
         os.close(child_out)
-        self.inbox = Connection(from_child, writable=False)
-        self.outbox = Connection(to_child, readable=False)
-        self.outbox.send([(spec.name, dict(spec.options)) for spec in specs])
+        self.replies = Connection(from_child, writable=False)
+        self.requests = Connection(to_child, readable=False)
+        self.requests.send([(spec.name, dict(spec.options)) for spec in specs])
         self.ready = False
         self.reward = 0  # which reward function the rows are for
         self.rows: deque[int] = deque()
@@ -87,8 +87,8 @@ class _Worker:
         if self.process.returncode is None:  # not reaped: its number, which is its group's, cannot be anybody else's
             with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS refuses to signal the dead
                 os.killpg(self.process.pid, signal.SIGKILL)
-        self.inbox.close()
-        self.outbox.close()
+        self.replies.close()
+        self.requests.close()
         return self.process.wait()
 
 
@@ -198,15 +198,15 @@ class RewardPool:
                     waiting.popleft()
             pending = [w for w in self._workers if w.rows or not w.ready]
             timeout = max(0.0, min(w.deadline for w in pending) - time.monotonic())
-            heard = wait([w.inbox for w in pending], timeout)
+            heard = wait([w.replies for w in pending], timeout)
             for worker in pending:
-                if worker.inbox in heard:
+                if worker.replies in heard:
                     result = self._hear(worker)
                 elif time.monotonic() >= worker.deadline:
                     result = self._overrun(worker)
                 else:
                     continue
-                if worker not in self._workers and worker.rows:  # it was ended: the rows it has not judged wait again
+                if worker not in self._workers and worker.rows:  # it was ended: the rows it has not scored wait again
                     waiting.appendleft((worker.reward, list(worker.rows)))
                 if result is None:
                     continue
@@ -216,7 +216,7 @@ class RewardPool:
     def _hand_over(self, worker: _Worker, reward: int, chunk: list[int], rows: Sequence[Mapping[str, Any]]) -> bool:
         """Whether the worker took the chunk; one that died while it was idle is replaced, and no row has failed."""
         try:
-            worker.outbox.send((reward, [(row, rows[row]) for row in chunk]))
+            worker.requests.send((reward, [(row, rows[row]) for row in chunk]))
         except BrokenPipeError:
             self._replace(worker)
             return False
@@ -227,7 +227,7 @@ class RewardPool:
     def _hear(self, worker: _Worker) -> tuple[int, RewardStatus, float | None, str] | None:
         """The next result of a worker; None if it only became ready, or died over a row that gets a second chance."""
         try:
-            message = worker.inbox.recv()
+            message = worker.replies.recv()
         except (EOFError, ConnectionResetError):
             return self._died(worker)
         if not worker.ready:

@@ -9,7 +9,7 @@ from dllm_rl.reward_pool.pool import RewardPool
 from dllm_rl.types import Example
 
 
-def run_canary(pool: RewardPool, task: Task, examples: Sequence[Example]) -> None:
+def run_self_test(pool: RewardPool, task: Task, examples: Sequence[Example]) -> None:
     """Judge a gold and a wrong completion of each example in the pool that training will use.
 
     Also holds evaluation to its word: the component that means success must be among the rewards.
@@ -19,19 +19,19 @@ def run_canary(pool: RewardPool, task: Task, examples: Sequence[Example]) -> Non
         task: says what is gold, what is wrong, and which component means success.
         examples: rows to check; none = no check.
     Raises:
-        ValueError: naming the first example that was judged wrongly.
+        ValueError: naming the first example that was scored wrongly.
     """
     have = ", ".join(pool.names)
     if not task.success:
-        raise ValueError(f"reward canary: which of the rewards {have} means success? Set data.task.success")
+        raise ValueError(f"reward self-test: which of the rewards {have} means success? Set data.task.success")
     if task.success not in pool.names:
         raise ValueError(
-            f"reward canary: the task counts reward '{task.success}' as success, but rewards lists {have}; list it too "
-            f"(weight 0 only reports it)"
+            f"reward self-test: the task counts reward '{task.success}' as success, but rewards lists {have}; list it "
+            f"too (weight 0 only reports it)"
         )
     if not examples:
         return
-    pairs = [task.canary(example) for example in examples]
+    pairs = [task.self_test(example) for example in examples]
     names = sorted({name for example in examples for name in example.columns})
     columns = {name: [e.columns.get(name) for e in examples for _ in range(2)] for name in names}
     columns["answer"] = [e.answer for e in examples for _ in range(2)]
@@ -42,10 +42,10 @@ def run_canary(pool: RewardPool, task: Task, examples: Sequence[Example]) -> Non
     for row, text in enumerate(texts):
         example, gold = examples[row // 2], row % 2 == 0
         if not bool(rewards.included[row]):
-            raise ValueError(f"reward canary: example '{example.uid}' could not be judged: {pool.failures[-1]}")
+            raise ValueError(f"reward self-test: example '{example.uid}' could not be scored: {pool.failures[-1]}")
         if (success[row] >= 1) != gold:
             expected = "at least 1" if gold else "less than 1"
             raise ValueError(
-                f"reward canary: {'gold' if gold else 'wrong'} completion {text[-60:]!r} of example '{example.uid}' "
+                f"reward self-test: {'gold' if gold else 'wrong'} completion {text[-60:]!r} of example '{example.uid}' "
                 f"scored {success[row]:g} in '{task.success}', expected {expected}; fix the reward before training"
             )

@@ -55,20 +55,20 @@ def main(read: int, write: int, parent: int) -> None:
     _die_with_parent(parent)
     for descriptor in (read, write):
         os.set_inheritable(descriptor, False)  # a verifier's own children must not hold the pipe open
-    inbox, outbox = Connection(read, writable=False), Connection(write, readable=False)
+    replies, requests = Connection(read, writable=False), Connection(write, readable=False)
     try:
-        rewards = [build("rewards", name, options) for name, options in inbox.recv()]
+        rewards = [build("rewards", name, options) for name, options in replies.recv()]
     except (ValueError, ImportError) as error:
-        outbox.send(("refused", str(error)))
+        requests.send(("refused", str(error)))
         return
-    outbox.send(("ready", None))
+    requests.send(("ready", None))
     while True:
         try:
-            index, chunk = inbox.recv()
+            index, chunk = replies.recv()
         except EOFError:
             return
         for number, row in chunk:
-            outbox.send((number, *_judge_one(rewards[index], row)))
+            requests.send((number, *_judge_one(rewards[index], row)))
 
 
 if __name__ == "__main__":

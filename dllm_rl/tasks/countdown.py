@@ -81,7 +81,7 @@ class Countdown(Task):
             )
         return list(found.values())
 
-    def canary(self, example: Example) -> tuple[str, str]:
+    def self_test(self, example: Example) -> tuple[str, str]:
         """The generator's expression, and one that leaves numbers out and uses the target instead."""
         assert example.completion is not None
         return example.completion, f"{example.columns['numbers'][0]}+{example.columns['target']}"

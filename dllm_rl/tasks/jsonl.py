@@ -62,14 +62,14 @@ class JsonLines(Task):
                 raise ValueError(f"{where}: is {self._kind(row)}, but the first row is {kind}; use one file for each")
         return examples
 
-    def canary(self, example: Example) -> tuple[str, str]:
+    def self_test(self, example: Example) -> tuple[str, str]:
         """The reference completion (or the filled-in ``gold``), and nothing at all."""
         if example.completion is not None:
             return example.completion, ""
         if not example.answer:
             raise ValueError(
                 f"example '{example.uid}' has neither completion nor answer to check the rewards with; add an "
-                f"'{self.config.answer}' column, or set reward_pool.canary=0"
+                f"'{self.config.answer}' column, or set reward_pool.self_test=0"
             )
         return self.config.gold.replace("{answer}", example.answer), ""
 

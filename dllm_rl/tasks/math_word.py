@@ -12,12 +12,12 @@ from dllm_rl.tasks.rows import field, hub_rows, read_rows
 from dllm_rl.types import Example
 
 INSTRUCTION = "Reason step by step, and put the final answer in \\boxed{}."
-_WRONG = "73939133"  # a number that is the answer of no problem; the canary refuses to start if it ever were
+_WRONG = "73939133"  # a number that is the answer of no problem; the self_test refuses to start if it ever were
 _CALCULATION = re.compile(r"<<[^<>]*>>")
 
 
 class _WordProblems(Task):
-    """What the two tasks share: a question, a boxed answer judged by math-verify, and where rows come from."""
+    """What the two tasks share: a question, a boxed answer scored by math-verify, and where rows come from."""
 
     @dataclass(frozen=True, slots=True, kw_only=True)
     class Config:
@@ -70,7 +70,7 @@ class _WordProblems(Task):
             raise ValueError(f"data.task.{split}_skip leaves out every row")
         return examples
 
-    def canary(self, example: Example) -> tuple[str, str]:
+    def self_test(self, example: Example) -> tuple[str, str]:
         """The boxed reference answer, and a boxed number that answers nothing."""
         return f"\\boxed{{{example.answer}}}", f"\\boxed{{{_WRONG}}}"
 

@@ -88,7 +88,7 @@ class Sudoku4(Task):
                 )
         return list(found.values())
 
-    def canary(self, example: Example) -> tuple[str, str]:
+    def self_test(self, example: Example) -> tuple[str, str]:
         """The solution, and the solution with one hole filled wrongly."""
         hole = example.columns["puzzle"].index(HOLE)
         wrong = str(int(example.answer[hole]) % SIDE + 1)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class Store:
-    """Where members of a group find each other; in the process of rank 0."""
+    """Where workers of a group find each other; in the process of rank 0."""
 
     def __init__(self, host: str, timeout_s: float) -> None:
         self.host, self._timeout = host, timedelta(seconds=timeout_s)

@@ -40,11 +40,11 @@ class DigestMismatch(PushError):
 
 
 class PushTimeout(PushError):
-    """A member did not finish its part in time."""
+    """A worker did not finish its part in time."""
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class TensorSpec:
     """One tensor of a push."""
 
     name: str
@@ -58,12 +58,12 @@ class Entry:
         return -(-size // _ALIGN) * _ALIGN
 
 
-Layout = Sequence[Sequence[Entry]]  # buckets
+Layout = Sequence[Sequence[TensorSpec]]  # buckets
 
 
-def buckets(entries: Iterable[Entry], limit: int) -> list[list[Entry]]:
+def buckets(entries: Iterable[TensorSpec], limit: int) -> list[list[TensorSpec]]:
     """Entries in order, in buckets of at most ``limit`` bytes (one larger tensor has a bucket of its own)."""
-    found: list[list[Entry]] = []
+    found: list[list[TensorSpec]] = []
     room = 0
     for entry in entries:
         if not found or entry.nbytes > room:
@@ -74,18 +74,18 @@ def buckets(entries: Iterable[Entry], limit: int) -> list[list[Entry]]:
     return found
 
 
-def size_of(bucket: Sequence[Entry]) -> int:
+def size_of(bucket: Sequence[TensorSpec]) -> int:
     """Bytes."""
     return sum(entry.nbytes for entry in bucket)
 
 
-def fill(buffer: Tensor, bucket: Sequence[Entry], values: Mapping[str, Tensor]) -> None:
+def fill(buffer: Tensor, bucket: Sequence[TensorSpec], values: Mapping[str, Tensor]) -> None:
     """Copy tensors into a flat uint8 buffer."""
     for entry, view in _views(buffer, bucket):
         view.copy_(values[entry.name].detach())
 
 
-def _views(buffer: Tensor, bucket: Sequence[Entry]) -> Iterable[tuple[Entry, Tensor]]:
+def _views(buffer: Tensor, bucket: Sequence[TensorSpec]) -> Iterable[tuple[TensorSpec, Tensor]]:
     begin = 0
     for entry in bucket:
         size = torch.Size(entry.shape).numel() * entry.dtype.itemsize
@@ -93,7 +93,7 @@ def _views(buffer: Tensor, bucket: Sequence[Entry]) -> Iterable[tuple[Entry, Ten
         begin += entry.nbytes
 
 
-class Inbox:
+class WeightReceiver:
     """The receiving end: parameters that are overwritten in place.
 
     Attributes:
@@ -113,18 +113,18 @@ class Inbox:
         self._layout: Layout = ()
         self._written: set[int] = set()
 
-    def begin(self, step: int, layout: Layout, *, back: bool = False) -> None:
+    def begin(self, step: int, layout: Layout, *, allow_older: bool = False) -> None:
         """Expect these buckets.
 
         Args:
             step: of the weights to come.
             layout: buckets of tensors.
-            back: older weights are meant: a run went back to a checkpoint.
+            allow_older: older weights are meant: a run went back to a checkpoint.
         Raises:
             StaleVersion: the weights are older than those that are there.
             UnknownWeight: a tensor that is not there, or of another shape or dtype.
         """
-        if step < self.step and not back:
+        if step < self.step and not allow_older:
             raise StaleVersion(f"{self._name} holds the weights of step {self.step} and was offered those of {step}")
         for entry in (entry for bucket in layout for entry in bucket):
             own = self._parameters.get(entry.name)

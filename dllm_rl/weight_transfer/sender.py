@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 from dllm_rl.models.digest import tensor_digests
 from dllm_rl.weight_transfer.broadcast import Broadcast, Store
-from dllm_rl.weight_transfer.receiver import Entry, fill, size_of
+from dllm_rl.weight_transfer.receiver import TensorSpec, fill, size_of
 
 Transport = Literal["collective", "object_store", "cuda_ipc"]
 Gathering = Callable[..., AbstractContextManager[None]]
 
 
 @dataclass(frozen=True, slots=True)
-class Outgoing:
+class OutgoingTensor:
     """A tensor that engines want, and what it is made of.
 
     Attributes:
@@ -34,16 +34,16 @@ class Outgoing:
     make: Callable[[], Tensor]
 
     @property
-    def entry(self) -> Entry:
+    def entry(self) -> TensorSpec:
         """Shape and dtype, without gathering anything: those of the first source."""
         first = self.sources[0]
-        return Entry(self.name, tuple(getattr(first, "ds_shape", first.shape)), first.dtype)
+        return TensorSpec(self.name, tuple(getattr(first, "ds_shape", first.shape)), first.dtype)
 
 
-class Outbox:
+class WeightSender:
     """Of one learner rank; all ranks do the same calls in the same order, because gathering is a collective."""
 
-    def __init__(self, outgoing: Sequence[Outgoing], gathering: Gathering, *, leader: bool, host: str) -> None:
+    def __init__(self, outgoing: Sequence[OutgoingTensor], gathering: Gathering, *, leader: bool, host: str) -> None:
         """Send nothing yet.
 
         Args:
@@ -60,7 +60,7 @@ class Outbox:
         self._held: Tensor | None = None
 
     @property
-    def entries(self) -> list[Entry]:
+    def entries(self) -> list[TensorSpec]:
         """What would be sent, in order."""
         return [one.entry for one in self._outgoing.values()]
 
@@ -77,7 +77,7 @@ class Outbox:
             self._store.address, rank=0, size=size, host=self._host, device=self._device, timeout_s=timeout_s
         )
 
-    def send(self, bucket: Sequence[Entry], transport: Transport, *, keep: bool = False) -> Any:
+    def send(self, bucket: Sequence[TensorSpec], transport: Transport, *, keep: bool = False) -> Any:
         """Give a bucket away.
 
         Args:
@@ -123,7 +123,7 @@ class Outbox:
 
 
 def received(payload: Any, device: torch.device) -> Tensor:
-    """A flat uint8 buffer from what Outbox.send returned."""
+    """A flat uint8 buffer from what WeightSender.send returned."""
     if isinstance(payload, bytes):
         rebuild, arguments = pickle.loads(payload)  # from our own learner, over Ray
         buffer: Tensor = rebuild(*arguments)

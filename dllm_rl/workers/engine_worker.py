@@ -1,4 +1,4 @@
-"""An engine as a member of a group: it decodes for several roles with the same weights, and receives new ones."""
+"""An engine as a worker of a group: it decodes for several roles with the same weights, and receives new ones."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dllm_rl import registry
-from dllm_rl.cluster.group import Place
+from dllm_rl.cluster.group import WorkerRank
 from dllm_rl.config.plugins import build
 from dllm_rl.config.schema import Config
 from dllm_rl.config.section import Plugin
@@ -20,10 +20,10 @@ from dllm_rl.protocols.engine import RolloutEngine
 from dllm_rl.protocols.strategy import UnmaskingStrategy
 from dllm_rl.types import Prompt, Sampling, Trajectory, WeightsVersion
 from dllm_rl.weight_transfer.broadcast import Broadcast
-from dllm_rl.weight_transfer.receiver import Entry, Inbox, Layout, size_of
+from dllm_rl.weight_transfer.receiver import Layout, TensorSpec, WeightReceiver, size_of
 from dllm_rl.weight_transfer.sender import received
-from dllm_rl.workers.offload import Sleeper
-from dllm_rl.workers.packing import Parcel, pack, unpack
+from dllm_rl.workers.offload import Offloader
+from dllm_rl.workers.packing import PackedTrajectories, pack, unpack
 
 TRAIN, EVALUATE = "train", "evaluate"
 Role = str | Mapping[str, Any]  # or an expert's strategy: its name and options
@@ -31,7 +31,7 @@ NOTHING = WeightsVersion(step=-1, digest="")
 _PROBED = 8  # tokens of the fixed sequence whose logits show whether an adapter arrives
 
 
-class EngineMember:
+class EngineWorker:
     """Engines over one denoiser, one per role."""
 
     def __init__(
@@ -41,7 +41,7 @@ class EngineMember:
         strategies: Mapping[str, UnmaskingStrategy],
         vocabulary: str,
         parameters: Mapping[str, Tensor],
-        place: Place,
+        place: WorkerRank,
         *,
         packed: bool,
     ) -> None:
@@ -63,8 +63,8 @@ class EngineMember:
         self._engines: dict[str, Any] = {
             role: self._make(strategy, weights=NOTHING) for role, strategy in strategies.items()
         }
-        self._inbox = Inbox(parameters, f"engine {place.rank}")
-        self._sleeper: Sleeper | None = None
+        self._receiver = WeightReceiver(parameters, f"engine {place.rank}")
+        self._sleeper: Offloader | None = None
         self._layout: Layout = ()
         self._broadcast: Broadcast | None = None
 
@@ -80,15 +80,15 @@ class EngineMember:
         sampling: Sampling,
         seed: int,
         samples_per_prompt: int,
-        begun: Parcel | None = None,
-        blocks: int | None = None,
-    ) -> list[Trajectory] | Parcel:
+        partial: PackedTrajectories | None = None,
+        max_blocks: int | None = None,
+    ) -> list[Trajectory] | PackedTrajectories:
         """Decode; see protocols.RolloutEngine.
 
         Raises:
             RuntimeError: the weights are not those of one version, or not there.
         """
-        if not self._inbox.complete:
+        if not self._receiver.complete:
             raise RuntimeError(f"engine {self._place.rank} holds an unfinished push of weights and decodes nothing")
         if self._sleeper is not None and self._sleeper.asleep:
             raise RuntimeError(f"engine {self._place.rank} is asleep and decodes nothing")
@@ -98,14 +98,14 @@ class EngineMember:
             sampling,
             seed=seed,
             samples_per_prompt=samples_per_prompt,
-            begun=None if begun is None else unpack(begun),
-            blocks=blocks,
+            partial=None if partial is None else unpack(partial),
+            max_blocks=max_blocks,
         )
         return pack(found) if self._packed else found
 
-    def hold(self, weights: WeightsVersion) -> None:
+    def activate(self, weights: WeightsVersion) -> None:
         """The driver has verified the weights: these they are."""
-        self._inbox.accept()
+        self._receiver.accept()
         self._weights = weights
         for engine in self._engines.values():
             engine.weights = weights
@@ -121,9 +121,9 @@ class EngineMember:
             timeout_s=timeout_s,
         )
 
-    def begin(self, step: int, layout: Sequence[Sequence[Entry]], *, back: bool) -> None:
-        """See Inbox."""
-        self._inbox.begin(step, layout, back=back)
+    def begin(self, step: int, layout: Sequence[Sequence[TensorSpec]], *, allow_older: bool) -> None:
+        """See WeightReceiver."""
+        self._receiver.begin(step, layout, allow_older=allow_older)
         self._layout = layout
 
     def write(self, number: int, payload: Any) -> None:
@@ -134,37 +134,39 @@ class EngineMember:
             self._broadcast(buffer)
         else:
             buffer = received(payload, self._denoiser.device)
-        self._inbox.write(number, buffer)
+        self._receiver.write(number, buffer)
 
     def commit(self, step: int) -> dict[str, int]:
-        """See Inbox."""
-        return self._inbox.commit(step)
+        """See WeightReceiver."""
+        return self._receiver.commit(step)
 
     def sleep(self) -> None:
-        """See Sleeper; made when first needed, because it holds on to the memory that weights have at the time."""
+        """See Offloader; made when first needed, because it holds on to the memory that weights have at the time."""
         if self._sleeper is None:
-            self._sleeper = Sleeper(parameter.data for parameter in self._denoiser.module.parameters())
+            self._sleeper = Offloader(parameter.data for parameter in self._denoiser.module.parameters())
         self._sleeper.sleep()
 
     def wake(self) -> None:
-        """See Sleeper."""
+        """See Offloader."""
         if self._sleeper is not None:
             self._sleeper.wake()
 
     def probe(self) -> Tensor:
-        """(8, V) float32 logits of a fixed sequence with every token after the first hidden."""
+        """(8, V) float32 logits of a fixed sequence with every token after the first masked."""
         denoiser = self._denoiser
         tokens = torch.full((1, min(_PROBED, denoiser.max_length)), denoiser.mask_id, device=denoiser.device)
         tokens[0, 0] = denoiser.eos_id
         valid = torch.ones_like(tokens, dtype=torch.bool)
-        blocks = None
+        block_ids = None
         if denoiser.block_size is not None:
             start = torch.ones(1, dtype=torch.int64)
-            blocks = block_index(start, tokens.shape[1], denoiser.block_size, denoiser.block_origin).to(tokens.device)
+            block_ids = block_index(start, tokens.shape[1], denoiser.block_size, denoiser.block_origin).to(
+                tokens.device
+            )
         training = denoiser.module.training
         denoiser.module.eval()
         with torch.no_grad():
-            states = denoiser.hidden(tokens, tokens == denoiser.mask_id, valid, blocks)
+            states = denoiser.hidden_states(tokens, tokens == denoiser.mask_id, valid, block_ids)
             logits = denoiser.unembed(states[0]).float().cpu()
         denoiser.module.train(training)
         return logits

@@ -1,4 +1,4 @@
-"""A learner rank as a member of a group."""
+"""A learner rank as a worker of a group."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from dllm_rl.cluster.group import Place
+from dllm_rl.cluster.group import WorkerRank
 from dllm_rl.config.schema import Config
 from dllm_rl.diffusion.layout import block_rule
 from dllm_rl.learner.policy_learner import PolicyLearner
@@ -22,8 +22,8 @@ from dllm_rl.protocols.algorithm import Algorithm
 from dllm_rl.protocols.learner import Learner
 from dllm_rl.protocols.strategy import UnmaskingStrategy
 from dllm_rl.types import LikelihoodEstimate, MaskSample, RolloutBatch, Sampling, WeightsVersion
-from dllm_rl.weight_transfer.receiver import Entry
-from dllm_rl.weight_transfer.sender import Outbox, Outgoing, Transport
+from dllm_rl.weight_transfer.receiver import TensorSpec
+from dllm_rl.weight_transfer.sender import OutgoingTensor, Transport, WeightSender
 
 
 class LearnerRank(Learner, Protocol):
@@ -41,7 +41,7 @@ def make_learner(
     denoiser: TransformersDenoiser,
     tokenizer: Any,
     sampling: Sampling,
-    place: Place,
+    place: WorkerRank,
 ) -> LearnerRank:
     """The learner that a configuration asks for, over a model.
 
@@ -87,13 +87,13 @@ def make_learner(
     )
 
 
-class LearnerMember:
+class LearnerWorker:
     """A learner with the sending end of pushes."""
 
     def __init__(
         self,
         learner: LearnerRank,
-        place: Place,
+        place: WorkerRank,
         denoiser: TransformersDenoiser,
         *,
         merged: bool = False,
@@ -112,11 +112,11 @@ class LearnerMember:
         self._shares = shares and denoiser.device.type == "cuda"
         trained = dict(learner.named_weights())
         if merged and denoiser.adapter is not None:
-            outgoing = [Outgoing(name, sources, make) for name, sources, make in merged_updates(denoiser)]
+            outgoing = [OutgoingTensor(name, sources, make) for name, sources, make in merged_updates(denoiser)]
         else:
-            outgoing = [Outgoing(name, [p], functools.partial(_itself, p)) for name, p in trained.items()]
+            outgoing = [OutgoingTensor(name, [p], functools.partial(_itself, p)) for name, p in trained.items()]
         gathering = getattr(learner, "reading", _as_they_are)
-        self._outbox = Outbox(outgoing, gathering, leader=place.rank == 0, host=place.host)
+        self._sender = WeightSender(outgoing, gathering, leader=place.rank == 0, host=place.host)
         self._gathering = gathering
         self._probe = next((p for name, p in trained.items() if ".lora_B." in name), None)
         self._kept: Tensor | None = None
@@ -179,25 +179,25 @@ class LearnerMember:
             self._probe.copy_(self._kept)
         self._kept = None
 
-    def entries(self) -> list[Entry]:
-        """See Outbox."""
-        return self._outbox.entries
+    def entries(self) -> list[TensorSpec]:
+        """See WeightSender."""
+        return self._sender.entries
 
     def open(self, timeout_s: float) -> tuple[str, int]:
-        """See Outbox."""
-        return self._outbox.open(timeout_s)
+        """See WeightSender."""
+        return self._sender.open(timeout_s)
 
     def join(self, size: int, timeout_s: float) -> None:
-        """See Outbox."""
-        self._outbox.join(size, timeout_s)
+        """See WeightSender."""
+        self._sender.join(size, timeout_s)
 
-    def send(self, bucket: Sequence[Entry], transport: Transport, *, keep: bool) -> Any:
-        """See Outbox."""
-        return self._outbox.send(bucket, transport, keep=keep)
+    def send(self, bucket: Sequence[TensorSpec], transport: Transport, *, keep: bool) -> Any:
+        """See WeightSender."""
+        return self._sender.send(bucket, transport, keep=keep)
 
     def finish(self) -> Mapping[str, int]:
-        """See Outbox."""
-        return self._outbox.finish()
+        """See WeightSender."""
+        return self._sender.finish()
 
 
 def _itself(parameter: nn.Parameter) -> Tensor:

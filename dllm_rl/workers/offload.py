@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-class Sleeper:
+class Offloader:
     """Tensors that can be away. They stay the same objects: whoever refers to them need not know.
 
     Attributes:

@@ -17,7 +17,7 @@ _OTHERS = tuple(f.name for f in dataclasses.fields(Trajectory) if "Tensor" not i
 
 
 @dataclass(frozen=True, slots=True)
-class Parcel:
+class PackedTrajectories:
     """Packed trajectories.
 
     Attributes:
@@ -31,7 +31,7 @@ class Parcel:
     others: list[tuple[Any, ...]]
 
 
-def pack(trajectories: Sequence[Trajectory]) -> Parcel:
+def pack(trajectories: Sequence[Trajectory]) -> PackedTrajectories:
     """The opposite of unpack."""
     flat: dict[str, Any] = {}
     shapes: dict[str, list[tuple[int, ...] | None]] = {}
@@ -40,10 +40,10 @@ def pack(trajectories: Sequence[Trajectory]) -> Parcel:
         shapes[name] = [None if value is None else tuple(value.shape) for value in values]
         there = [value.reshape(-1) for value in values if value is not None]
         flat[name] = torch.cat(there).numpy() if there else None
-    return Parcel(flat, shapes, [tuple(getattr(t, name) for name in _OTHERS) for t in trajectories])
+    return PackedTrajectories(flat, shapes, [tuple(getattr(t, name) for name in _OTHERS) for t in trajectories])
 
 
-def unpack(parcel: Parcel) -> list[Trajectory]:
+def unpack(parcel: PackedTrajectories) -> list[Trajectory]:
     """The trajectories; their tensors share memory of their own."""
     columns: dict[str, list[Any]] = {}
     for name in _TENSORS:

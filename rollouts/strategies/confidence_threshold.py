@@ -32,6 +32,6 @@ class ConfidenceThreshold(UnmaskingStrategy):
 
     def select(self, candidates: Candidates) -> Tensor:
         """See UnmaskingStrategy; ignores tokens_per_step."""
-        sure = candidates.hidden & (candidates.logp >= math.log(self.config.threshold))
+        sure = candidates.eligible & (candidates.logp >= math.log(self.config.threshold))
         one = torch.ones_like(candidates.count)
-        return sure | take_best(candidates.logp, candidates.hidden, one)
+        return sure | take_best(candidates.logp, candidates.eligible, one)

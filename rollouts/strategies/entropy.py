@@ -16,4 +16,4 @@ class Entropy(UnmaskingStrategy):
 
     def select(self, candidates: Candidates) -> Tensor:
         """See UnmaskingStrategy."""
-        return take_best(-candidates.entropy, candidates.hidden, candidates.count)
+        return take_best(-candidates.entropy, candidates.eligible, candidates.count)

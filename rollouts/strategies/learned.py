@@ -83,12 +83,12 @@ class Learned(UnmaskingStrategy):
         """See UnmaskingStrategy; ignores tokens_per_step."""
         draw = choices.draw_bernoulli if self.distribution == "bernoulli" else choices.draw_plackett_luce
         with torch.no_grad():
-            return draw(self._utility(candidates), candidates.hidden, candidates.noise)
+            return draw(self._utility(candidates), candidates.eligible, candidates.noise)
 
     def log_prob(self, candidates: Candidates, order: Tensor) -> Tensor:
         """See UnmaskingStrategy."""
         logp = choices.bernoulli_logp if self.distribution == "bernoulli" else choices.plackett_luce_logp
-        return logp(self._utility(candidates), candidates.hidden, order)
+        return logp(self._utility(candidates), candidates.eligible, order)
 
     def _utility(self, candidates: Candidates) -> Tensor:
         c, utility = candidates, torch.zeros_like(candidates.logp)

@@ -14,4 +14,4 @@ class LeftToRight(UnmaskingStrategy):
 
     def select(self, candidates: Candidates) -> Tensor:
         """See UnmaskingStrategy."""
-        return take_best(torch.zeros_like(candidates.logp), candidates.hidden, candidates.count)
+        return take_best(torch.zeros_like(candidates.logp), candidates.eligible, candidates.count)

@@ -17,4 +17,4 @@ class LowConfidence(UnmaskingStrategy):
 
     def select(self, candidates: Candidates) -> Tensor:
         """See UnmaskingStrategy."""
-        return take_best(candidates.logp, candidates.hidden, candidates.count)
+        return take_best(candidates.logp, candidates.eligible, candidates.count)

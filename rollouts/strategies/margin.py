@@ -16,4 +16,4 @@ class Margin(UnmaskingStrategy):
 
     def select(self, candidates: Candidates) -> Tensor:
         """See UnmaskingStrategy."""
-        return take_best(candidates.margin, candidates.hidden, candidates.count)
+        return take_best(candidates.margin, candidates.eligible, candidates.count)

@@ -16,4 +16,4 @@ class RandomOrder(UnmaskingStrategy):
 
     def select(self, candidates: Candidates) -> Tensor:
         """See UnmaskingStrategy."""
-        return take_best(candidates.noise, candidates.hidden, candidates.count)
+        return take_best(candidates.noise, candidates.eligible, candidates.count)

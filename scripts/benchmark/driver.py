@@ -4,7 +4,7 @@
     python scripts/benchmark/driver.py --simulated    # engines and learner that cost nothing, 64 x 8 to 4,096 x 8
 
 Real Ray actors on this machine, and the loop of a run. Members note when they begin and end a call; a moment of a step
-belongs to the driver if no engine or learner is in a call and no reward is being judged. A push counts as computing.
+belongs to the driver if no engine or learner is in a call and no reward is being scored. A push counts as computing.
 With --simulated, engines answer with random tokens at once and the learner forgets what it is sent: what is left is the
 driver, the verifiers and Ray's transport, per rollout.
 """
@@ -28,10 +28,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 
 from dllm_rl.config.load import load_config
-from dllm_rl.driver import launch as crew
-from dllm_rl.driver.build import assemble
-from dllm_rl.driver.prefetch import Ahead
-from dllm_rl.driver.reference_cache import References
+from dllm_rl.driver import launch as workers
+from dllm_rl.driver.build import build_run
+from dllm_rl.driver.prefetch import RolloutPrefetcher
+from dllm_rl.driver.reference_cache import ReferenceCache
 from dllm_rl.driver.step import one_step
 from dllm_rl.reports.progress import Quiet
 from dllm_rl.seeding import generator_for
@@ -43,16 +43,16 @@ Interval = tuple[float, float]
 
 
 class Recorded:
-    """A member that notes when it had something to do."""
+    """A worker that notes when it had something to do."""
 
-    def __init__(self, member: Any, *, simulated: bool) -> None:
-        self._member, self._simulated = member, simulated
+    def __init__(self, worker: Any, *, simulated: bool) -> None:
+        self._worker, self._simulated = worker, simulated
         self._intervals: list[Interval] = []
 
     @property
     def ticks(self) -> int:
-        """Of the member."""
-        return int(self._member.ticks)
+        """Of the worker."""
+        return int(self._worker.ticks)
 
     def intervals(self) -> list[Interval]:
         """Begin and end of each call since the last time, on the machine's clock."""
@@ -60,21 +60,21 @@ class Recorded:
         return found
 
     def generate(self, role: Any, prompts: Any, sampling: Any, seed: int, samples: int, *rest: Any) -> Any:
-        """Of the member, or made up."""
+        """Of the worker, or made up."""
         if self._simulated:
             return self._noted(_made_up, prompts, sampling, seed, samples)
-        return self._noted(self._member.generate, role, prompts, sampling, seed, samples, *rest)
+        return self._noted(self._worker.generate, role, prompts, sampling, seed, samples, *rest)
 
     def update(self, *arguments: Any, **options: Any) -> Mapping[str, float]:
-        """Of the member, or nothing."""
+        """Of the worker, or nothing."""
         if self._simulated:
-            self._member.learner.skip()
+            self._worker.learner.skip()
             return {}
-        found: Mapping[str, float] = self._noted(self._member.update, *arguments, **options)
+        found: Mapping[str, float] = self._noted(self._worker.update, *arguments, **options)
         return found
 
     def __getattr__(self, name: str) -> Any:
-        return functools.partial(self._noted, getattr(self._member, name))
+        return functools.partial(self._noted, getattr(self._worker, name))
 
     def _noted(self, method: Any, *arguments: Any, **options: Any) -> Any:
         begin = time.time()
@@ -114,7 +114,7 @@ def _made_up(prompts: Sequence[Any], sampling: Any, seed: int, samples: int) -> 
 
 def recorded(name: str, simulated: bool, *arguments: Any) -> Recorded:
     """What an actor builds."""
-    return Recorded(getattr(crew, name)(*arguments), simulated=simulated)
+    return Recorded(getattr(workers, name)(*arguments), simulated=simulated)
 
 
 def measure(prompts: int, steps: int, *, simulated: bool, engines: int) -> dict[str, float]:
@@ -130,37 +130,37 @@ def measure(prompts: int, steps: int, *, simulated: bool, engines: int) -> dict[
             ],
         )
         rows: list[dict[str, float]] = []
-        with assemble(config, Path(folder) / "run", Quiet()) as parts:
-            assert parts.pool is not None
-            judged: list[Interval] = []
-            score = parts.pool.score
+        with build_run(config, Path(folder) / "run", Quiet()) as run:
+            assert run.reward_pool is not None
+            scored: list[Interval] = []
+            score = run.reward_pool.score
 
             def noted(*arguments: Any) -> Any:
                 begin = time.time()
                 try:
                     return score(*arguments)
                 finally:
-                    judged.append((begin, time.time()))
+                    scored.append((begin, time.time()))
 
-            parts.pool.score = noted  # type: ignore[method-assign]
-            with parts.pool, Ahead(parts, config) as ahead:
-                parts.weights.push(back=True)
-                references = References(parts, config, Path(folder) / "run")
+            run.reward_pool.score = noted  # type: ignore[method-assign]
+            with run.reward_pool, RolloutPrefetcher(run, config) as prefetcher:
+                run.weights.push(allow_older=True)
+                references = ReferenceCache(run, config, Path(folder) / "run")
                 for _ in range(steps + 1):
                     begin = time.time()
-                    one_step(parts, config, ahead, references)
+                    one_step(run, config, prefetcher, references)
                     end = time.time()
-                    busy = [i for group in parts.actors for one in group.call("intervals") for i in one]
-                    total, waited = end - begin, _covered(judged, begin, end)
+                    busy = [i for group in run.actors for one in group.call("intervals") for i in one]
+                    total, waited = end - begin, _covered(scored, begin, end)
                     rows.append(
                         {
                             "step": total,
                             "computing": _covered(busy, begin, end),
                             "judging": waited,
-                            "driver": total - _covered([*busy, *judged], begin, end),
+                            "driver": total - _covered([*busy, *scored], begin, end),
                         }
                     )
-                    judged.clear()
+                    scored.clear()
     return {name: statistics.median(row[name] for row in rows[1:]) for name in rows[0]}
 
 
@@ -183,7 +183,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, nargs="+")
     arguments = parser.parse_args()
     for name in ("_engine_actor", "_learner_actor"):
-        setattr(crew, name, functools.partial(recorded, name, arguments.simulated))
+        setattr(workers, name, functools.partial(recorded, name, arguments.simulated))
     sizes = arguments.prompts or ([64, 512, 4096] if arguments.simulated else [64])
     for prompts in sizes:
         found = measure(prompts, arguments.steps, simulated=arguments.simulated, engines=arguments.engines)

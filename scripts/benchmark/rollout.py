@@ -35,7 +35,7 @@ class Timed:
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._denoiser, name)
-        return self._timed(name, value) if name in ("hidden", "unembed", "prefill", "extend") else value
+        return self._timed(name, value) if name in ("hidden_states", "unembed", "prefill", "extend") else value
 
     def _timed(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -44,7 +44,7 @@ class Timed:
             result = method(*args, **kwargs)
             self._wait()
             self.seconds += time.perf_counter() - started
-            self.forwards += name in ("hidden", "extend")
+            self.forwards += name in ("hidden_states", "extend")
             return result
 
         return call

@@ -2,7 +2,7 @@
 
     python scripts/benchmark/weights.py --mb 400 --engines 2
 
-Real Ray actors on this machine: one sender, the engines, and the pump of a run between them. Each figure is the median
+Real Ray actors on this machine: one sender, the engines, and the sync of a run between them. Each figure is the median
 of some pushes after one that does not count. Memory is what sender and engines grew by at their peak, in buckets.
 """
 
@@ -24,15 +24,15 @@ import ray
 import torch
 from torch import nn
 
-from dllm_rl.cluster.group import Place
+from dllm_rl.cluster.group import WorkerRank
 from dllm_rl.cluster.placement import Needs, Placement
-from dllm_rl.cluster.ray_group import RayGroup
+from dllm_rl.cluster.ray_group import RayWorkerGroup
 from dllm_rl.driver.engine_pool import EnginePool
 from dllm_rl.driver.learner_group import LearnerGroup
-from dllm_rl.driver.weight_sync import Pump
+from dllm_rl.driver.weight_sync import DistributedWeightSync
 from dllm_rl.weight_transfer.broadcast import Broadcast
-from dllm_rl.weight_transfer.receiver import Inbox, size_of
-from dllm_rl.weight_transfer.sender import Outbox, Outgoing, received
+from dllm_rl.weight_transfer.receiver import WeightReceiver, size_of
+from dllm_rl.weight_transfer.sender import OutgoingTensor, WeightSender, received
 
 ROWS = 1 << 10
 
@@ -42,18 +42,20 @@ class Sender:
 
     ticks = 0
 
-    def __init__(self, mb: int, place: Place) -> None:
+    def __init__(self, mb: int, place: WorkerRank) -> None:
         count = max(1, (mb << 20) // (4 * ROWS * ROWS))
         weights = {f"layer{number}": nn.Parameter(torch.randn(ROWS, ROWS)) for number in range(count)}
-        outgoing = [Outgoing(name, [value], functools.partial(lambda v: v, value)) for name, value in weights.items()]
-        self._outbox = Outbox(outgoing, _whole, leader=True, host=place.host)
+        outgoing = [
+            OutgoingTensor(name, [value], functools.partial(lambda v: v, value)) for name, value in weights.items()
+        ]
+        self._sender = WeightSender(outgoing, _whole, leader=True, host=place.host)
         self.open, self.join, self.send, self.finish = (
-            getattr(self._outbox, name) for name in ("open", "join", "send", "finish")
+            getattr(self._sender, name) for name in ("open", "join", "send", "finish")
         )
 
     def entries(self) -> Any:
-        """See Outbox."""
-        return self._outbox.entries
+        """See WeightSender."""
+        return self._sender.entries
 
 
 class Receiver:
@@ -61,41 +63,43 @@ class Receiver:
 
     ticks = 0
 
-    def __init__(self, mb: int, place: Place) -> None:
+    def __init__(self, mb: int, place: WorkerRank) -> None:
         count = max(1, (mb << 20) // (4 * ROWS * ROWS))
         self._place = place
-        self._inbox = Inbox({f"layer{number}": torch.zeros(ROWS, ROWS) for number in range(count)}, "engine")
+        self._receiver = WeightReceiver(
+            {f"layer{number}": torch.zeros(ROWS, ROWS) for number in range(count)}, "engine"
+        )
         self._layout: Any = ()
         self._device = torch.device("cpu")
 
     def join(self, address: Any, size: int, timeout_s: float) -> None:
-        """See EngineMember."""
+        """See EngineWorker."""
         place = self._place
         self._broadcast = Broadcast(
             address, rank=place.rank + 1, size=size, host=place.host, device=self._device, timeout_s=timeout_s
         )
 
-    def begin(self, step: int, layout: Any, *, back: bool) -> None:
-        """See EngineMember."""
-        self._inbox.begin(step, layout, back=back)
+    def begin(self, step: int, layout: Any, *, allow_older: bool) -> None:
+        """See EngineWorker."""
+        self._receiver.begin(step, layout, allow_older=allow_older)
         self._layout = layout
 
     def write(self, number: int, payload: Any) -> None:
-        """See EngineMember."""
+        """See EngineWorker."""
         if payload is None:
             buffer = torch.empty(size_of(self._layout[number]), dtype=torch.uint8)
             self._broadcast(buffer)
         else:
             buffer = received(payload, self._device)
-        self._inbox.write(number, buffer)
+        self._receiver.write(number, buffer)
 
     def commit(self, step: int) -> dict[str, int]:
-        """See EngineMember."""
-        return self._inbox.commit(step)
+        """See EngineWorker."""
+        return self._receiver.commit(step)
 
-    def hold(self, version: Any) -> None:
-        """See EngineMember."""
-        self._inbox.accept()
+    def activate(self, version: Any) -> None:
+        """See EngineWorker."""
+        self._receiver.accept()
 
 
 def _whole(parameters: Any) -> Any:
@@ -147,33 +151,33 @@ def main() -> None:
         Needs(count=1, cpus=1, gpus=0),
         colocate=False,
         wait_s=60,
-        say=print,
+        log=print,
     )
     environment = {"OMP_NUM_THREADS": "1"}
-    senders = RayGroup("learner", functools.partial(Sender, arguments.mb), placement.learners, environment)
-    receivers = RayGroup("engine", functools.partial(Receiver, arguments.mb), placement.engines, environment)
+    senders = RayWorkerGroup("learner", functools.partial(Sender, arguments.mb), placement.learners, environment)
+    receivers = RayWorkerGroup("engine", functools.partial(Receiver, arguments.mb), placement.engines, environment)
     with ThreadPoolExecutor(2) as both:
         for started in [both.submit(group.restart, range(group.size)) for group in (senders, receivers)]:
             started.result()
     learner = LearnerGroup(senders, hang_s=60, max_restarts=0)
-    pool = EnginePool(receivers, rows_per_call=1, hang_s=60, max_restarts=0, say=print)
+    pool = EnginePool(receivers, rows_per_call=1, hang_s=60, max_restarts=0, log=print)
     print(f"{arguments.mb} MB to {arguments.engines} engines, buckets of {arguments.bucket_mb} MB")
     for transport in ("collective", "object_store"):
-        pump = Pump(
+        sync = DistributedWeightSync(
             learner,
             pool,
             transport=transport,  # type: ignore[arg-type]
             bucket_bytes=arguments.bucket_mb << 20,
             timeout_s=120,
-            say=print,
+            log=print,
         )
-        pump.push()
+        sync.push()
         seconds = []
         with Peak(senders.pids() + receivers.pids()) as grown:
             for _ in range(arguments.repeat):
-                pump.push()
-                seconds.append(pump.seconds)
-        rate = arguments.engines * pump.bytes_sent / (1 << 20) / statistics.median(seconds)
+                sync.push()
+                seconds.append(sync.seconds)
+        rate = arguments.engines * sync.bytes_sent / (1 << 20) / statistics.median(seconds)
         overhead = ", ".join(f"{most / arguments.bucket_mb:.1f}" for most in grown)
         print(
             f"{transport:13} {rate:7.0f} MB/s over all engines  ({statistics.median(seconds):.2f} s per push, "

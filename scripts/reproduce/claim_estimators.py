@@ -13,7 +13,7 @@ from torch import Tensor
 from dllm_rl import seeding
 from dllm_rl.config.load import load_config
 from dllm_rl.diffusion import likelihood, masking
-from dllm_rl.driver.build import Parts, assemble
+from dllm_rl.driver.build import Run, build_run
 from dllm_rl.driver.collect import demonstrate, roll_out
 from dllm_rl.reports.clock import Clock
 from dllm_rl.reports.progress import Quiet
@@ -24,36 +24,38 @@ ROWS, REDRAWS, POOL, BUDGET = 16, 64, 4096, 1 << 16
 PAIRS, PAIR_REDRAWS, PAIR_STEPS = 16, 48, 30
 
 
-def _parts(model: Path, seed: int, *more: str) -> Parts:
+def _parts(model: Path, seed: int, *more: str) -> Run:
     overrides = [f"run.seed={seed}", f"model.path={model}", *more]
-    return assemble(load_config(CONFIGS / "sudoku4_rl.yaml", overrides), Path(tempfile.mkdtemp()), Quiet())
+    return build_run(load_config(CONFIGS / "sudoku4_rl.yaml", overrides), Path(tempfile.mkdtemp()), Quiet())
 
 
-def _rollouts(output: Path, seed: int) -> tuple[Parts, RolloutBatch]:
+def _rollouts(output: Path, seed: int) -> tuple[Run, RolloutBatch]:
     """One sampled completion for each of ROWS boards at the quickstart's 4 tokens per forward."""
     shape = [f"data.prompts_per_step={ROWS}", "data.samples_per_prompt=2", "evaluate.limit=1"]
-    parts = _parts(base_model(output, seed), seed, *shape)
-    assert parts.pool is not None, "sudoku4 has rewards"
+    run = _parts(base_model(output, seed), seed, *shape)
+    assert run.reward_pool is not None, "sudoku4 has rewards"
     overrides = [f"run.seed={seed}", f"model.path={base_model(output, seed)}", *shape]
     config = load_config(CONFIGS / "sudoku4_rl.yaml", overrides)
-    with parts.pool:
-        batch = roll_out(parts, config, parts.source.batch(0), 0, Clock()).batch
-    return parts, batch.select(torch.arange(0, len(batch), 2))
+    with run.reward_pool:
+        batch = roll_out(run, config, run.source.batch(0), 0, Clock()).batch
+    return run, batch.select(torch.arange(0, len(batch), 2))
 
 
-def _repeated(parts: Parts, batch: RolloutBatch, draw: Callable[[torch.Generator], MaskSample], times: int) -> Tensor:
+def _repeated(run: Run, batch: RolloutBatch, draw: Callable[[torch.Generator], MaskSample], times: int) -> Tensor:
     """(times, N) nats; sequence log-likelihoods under independent draws."""
     values = []
     for number in range(times):
         masks = draw(torch.Generator().manual_seed(seeding.derive(0, "claims", number)))
-        estimate = likelihood.estimate(parts.denoiser, batch, masks.hiding(batch.tail), tokens_per_microbatch=BUDGET)
+        estimate = likelihood.estimate(
+            run.denoiser, batch, masks.also_masking(batch.tail), tokens_per_microbatch=BUDGET
+        )
         values.append(estimate.sequence_logp.double())
     return torch.stack(values)
 
 
 def complementary(output: Path, seed: int) -> dict[str, float]:
     """Mean variance over draws (nats^2) of sequence log-likelihoods from two forwards: a pair, or two draws apart."""
-    parts, batch = _rollouts(output, seed)
+    run, batch = _rollouts(output, seed)
     where = batch.completion
 
     def apart(one: Callable[[torch.Generator], MaskSample]) -> Callable[[torch.Generator], MaskSample]:
@@ -72,21 +74,21 @@ def complementary(output: Path, seed: int) -> dict[str, float]:
         "counts, pair": lambda g: masking.complementary_count(where, generator=g),
         "counts, apart": apart(lambda g: masking.uniform_count(where, generator=g)),
     }
-    return {name: _repeated(parts, batch, draw, REDRAWS).var(0).mean().item() for name, draw in draws.items()}
+    return {name: _repeated(run, batch, draw, REDRAWS).var(0).mean().item() for name, draw in draws.items()}
 
 
 def quadrature(output: Path, seed: int) -> dict[str, float]:
     """Mean squared error (nats^2) against POOL draws: quadrature, and double Monte Carlo, at 2, 3 and 4 forwards."""
-    parts, batch = _rollouts(output, seed)
+    run, batch = _rollouts(output, seed)
     where = batch.completion
     pool = torch.cat(
         [
             likelihood.estimate(
-                parts.denoiser,
+                run.denoiser,
                 batch,
                 masking.uniform_count(
                     where, draws=256, generator=torch.Generator().manual_seed(seeding.derive(1, "pool", part))
-                ).hiding(batch.tail),
+                ).also_masking(batch.tail),
                 tokens_per_microbatch=BUDGET,
             ).draw_logp.double()
             for part in range(POOL // 256)
@@ -96,13 +98,13 @@ def quadrature(output: Path, seed: int) -> dict[str, float]:
     found = {}
     generator = torch.Generator().manual_seed(0)
     for forwards in (2, 3, 4):
-        nodes = _repeated(parts, batch, lambda g, n=forwards: masking.quadrature(where, nodes=n, generator=g), REDRAWS)
+        nodes = _repeated(run, batch, lambda g, n=forwards: masking.quadrature(where, nodes=n, generator=g), REDRAWS)
         found[f"quadrature {forwards}"] = (nodes - truth).square().mean().item()
         found[f"quadrature {forwards}, bias squared"] = (nodes.mean(0) - truth).square().mean().item()
         picks = torch.randint(0, POOL, (POOL, forwards), generator=generator)
         found[f"double Monte Carlo {forwards}"] = (pool[picks].mean(1) - truth).square().mean().item()
         spread = _repeated(
-            parts, batch, lambda g, n=forwards: masking.uniform_count(where, draws=n, generator=g), REDRAWS
+            run, batch, lambda g, n=forwards: masking.uniform_count(where, draws=n, generator=g), REDRAWS
         )
         found[f"stratified {forwards}"] = (spread - truth).square().mean().item()
     return found

@@ -23,7 +23,7 @@ from dllm_rl import seeding
 from dllm_rl.config.load import load_config
 from dllm_rl.config.plugins import build
 from dllm_rl.diffusion import advantage, likelihood
-from dllm_rl.driver.build import Parts, assemble
+from dllm_rl.driver.build import Run, build_run
 from dllm_rl.driver.collect import roll_out
 from dllm_rl.reports.clock import Clock
 from dllm_rl.reports.progress import Quiet
@@ -38,20 +38,18 @@ ESTIMATORS = {
 }
 
 
-def gradient(parts: Parts, batch: RolloutBatch, masks: MaskSample, weight: Tensor) -> Tensor:
+def gradient(run: Run, batch: RolloutBatch, masks: MaskSample, weight: Tensor) -> Tensor:
     """Flat float64 gradient of sum_n weight_n sum_i log p(token_i of row n) over the trained parameters."""
-    module = parts.denoiser.module
+    module = run.denoiser.module
     module.zero_grad(set_to_none=True)
     needed = MaskSample(mask=masks.mask, weight=masks.weight * (weight != 0)[None, :, None])
     for work in likelihood.plan(batch, needed, 1 << 16):
-        values, pair, _ = likelihood.score(parts.denoiser, batch, needed, work)
+        values, pair, _ = likelihood.score(run.denoiser, batch, needed, work)
         (values * weight[work.row[pair]]).sum().backward()
     return torch.cat([p.grad.flatten().double() for p in module.parameters() if p.grad is not None])
 
 
-def misplaced(
-    parts: Parts, batch: RolloutBatch, masks: MaskSample, weight: Tensor, right: Tensor
-) -> tuple[float, float]:
+def misplaced(run: Run, batch: RolloutBatch, masks: MaskSample, weight: Tensor, right: Tensor) -> tuple[float, float]:
     """(on right tokens of failed rows, all): squared norms of the gradient with respect to the chosen tokens' logits.
 
     d/dlogits of log p(token) is onehot - p; its largest entry is 1 - p(token), which stands for its length here.
@@ -59,7 +57,7 @@ def misplaced(
     blamed = total = 0.0
     with torch.no_grad():
         for work in likelihood.plan(batch, masks, 1 << 16):
-            values, pair, position = likelihood.score(parts.denoiser, batch, masks, work)
+            values, pair, position = likelihood.score(run.denoiser, batch, masks, work)
             row, draw = work.row[pair], work.draw[pair]
             scale = masks.weight[draw, row, position]
             size = (weight[row] * scale * (1 - (values / scale).exp())).square().double()
@@ -68,23 +66,23 @@ def misplaced(
     return blamed, total
 
 
-def measure(parts: Parts, config: Any, batches: int) -> dict[str, Any]:
+def measure(run: Run, config: Any, batches: int) -> dict[str, Any]:
     """Everything that is printed."""
     algorithms = {name: build("algorithms", plugin, options) for name, (plugin, options) in ESTIMATORS.items()}
     gradients: dict[str, list[Tensor]] = {name: [] for name in ESTIMATORS}
     blame = {name: [0.0, 0.0] for name in ESTIMATORS}
     for step in range(batches):
-        prompts = parts.source.batch(step)
-        collected = roll_out(parts, config, prompts, step, Clock())
+        prompts = run.source.batch(step)
+        collected = roll_out(run, config, prompts, step, Clock())
         batch, rewards = collected.batch, collected.rewards
         a = advantage.group_mean(rewards.total, batch.group, rewards.included) / len(batch)
-        answers = torch.tensor([parts.tokenizer(p.answer, add_special_tokens=False)["input_ids"] for p in prompts])
+        answers = torch.tensor([run.tokenizer(p.answer, add_special_tokens=False)["input_ids"] for p in prompts])
         right = batch.tokens.clone().fill_(-1)
         right[:, int(batch.prompt_length[0]) :] = answers[batch.group]
         for name, algorithm in algorithms.items():
             masks = algorithm.masks(batch, seeding.generator_for(config.run.seed, "masks", name, step))
-            gradients[name].append(gradient(parts, batch, masks, a))
-            for i, value in enumerate(misplaced(parts, batch, masks, a, right == batch.tokens)):
+            gradients[name].append(gradient(run, batch, masks, a))
+            for i, value in enumerate(misplaced(run, batch, masks, a, right == batch.tokens)):
                 blame[name][i] += value
     mean = {name: torch.stack(g).mean(0) for name, g in gradients.items()}
     result: dict[str, Any] = {"rows": batches * len(batch)}
@@ -109,10 +107,10 @@ def main() -> None:
     arguments = parser.parse_args()
     config = load_config(CONFIG, [f"model.path={arguments.model}", "run.name=gradients"])
     with tempfile.TemporaryDirectory() as folder:
-        parts = assemble(config, Path(folder), Quiet())
-        assert parts.pool is not None
-        with parts.pool:
-            print(json.dumps(measure(parts, config, arguments.batches), indent=1))
+        run = build_run(config, Path(folder), Quiet())
+        assert run.reward_pool is not None
+        with run.reward_pool:
+            print(json.dumps(measure(run, config, arguments.batches), indent=1))
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ def run(algorithm: str, strategy: str, engine: str, family: str) -> Cell:
             "engine": {"name": engine},
             "algorithm": {"name": algorithm} | OPTIONS.get(algorithm, {}),
             "rewards": [{"name": "sudoku", "mode": "cells"}, {"name": "format", "pattern": "[12]$"}],
-            "reward_pool": {"canary": 0, "workers": 1},
+            "reward_pool": {"self_test": 0, "workers": 1},
             "learner": {"lr": 1e-3},
             "evaluate": {"limit": 4, "at_start": False},
             "diagnostics": {"every_steps": 1, "rows": 2, "redraws": 2},

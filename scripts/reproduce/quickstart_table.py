@@ -116,7 +116,7 @@ def main() -> None:
     table: dict[str, list[dict[str, Any]]] = {}
     for seed in arguments.seeds:
         for row in arguments.rows:
-            progress.say(f"{row}, seed {seed}")
+            progress.log(f"{row}, seed {seed}")
             config = row_config(row, arguments.start, seed, arguments.output, progress)
             table.setdefault(row, []).append(run(config, progress))
     write_json(arguments.output / f"table-{arguments.start}.json", table)

@@ -9,7 +9,7 @@ from dllm_rl.conformance import cases
 
 
 def drawn(**options):
-    batch = cases.batch(blocks=False)
+    batch = cases.batch(block_causal=False)
     masks = build("algorithms", "coupled_grpo", options).masks(batch, torch.Generator().manual_seed(3))
     return batch.completion, masks.mask, masks.weight
 

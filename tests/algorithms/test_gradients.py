@@ -81,10 +81,10 @@ def test_spread_and_any_read_included_rows_of_the_group():
 
 def test_lightning_drops_groups_without_a_solved_row_or_a_choice_of_speed():
     algorithm = Subject("lightning_rl", {}).algorithm
-    batch = cases.batch(blocks=False)
-    judged = cases.rewards([1.0, 0.0, 0.0, 0.5, 0.5, 0.0])
-    assert algorithm.keep(judged, batch).tolist() == [True] * 3 + [False] * 3, "group 1 has nothing to imitate"
+    batch = cases.batch(block_causal=False)
+    scored = cases.rewards([1.0, 0.0, 0.0, 0.5, 0.5, 0.0])
+    assert algorithm.keep(scored, batch).tolist() == [True] * 3 + [False] * 3, "group 1 has nothing to imitate"
     same = dataclasses.replace(batch, num_forwards=batch.completion.sum(-1))
-    assert not algorithm.keep(judged, same).any(), "every row decodes one token per forward"
+    assert not algorithm.keep(scored, same).any(), "every row decodes one token per forward"
     excluded = cases.rewards([1.0, 0.0, 0.0, 1.0, 0.5, 0.0], excluded=0)
     assert algorithm.keep(excluded, batch).tolist() == [False] * 3 + [True] * 3

@@ -23,14 +23,14 @@ PROMPTS = [Prompt(uid=u, token_ids=(3,), text="", answer="", task="t", trace=tup
 
 
 def test_only_groups_without_a_solved_row_get_hints_one_per_sample():
-    batch = cases.batch(blocks=False)
-    wanted = igpo().further(
+    batch = cases.batch(block_causal=False)
+    wanted = igpo().extra_rollouts(
         PROMPTS, cases.rewards([0, 1, 0, 0, 0.5, 0]), batch, canvas=cases.CANVAS, generator=generator_for(0)
     )
     assert [(w.group, w.prompt.uid) for w in wanted] == [(1, "b#hint0"), (1, "b#hint1"), (1, "b#hint2")]
     for prompt in (w.prompt for w in wanted):
         assert prompt.injected and all(prompt.trace[offset] == token for offset, token in prompt.injected.items())
-    nothing = igpo().further(
+    nothing = igpo().extra_rollouts(
         PROMPTS, cases.rewards([0, 1, 0, 0, 1, 0]), batch, canvas=cases.CANVAS, generator=generator_for(0)
     )
     assert list(nothing) == []
@@ -38,12 +38,12 @@ def test_only_groups_without_a_solved_row_get_hints_one_per_sample():
 
 def test_right_hinted_rows_replace_at_most_half_of_their_group():
     """Rows 0-2 and 3-5 are ordinary; then group 1's hinted rows 6-8, of which 6 and 8 are right."""
-    batch = cases.batch(blocks=False).select(torch.tensor([0, 1, 2, 3, 4, 5, 3, 4, 5]))
+    batch = cases.batch(block_causal=False).select(torch.tensor([0, 1, 2, 3, 4, 5, 3, 4, 5]))
     hinted = torch.arange(9) >= 6
     rewards = cases.rewards([1, 0, 0, 0, 0, 0, 1, 0, 1])
-    rows = igpo().mix(hinted, rewards, batch, generator_for(0)).tolist()
+    rows = igpo().select_rows(hinted, rewards, batch, generator_for(0)).tolist()
     assert rows[:3] == [0, 1, 2] and rows[3:5] == [4, 5] and rows[5] in (6, 8) and len(rows) == 6
-    nothing_right = igpo().mix(hinted, cases.rewards([1] + [0] * 8), batch, generator_for(0))
+    nothing_right = igpo().select_rows(hinted, cases.rewards([1] + [0] * 8), batch, generator_for(0))
     assert nothing_right.tolist() == [0, 1, 2, 3, 4, 5]
 
 

@@ -43,7 +43,7 @@ class Echo(Task):
             trace=answer,
         )
 
-    def canary(self, example):
+    def self_test(self, example):
         return example.answer, ""
 
 

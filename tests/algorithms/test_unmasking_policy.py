@@ -154,10 +154,10 @@ def test_update_has_the_gradient_of_one_graph_whatever_the_micro_batches(tiny_de
     for budget in (64, 1 << 16):
         strategy = learned()
         _, batch = rollouts(denoiser, strategy, sampling)
-        judged = cases.rewards([1.0, 0.0] * 4)
+        scored = cases.rewards([1.0, 0.0] * 4)
         learner = learner_for(strategy, denoiser, sampling, tokens_per_microbatch=budget, max_grad_norm=None)
-        weight = algorithm.advantages(judged, batch)
-        learner.update(batch, judged, weight, None, algorithm, reference=None)
+        weight = algorithm.advantages(scored, batch)
+        learner.update(batch, scored, weight, None, algorithm, reference=None)
         gradients.append(torch.cat([p.grad.flatten() for p in strategy.policy.parameters() if p.grad is not None]))
     strategy = learned()
     learner = learner_for(strategy, denoiser, sampling)
@@ -173,13 +173,13 @@ def test_update_has_the_gradient_of_one_graph_whatever_the_micro_batches(tiny_de
 
 def test_reward_is_right_and_fast():
     """Canvas 8, 4 forwards: speed (8 - 4 + 1)/8; one row has 8 forwards: 1/8."""
-    batch = cases.batch(blocks=False)
+    batch = cases.batch(block_causal=False)
     batch = dataclasses.replace(batch, num_forwards=torch.tensor([4, 8, 4, 4, 4, 4]))
-    judged = cases.rewards([1.0, 1.0, 0.0, 1.0, 0.0, 0.0])
+    scored = cases.rewards([1.0, 1.0, 0.0, 1.0, 0.0, 0.0])
     algorithm = build("algorithms", "unmasking_policy", {"alpha": 2.0})
     value = torch.tensor([(5 / 8) ** 2, (1 / 8) ** 2, 0.0, (5 / 8) ** 2, 0.0, 0.0])
     mean = torch.tensor([value[:3].mean()] * 3 + [value[3:].mean()] * 3)
-    torch.testing.assert_close(algorithm.advantages(judged, batch), value - mean)
+    torch.testing.assert_close(algorithm.advantages(scored, batch), value - mean)
 
 
 def test_gradient_by_hand_without_and_with_experts():

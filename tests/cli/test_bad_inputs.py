@@ -99,7 +99,7 @@ CONFIGURATIONS: dict[str, tuple[dict[str, Any] | Callable[[Path], dict[str, Any]
         lambda tmp: jsonl(
             rows(tmp / "a.jsonl", {"prompt": "a", "answer": "x"}), rewards=[{"name": "format", "pattern": "^z"}]
         ),
-        ["reward canary", "gold completion", "a.jsonl-0", "scored 0 in 'format'"],
+        ["reward self-test", "gold completion", "a.jsonl-0", "scored 0 in 'format'"],
     ),
     "decoding blocks that do not divide the canvas": (
         {"sampling.block_size": 5},
@@ -312,13 +312,13 @@ def test_bugs_keep_their_traceback(monkeypatch, write, capsys):
         torch.zeros(2).reshape(3)  # RuntimeError inside torch
         raise AssertionError
 
-    monkeypatch.setattr("dllm_rl.train.assemble", broken)
+    monkeypatch.setattr("dllm_rl.train.build_run", broken)
     assert main(["train", str(write()), "--quiet"]) == 1
     assert "Traceback" in capsys.readouterr().err
 
     def library(*args, **kwargs):
         json.loads("{")  # a ValueError raised by the standard library
 
-    monkeypatch.setattr("dllm_rl.train.assemble", library)
+    monkeypatch.setattr("dllm_rl.train.build_run", library)
     assert main(["train", str(write({"run.name": "other"})), "--quiet"]) == 1
     assert "Traceback" in capsys.readouterr().err

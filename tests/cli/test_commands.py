@@ -79,7 +79,7 @@ def test_eval_of_a_configuration_takes_overrides(write, tmp_path):
     arguments = ["evaluate.limit=3", "evaluate.tokens_per_step=[2,8]", "--json", str(path), "--quiet"]
     assert main(["eval", str(write()), *arguments]) == 0
     evaluations = json.loads(path.read_text())["evaluations"]
-    assert [(e["tokens_per_step"], e["judged"]) for e in evaluations] == [(2, 3), (8, 3)]
+    assert [(e["tokens_per_step"], e["scored"]) for e in evaluations] == [(2, 3), (8, 3)]
     assert not (tmp_path / "runs").exists(), "evaluation leaves no run behind"
 
 
@@ -96,7 +96,7 @@ def test_data_without_held_out_rows_trains_without_evaluation(write, tmp_path, c
     changes = {
         "data.task": {"name": "jsonl", "train_file": str(tmp_path / "a.jsonl"), "success": "format"},
         "rewards": [{"name": "format", "pattern": "[0-9]"}],
-        "reward_pool": {"canary": 0},
+        "reward_pool": {"self_test": 0},
         "model.init.tokenizer": "characters",
     }
     assert main(["train", str(write(changes))]) == 0
@@ -112,10 +112,10 @@ def test_conversations_with_completions_train_through_the_chat_template(write, t
         )
         return tokenizer
 
-    from dllm_rl.members import model
+    from dllm_rl.models import from_config
 
-    original = model.byte_bpe_tokenizer
-    monkeypatch.setattr(model, "byte_bpe_tokenizer", chatty)
+    original = from_config.byte_bpe_tokenizer
+    monkeypatch.setattr(from_config, "byte_bpe_tokenizer", chatty)
     said = [{"prompt": [{"role": "user", "content": "hi"}], "completion": [{"role": "assistant", "content": "yo"}]}] * 4
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in said))
     changes = {
@@ -132,7 +132,7 @@ def test_an_interrupt_says_how_to_go_on(write, monkeypatch, capsys):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("dllm_rl.train.assemble", interrupted)
+    monkeypatch.setattr("dllm_rl.train.build_run", interrupted)
     assert main(["train", str(write()), "--quiet"]) == 130
     assert "--resume" in capsys.readouterr().err
 

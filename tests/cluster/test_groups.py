@@ -1,4 +1,4 @@
-"""Groups: members in this process and in Ray actors answer alike; what dies is named and can be built anew."""
+"""Groups: workers in this process and in Ray actors answer alike; what dies is named and can be built anew."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import time
 
 import pytest
 
-from dllm_rl.cluster.group import Lost, Place
-from dllm_rl.cluster.local_group import LocalGroup
+from dllm_rl.cluster.group import WorkerLost, WorkerRank
+from dllm_rl.cluster.local_group import LocalWorkerGroup
 
 
 class Member:
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: WorkerRank) -> None:
         self.place, self.ticks, self.state = place, 0, 0
 
     def add(self, number: int, times: int = 1) -> int:
@@ -33,9 +33,9 @@ class Member:
 
 
 def started(placement):
-    from dllm_rl.cluster.ray_group import RayGroup
+    from dllm_rl.cluster.ray_group import RayWorkerGroup
 
-    group = RayGroup("engine", Member, placement.engines, {"OMP_NUM_THREADS": "1"})
+    group = RayWorkerGroup("engine", Member, placement.engines, {"OMP_NUM_THREADS": "1"})
     group.restart([0, 1])
     return group
 
@@ -43,7 +43,7 @@ def started(placement):
 @pytest.fixture(params=["local", "ray"])
 def group(request):
     if request.param == "local":
-        with LocalGroup("engine", Member, 2) as made:
+        with LocalWorkerGroup("engine", Member, 2) as made:
             yield made
         return
     placement = request.getfixturevalue("placement")
@@ -61,7 +61,7 @@ def placement(session):
     from dllm_rl.cluster.placement import Needs, Placement
 
     made = Placement.reserve(
-        Needs(count=2, cpus=1, gpus=0), Needs(count=1, cpus=1, gpus=0), colocate=False, wait_s=30, say=print
+        Needs(count=2, cpus=1, gpus=0), Needs(count=1, cpus=1, gpus=0), colocate=False, wait_s=30, log=print
     )
     yield made
     made.close()
@@ -72,7 +72,7 @@ def test_members_are_called_together_and_one_by_one(group):
     assert group.call("add", 1, times=2) == [5, 6]
     assert group.scatter("add", [(1,), (10,)]) == [6, 16]
     assert group.submit(1, "add", 0).result() == 16
-    assert group.pulse(0).result(30).ticks == 0
+    assert group.heartbeat(0).result(30).ticks == 0
 
 
 def test_what_a_member_raises_comes_out_as_it_was(group):
@@ -92,21 +92,21 @@ def test_a_pulse_is_felt_beside_a_call(placement):
     with started(placement) as group:
         busy = group.submit(0, "work", 3.0)
         time.sleep(1.0)
-        pulse = group.pulse(0).result(30)
-        assert 0 < pulse.ticks < 60 and not busy.done()
-        assert pulse.pid == busy.result(30) != os.getpid() and pulse.rss_bytes > 1e6
+        heartbeat = group.heartbeat(0).result(30)
+        assert 0 < heartbeat.ticks < 60 and not busy.done()
+        assert heartbeat.pid == busy.result(30) != os.getpid() and heartbeat.rss_bytes > 1e6
 
 
 def test_death_and_hanging_are_named_and_repaired(placement):
     with started(placement) as group:
-        with pytest.raises(Lost, match=r"engine 1 is lost: .*died") as caught:
+        with pytest.raises(WorkerLost, match=r"engine 1 is lost: .*died") as caught:
             group.submit(1, "die").result(60)
         assert (caught.value.group, caught.value.rank) == ("engine", 1)
-        with pytest.raises(Lost, match="engine 1"):
+        with pytest.raises(WorkerLost, match="engine 1"):
             group.call("add", 1)
         hanging = group.submit(0, "work", 600.0)
         group.end(0)
-        with pytest.raises(Lost, match=r"engine 0 is lost: .*no progress"):
+        with pytest.raises(WorkerLost, match=r"engine 0 is lost: .*no progress"):
             hanging.result(60)
         group.restart([0, 1])
         assert group.call("add", 2) == [2, 3]
@@ -117,19 +117,19 @@ def test_a_wish_that_the_cluster_cannot_grant_is_refused_at_once(session):
 
     one = Needs(count=1, cpus=1, gpus=0)
     with pytest.raises(ValueError, match=r"wants 901 CPUs .* has 3; lower cluster.engines"):
-        Placement.reserve(Needs(count=900, cpus=1, gpus=0), one, colocate=False, wait_s=5, say=print)
+        Placement.reserve(Needs(count=900, cpus=1, gpus=0), one, colocate=False, wait_s=5, log=print)
     with pytest.raises(ValueError, match=r"wants 1 GPUs .* has 0"):
-        Placement.reserve(one, Needs(count=1, cpus=0, gpus=1), colocate=False, wait_s=5, say=print)
+        Placement.reserve(one, Needs(count=1, cpus=0, gpus=1), colocate=False, wait_s=5, log=print)
 
 
 def test_waiting_says_what_is_wanted_and_what_is_free(placement, monkeypatch):
-    from dllm_rl.runtime import placement as module
+    from dllm_rl.cluster import placement as module
 
     monkeypatch.setattr(module, "SAY_EVERY_S", 1.0)
     heard = []
     one = module.Needs(count=1, cpus=1, gpus=0)
     with pytest.raises(ValueError, match=r"wait_s = 3 s: wanted 2 x \(1 CPU\); free: .* 0 CPU 0 GPU; stop other jobs"):
-        module.Placement.reserve(one, one, colocate=False, wait_s=3, say=heard.append)
+        module.Placement.reserve(one, one, colocate=False, wait_s=3, log=heard.append)
     assert len(heard) >= 2 and "wanted 2 x (1 CPU); free:" in heard[0]
 
 

@@ -143,32 +143,32 @@ class Sum(UnmaskingStrategy):
 
     def select(self, candidates):
         best = candidates.noise + candidates.noise[:1]
-        best = best.masked_fill(~candidates.hidden, -1)
-        return candidates.hidden & (best == best.amax(-1, keepdim=True))
+        best = best.masked_fill(~candidates.eligible, -1)
+        return candidates.eligible & (best == best.amax(-1, keepdim=True))
 
 
 class Certain(UnmaskingStrategy):
     def select(self, candidates):
-        return candidates.hidden & (candidates.logp > -1.5)
+        return candidates.eligible & (candidates.logp > -1.5)
 
 
 class Everything(UnmaskingStrategy):
     def select(self, candidates):
-        return torch.ones_like(candidates.hidden)
+        return torch.ones_like(candidates.eligible)
 
 
 class ByToken(UnmaskingStrategy):
     def select(self, candidates):
         even = candidates.token.sum(-1, keepdim=True) % 2 == 0
-        first = candidates.hidden & (candidates.hidden.cumsum(-1) == 1)
-        return torch.where(even, candidates.hidden, first)
+        first = candidates.eligible & (candidates.eligible.cumsum(-1) == 1)
+        return torch.where(even, candidates.eligible, first)
 
 
 class Dice(UnmaskingStrategy):
     def select(self, candidates):
-        noise = torch.rand(candidates.hidden.shape, generator=generator_for(time.perf_counter_ns()))
-        noise = noise.masked_fill(~candidates.hidden, -1)
-        return candidates.hidden & (noise == noise.amax(-1, keepdim=True))
+        noise = torch.rand(candidates.eligible.shape, generator=generator_for(time.perf_counter_ns()))
+        noise = noise.masked_fill(~candidates.eligible, -1)
+        return candidates.eligible & (noise == noise.amax(-1, keepdim=True))
 
 
 class ByPosition(NativeEngine):
@@ -204,15 +204,15 @@ class CutsPrompts(NativeEngine):
 class StartsOver(NativeEngine):
     """Decodes rows that were paused from the start."""
 
-    def generate(self, prompts, sampling, *, begun=None, **options):
+    def generate(self, prompts, sampling, *, partial=None, **options):
         return super().generate(prompts, sampling, **options)
 
 
 class ClaimsWhatOthersDecoded(NativeEngine):
     """Stamps tokens that were decoded before a pause with the weights of after it."""
 
-    def generate(self, prompts, sampling, *, begun=None, **options):
-        rows = super().generate(prompts, sampling, begun=begun, **options)
+    def generate(self, prompts, sampling, *, partial=None, **options):
+        rows = super().generate(prompts, sampling, partial=partial, **options)
         own = [torch.where(t.weights_step == GIVEN, GIVEN, self.weights.step) for t in rows]
         return [dataclasses.replace(t, weights_step=step) for t, step in zip(rows, own, strict=True)]
 
@@ -257,12 +257,12 @@ class Drifting(Sudoku4):
 
 
 class WrongGold(Sudoku4):
-    def canary(self, example):
+    def self_test(self, example):
         return "1" * 16, "2" * 16
 
 
 class TooKind(Sudoku4):
-    def canary(self, example):
+    def self_test(self, example):
         return example.answer, example.answer
 
 

@@ -52,7 +52,7 @@ def test_collate_pads_on_the_right_and_splits_completion_from_tail():
     assert batch.prompt_length.tolist() == [1, 3] and batch.group.tolist() == [4, 9]
     assert batch.weights_step.tolist() == [[-1, 3, 3, 3, 3, -1, -1], [-1, -1, -1, 0, 0, 0, 0]]
     assert oldest_weights(batch) == 0 and batch.num_forwards.tolist() == [4, 4]
-    assert batch.exact is False and batch.blocks is None
+    assert batch.exact is False and batch.block_ids is None
 
 
 def test_given_positions_of_the_canvas_are_hints():
@@ -66,8 +66,8 @@ def test_blocks_follow_the_origin():
     rows = [trajectory([5, 5, 5], [6, 6, 6, EOS], length=4)]
     response = collate(rows, pad_id=PAD, group=[0], block_size=2, block_origin="response")
     sequence = collate(rows, pad_id=PAD, group=[0], block_size=2, block_origin="sequence")
-    assert response.blocks.tolist() == [[-2, -1, -1, 0, 0, 1, 1]]
-    assert sequence.blocks.tolist() == [[0, 0, 1, 1, 2, 2, 3]]
+    assert response.block_ids.tolist() == [[-2, -1, -1, 0, 0, 1, 1]]
+    assert sequence.block_ids.tolist() == [[0, 0, 1, 1, 2, 2, 3]]
 
 
 def test_supervised_ends_in_eos_and_can_fill_the_canvas():

@@ -47,7 +47,7 @@ def rollouts(denoiser, lengths=((2, 4), (3, 3), (1, 5), (4, 1)), *, seed=0, extr
         group=zeros,
         num_forwards=zeros + 1,
         weights_step=torch.zeros_like(step),
-        blocks=blocks,
+        block_ids=blocks,
         exact=True,
     ).check()
 
@@ -56,7 +56,7 @@ def naive(denoiser, batch, masks):
     """(N, L) the long way: full logits, full log-softmax, in float64."""
     total = torch.zeros(batch.tokens.shape, dtype=torch.float64)
     for mask, weight in zip(masks.mask, masks.weight, strict=True):
-        hidden = denoiser.hidden(batch.tokens, mask, batch.valid, batch.blocks)
+        hidden = denoiser.hidden_states(batch.tokens, mask, batch.valid, batch.block_ids)
         logits = denoiser.unembed(hidden.flatten(0, 1)).view(*batch.tokens.shape, -1).double()
         logits[..., denoiser.mask_id] = float("-inf")
         logp = logits.log_softmax(-1).gather(-1, batch.tokens[..., None]).squeeze(-1)
@@ -158,10 +158,10 @@ def test_exact_likelihoods_are_distributions(tiny_denoiser, family, kind):
     batch = one.select(torch.zeros(len(every), dtype=torch.int64))
     batch.tokens[:, 2:] = every
     if kind == "left_to_right":
-        masks = masking.left_to_right(batch.completion, batch.completion, blocks=batch.blocks)
+        masks = masking.left_to_right(batch.completion, batch.completion, block_ids=batch.block_ids)
     else:
         step = torch.tensor([[-1, -1, 2, 0, 1]]).expand(len(every), -1)
-        masks = masking.along_trajectory(step, batch.completion, blocks=batch.blocks)
+        masks = masking.along_trajectory(step, batch.completion, block_ids=batch.block_ids)
     logp = likelihood.estimate(denoiser, batch, masks).sequence_logp
     assert logp.exp().sum().item() == pytest.approx(1.0, abs=ATOL_F64)
 

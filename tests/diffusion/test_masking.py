@@ -201,7 +201,7 @@ def test_trajectory_replays_the_tail_without_scoring_it():
 def test_trajectory_of_a_block_model_replays_all_blocks_side_by_side():
     step = torch.tensor([[-1, -1, 1, 0, 3, 2, 5, 4]])
     blocks = torch.tensor([[-1, -1, 0, 0, 1, 1, 2, 2]])
-    sample = masking.along_trajectory(step, step >= 0, blocks=blocks)
+    sample = masking.along_trajectory(step, step >= 0, block_ids=blocks)
     assert sample.mask[:, 0].int().tolist() == [[0, 0, 1, 1, 1, 1, 1, 1], [0, 0, 1, 0, 1, 0, 1, 0]]
     assert sample.weight[:, 0].int().tolist() == [[0, 0, 0, 1, 0, 1, 0, 1], [0, 0, 1, 0, 1, 0, 1, 0]]
 
@@ -223,7 +223,7 @@ def test_left_to_right_hides_a_token_and_what_follows_but_not_what_was_given():
     assert sample.mask[:, 0].int().tolist() == [[0, 1, 0, 1, 1], [0, 0, 0, 1, 1]]
     assert sample.weight[:, 0].int().tolist() == [[0, 1, 0, 0, 0], [0, 0, 0, 1, 0]]
     blocks = torch.tensor([[-1, 0, 0, 1, 1]])
-    sample = masking.left_to_right(blocks >= 0, blocks >= 0, blocks=blocks)
+    sample = masking.left_to_right(blocks >= 0, blocks >= 0, block_ids=blocks)
     assert sample.mask[:, 0].int().tolist() == [[0, 1, 1, 1, 1], [0, 0, 1, 0, 1]]
     assert sample.weight[:, 0].int().tolist() == [[0, 1, 0, 1, 0], [0, 0, 1, 0, 1]]
 
@@ -241,7 +241,7 @@ def test_hiding_adds_positions_without_scoring_them():
     also = torch.zeros(1, len(COMPLETION), dtype=torch.bool)
     also[0, -1] = True
     sample = masking.uniform_count(COMPLETION[None], draws=2, generator=generator_for(0))
-    more = sample.hiding(also)
+    more = sample.also_masking(also)
     assert more.mask[:, 0, -1].all() and torch.equal(more.weight, sample.weight)
 
 

@@ -70,5 +70,5 @@ def test_blocks_follow_one_another():
     unmask = torch.tensor([[-1, 1, 0, 2, 4, 3, 3]])
     blocks = torch.tensor([[-1, 0, 0, 0, 1, 1, 1]])
     scored = unmask >= 0
-    assert merged_steps(unmask, scored, blocks=blocks)[scored].tolist() == [1, 0, 2, 4, 3, 3]
-    assert merged_steps(unmask, scored, blocks=blocks, merge=2)[scored].tolist() == [0, 0, 1, 2, 2, 2]
+    assert merged_steps(unmask, scored, block_ids=blocks)[scored].tolist() == [1, 0, 2, 4, 3, 3]
+    assert merged_steps(unmask, scored, block_ids=blocks, merge=2)[scored].tolist() == [0, 0, 1, 2, 2, 2]

@@ -43,7 +43,7 @@ def reserved():
     from dllm_rl.cluster.placement import Needs, Placement
 
     placement = Placement.reserve(
-        Needs(count=2, cpus=0.5, gpus=0), Needs(count=1, cpus=0.5, gpus=0), colocate=False, wait_s=30, say=print
+        Needs(count=2, cpus=0.5, gpus=0), Needs(count=1, cpus=0.5, gpus=0), colocate=False, wait_s=30, log=print
     )
     try:
         yield placement

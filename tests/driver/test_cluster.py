@@ -112,7 +112,7 @@ def test_a_policy_that_is_trained_reaches_its_engines(tiny, ray_cluster, tmp_pat
     rows.write_text("".join(json.dumps({"prompt": f"{number} + 1 =", "answer": "2"}) + "\n" for number in range(48)))
     changes = (
         *("algorithm={name: unmasking_policy}", "sampling.strategy={name: learned, width: 16}"),
-        *("sampling.temperature=0", "run.steps=3", "learner.lr=1.0e-2", "reward_pool.canary=0"),
+        *("sampling.temperature=0", "run.steps=3", "learner.lr=1.0e-2", "reward_pool.self_test=0"),
         f"data.task={{name: jsonl, train_file: {rows}, success: format}}",
         *('rewards=[{name: format, pattern: "."}]', "evaluate.at_end=false"),  # all are right, some are fast
         *("checkpoint={every_steps: 1, keep: 9}", "model.init.tokenizer=byte_bpe", "model.init.vocab_size=300"),
@@ -126,7 +126,7 @@ def test_a_policy_that_is_trained_reaches_its_engines(tiny, ray_cluster, tmp_pat
 
 
 class Stops:
-    """Suspends a member of a run once, when it has made progress."""
+    """Suspends a worker of a run once, when it has made progress."""
 
     def __init__(self, monkeypatch, owner, method):
         self.pid, original = None, getattr(owner, method)
@@ -135,8 +135,8 @@ class Stops:
             self.calls += 1
             if self.calls == 3:
                 rank = of.group.size - 1
-                pulse = of.group.pulse(rank).result(60)
-                self.pid = pulse.pid
+                heartbeat = of.group.heartbeat(rank).result(60)
+                self.pid = heartbeat.pid
                 os.kill(self.pid, signal.SIGSTOP)
             return original(of, *arguments, **options)
 
@@ -164,8 +164,8 @@ def test_completions_pause_for_new_weights_and_go_on_under_them(tiny, ray_cluste
     )
     asked = iter([False] * 5 + [True])
     folder = train(config, stop=lambda: next(asked, False)).folder
-    saved = torch.load(next(folder.glob("checkpoints/step-000006/ahead.pt")), weights_only=True)
-    assert saved["begun"] or saved["waiting"], "decoding went on while the sixth step was learned"
+    saved = torch.load(next(folder.glob("checkpoints/step-000006/prefetched.pt")), weights_only=True)
+    assert saved["partial"] or saved["waiting"], "decoding went on while the sixth step was learned"
     assert train(config, resume=True).steps == 12
     ledger = list(read_rows(folder / "ledger.jsonl"))
     steps = [row["step"] for row in ledger]

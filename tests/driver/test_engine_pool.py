@@ -8,15 +8,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 
-from dllm_rl.cluster.group import Group, Lost, Pulse
+from dllm_rl.cluster.group import Heartbeat, WorkerGroup, WorkerLost
 from dllm_rl.driver.engine_pool import EnginePool
 from dllm_rl.reports.clock import Clock
 
-PULSE = Pulse(ticks=0, pid=0, host="", rss_bytes=0, cpu_s=0, busy_s=0, gpu_bytes=0)
+HEARTBEAT = Heartbeat(ticks=0, pid=0, host="", rss_bytes=0, cpu_s=0, busy_s=0, gpu_bytes=0)
 
 
-class Threads(Group):
-    """A group whose members die when they are asked for certain prompts, each time once, and in some methods."""
+class Threads(WorkerGroup):
+    """A group whose workers die when they are asked for certain prompts, each time once, and in some methods."""
 
     name = "engine"
 
@@ -35,12 +35,12 @@ class Threads(Group):
     def _work(self, rank, method, args):
         try:
             if self.dead[rank]:
-                raise Lost("engine", rank, "it is dead")
+                raise WorkerLost("engine", rank, "it is dead")
             if method != "generate":
                 self.log.append((rank, method))
                 if (rank, method) in self.dies_in:
                     self.dies_in.remove((rank, method))
-                    raise Lost("engine", rank, f"it died in {method}")
+                    raise WorkerLost("engine", rank, f"it died in {method}")
                 return None
             time.sleep(0.002 * (rank + 1))
             prompts = args[1]
@@ -48,15 +48,15 @@ class Threads(Group):
             if fatal:
                 self.deaths.remove(fatal[0])
                 self.dead[rank] = True
-                raise Lost("engine", rank, "it died over it")
+                raise WorkerLost("engine", rank, "it died over it")
             return [(prompt, sample) for prompt in prompts for sample in range(args[4])]
         finally:
             with self.lock:
                 self.held[rank] -= 1
 
-    def pulse(self, rank) -> Future:
+    def heartbeat(self, rank) -> Future:
         future = Future()
-        future.set_result(PULSE)
+        future.set_result(HEARTBEAT)
         return future
 
     def restart(self, ranks):
@@ -74,7 +74,7 @@ class Threads(Group):
 
 
 def pool_of(group, **options):
-    return EnginePool(group, rows_per_call=4, hang_s=60, say=lambda text: None, **({"max_restarts": 9} | options))
+    return EnginePool(group, rows_per_call=4, hang_s=60, log=lambda text: None, **({"max_restarts": 9} | options))
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
@@ -83,11 +83,11 @@ def test_everything_is_decoded_once_and_in_order(size, deaths):
     prompts = list(range(25))
     with Threads(size, deaths) as group:
         pool = pool_of(group)
-        equipped = []
-        pool.equip = equipped.append
+        synced = []
+        pool.sync_worker = synced.append
         found = pool.generate("train", prompts, None, seed=0, samples_per_prompt=2)
     assert found == [(prompt, sample) for prompt in prompts for sample in range(2)]
-    assert pool.restarts == len(deaths) == len(equipped), "one loss, however many calls the engine held"
+    assert pool.restarts == len(deaths) == len(synced), "one loss, however many calls the engine held"
     assert group.most == 2, "the next call waits at the engine"
 
 
@@ -99,7 +99,7 @@ def test_the_last_calls_are_shared():
 
 
 def test_one_loss_too_many_is_raised():
-    with Threads(2, (1, 2, 3)) as group, pytest.raises(Lost, match="it died over it"):
+    with Threads(2, (1, 2, 3)) as group, pytest.raises(WorkerLost, match="it died over it"):
         pool_of(group, max_restarts=2).generate("train", list(range(8)), None, seed=0)
 
 

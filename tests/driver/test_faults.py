@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dllm_rl.cluster.group import Lost
+from dllm_rl.cluster.group import WorkerLost
 from dllm_rl.driver.engine_pool import PooledEngine
 from dllm_rl.train import train
 
@@ -23,7 +23,7 @@ def test_one_loss_too_many_saves_and_says_so(tiny, monkeypatch):
     def generate(engine, *arguments, **options):
         calls.append(None)
         if len(calls) == 4:
-            raise Lost("engine", 0, "it was killed")
+            raise WorkerLost("engine", 0, "it was killed")
         return original(engine, *arguments, **options)
 
     original = PooledEngine.generate

@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 
 from dllm_rl.config.load import load_config
 from dllm_rl.diffusion.staleness import truncated_weights
-from dllm_rl.driver.build import assemble
+from dllm_rl.driver.build import build_run
 from dllm_rl.driver.collect import decode, roll_out
-from dllm_rl.driver.prefetch import Ahead, _Begun
+from dllm_rl.driver.prefetch import RolloutPrefetcher, _PartialBatch
 from dllm_rl.learner import checkpoint
 from dllm_rl.reports.clock import Clock
 from dllm_rl.reports.progress import Quiet
@@ -66,8 +66,8 @@ def test_a_stale_run_resumes_with_the_same_bits(tiny, begin):
 def test_what_waits_is_dropped_where_less_staleness_is_allowed(tiny):
     whole = train(tiny("run", "rollout.max_staleness=2")).folder
     root = whole / "checkpoints"
-    assert (checkpoint.find(root, "step-000002") / "ahead.pt").is_file()
-    assert not (checkpoint.find(root, "step-000006") / "ahead.pt").exists(), "nothing waits at the end"
+    assert (checkpoint.find(root, "step-000002") / "prefetched.pt").is_file()
+    assert not (checkpoint.find(root, "step-000006") / "prefetched.pt").exists(), "nothing waits at the end"
     again = train(tiny("run", "rollout.max_staleness=0"), from_checkpoint="step-000002").folder
     assert [row["weights_step"] for row in read_rows(again / "ledger.jsonl")] == [0, 0, 2, 3, 4, 5]
 
@@ -75,26 +75,26 @@ def test_what_waits_is_dropped_where_less_staleness_is_allowed(tiny):
 def test_a_begun_batch_goes_on_after_a_resume(tiny, tmp_path):
     config = tiny("run", "rollout.max_staleness=2", "sampling.block_size=4")
     config = config.model_copy(update={"rollout": config.rollout.model_copy(update={"pause_blocks": 1})})
-    with assemble(config, tmp_path / "model", Quiet()) as parts, parts.pool:
-        parts.weights.verify()
-        prompts, whole = parts.source.batch(1), roll_out(parts, config, parts.source.batch(1), 1, Clock())
-        first = decode(parts, config, prompts, 1, Clock(), blocks=1)
+    with build_run(config, tmp_path / "model", Quiet()) as run, run.reward_pool:
+        run.weights.verify()
+        prompts, whole = run.source.batch(1), roll_out(run, config, run.source.batch(1), 1, Clock())
+        first = decode(run, config, prompts, 1, Clock(), max_blocks=1)
         assert all(t.finish == "paused" for t in first if t.completion_length == 16)
-        with Ahead(parts, config) as ahead:
-            ahead._begun[1] = _Begun(first, 1)
-            ahead.save(tmp_path)
-        with Ahead(parts, config) as ahead:
-            ahead.load(tmp_path, 0)
-            assert ahead._begun[1].blocks == 1
-            newer = dataclasses.replace(parts.engines.weights, step=1)
-            parts.engines.group.call("hold", newer)
-            batch = ahead._collect(1, ahead._begun[1])[0].batch
+        with RolloutPrefetcher(run, config) as prefetcher:
+            prefetcher._partial[1] = _PartialBatch(first, 1)
+            prefetcher.save(tmp_path)
+        with RolloutPrefetcher(run, config) as prefetcher:
+            prefetcher.load(tmp_path, 0)
+            assert prefetcher._partial[1].blocks == 1
+            newer = dataclasses.replace(run.engines.weights, step=1)
+            run.engines.group.call("activate", newer)
+            batch = prefetcher._collect(1, prefetcher._partial[1])[0].batch
         assert torch.equal(batch.tokens, whole.batch.tokens)
         early = (torch.arange(batch.tokens.shape[1]) < batch.prompt_length[:, None] + 4) & batch.generated
         assert torch.equal(batch.weights_step[batch.generated], (~early)[batch.generated].long())
-        with Ahead(parts, config) as ahead:
-            ahead.load(tmp_path, 4)
-            assert not ahead._begun, "its weights are too old by now"
+        with RolloutPrefetcher(run, config) as prefetcher:
+            prefetcher.load(tmp_path, 4)
+            assert not prefetcher._partial, "its weights are too old by now"
 
 
 def test_correction_changes_stale_steps_only(tiny):
@@ -129,4 +129,4 @@ def test_truncated_weights_by_hand(tiny_batch):
 def tiny_batch():
     from dllm_rl.conformance import cases
 
-    return cases.batch(blocks=False)
+    return cases.batch(block_causal=False)

@@ -12,28 +12,28 @@ from pathlib import Path
 import pytest
 import torch
 
-from dllm_rl.cluster.group import Place
-from dllm_rl.cluster.ray_group import RayGroup
+from dllm_rl.cluster.group import WorkerRank
+from dllm_rl.cluster.ray_group import RayWorkerGroup
 from dllm_rl.config.load import load_config
 from dllm_rl.conformance import cases
 from dllm_rl.driver.engine_pool import EnginePool
 from dllm_rl.driver.learner_group import LearnerGroup
-from dllm_rl.driver.weight_sync import Pump
+from dllm_rl.driver.weight_sync import DistributedWeightSync
 from dllm_rl.models.digest import digest
 from dllm_rl.models.lora import add_lora
 from dllm_rl.types import Prompt, Sampling
 from dllm_rl.weight_transfer.receiver import (
     DigestMismatch,
     DroppedBucket,
-    Entry,
     PushError,
     PushTimeout,
     StaleVersion,
+    TensorSpec,
     UnknownWeight,
     size_of,
 )
-from dllm_rl.workers.engine_worker import EngineMember
-from dllm_rl.workers.learner_worker import LearnerMember
+from dllm_rl.workers.engine_worker import EngineWorker
+from dllm_rl.workers.learner_worker import LearnerWorker
 
 PROMPT = Prompt(uid="p", token_ids=(5, 6), text="", answer="", task="")
 ENV = {"OMP_NUM_THREADS": "1"}
@@ -59,7 +59,7 @@ class Weights:
         return iter(self.named)
 
 
-class Sender(LearnerMember):
+class Sender(LearnerWorker):
     """A learner rank whose weights can be shaken, and which can be made to misbehave."""
 
     fault = ""
@@ -76,7 +76,7 @@ class Sender(LearnerMember):
     def entries(self):
         found = super().entries()
         if self.fault == "wrong name":
-            found[0] = Entry(found[0].name.replace("default", "other"), found[0].shape, found[0].dtype)
+            found[0] = TensorSpec(found[0].name.replace("default", "other"), found[0].shape, found[0].dtype)
         return found
 
     def send(self, bucket, transport, *, keep):
@@ -85,7 +85,7 @@ class Sender(LearnerMember):
         return super().send(bucket, transport, keep=keep)
 
 
-class Receiver(EngineMember):
+class Receiver(EngineWorker):
     """An engine that can be made to lose or to garble what it receives."""
 
     fault = ""
@@ -101,7 +101,7 @@ class Receiver(EngineMember):
         super().write(number, payload)
         if self.fault == "corrupted byte" and number == 1:
             name = self._layout[1][0].name
-            self._inbox._parameters[name].view(-1).view(torch.uint8)[5] ^= 1
+            self._receiver._parameters[name].view(-1).view(torch.uint8)[5] ^= 1
 
 
 def sender(lora, place):
@@ -123,26 +123,26 @@ def receiver(lora, config, place):
 
 
 class Pair:
-    """One sender and two receivers with a pump between them."""
+    """One sender and two receivers with a sync between them."""
 
     def __init__(self, places, lora):
-        self.senders = RayGroup("learner", functools.partial(sender, lora), places.learners, ENV)
-        self.receivers = RayGroup("engine", functools.partial(receiver, lora, CONFIG), places.engines, ENV)
+        self.senders = RayWorkerGroup("learner", functools.partial(sender, lora), places.learners, ENV)
+        self.receivers = RayWorkerGroup("engine", functools.partial(receiver, lora, CONFIG), places.engines, ENV)
         with ThreadPoolExecutor(2) as both:
             for started in [both.submit(g.restart, range(g.size)) for g in (self.senders, self.receivers)]:
                 started.result()
         self.said = []
         self.learner = LearnerGroup(self.senders, hang_s=60, max_restarts=1)
-        self.pool = EnginePool(self.receivers, rows_per_call=8, hang_s=60, max_restarts=1, say=self.said.append)
+        self.pool = EnginePool(self.receivers, rows_per_call=8, hang_s=60, max_restarts=1, log=self.said.append)
 
-    def pump(self, transport, timeout_s=60.0):
-        return Pump(
+    def sync(self, transport, timeout_s=60.0):
+        return DistributedWeightSync(
             self.learner,
             self.pool,
             transport=transport,
             bucket_bytes=4096,
             timeout_s=timeout_s,
-            say=self.said.append,
+            log=self.said.append,
         )
 
     def close(self):
@@ -166,29 +166,29 @@ def well(pair):
     yield pair
     for group in (pair.senders, pair.receivers):
         group.call("misbehave", "")
-    pair.pump("object_store").push(back=True)
+    pair.sync("object_store").push(allow_older=True)
 
 
 @pytest.mark.parametrize("transport", ["collective", "object_store"])
 def test_engines_decode_with_what_was_pushed_and_say_which_version(well, transport):
-    pump = well.pump(transport)
-    pump.verify()
+    sync = well.sync(transport)
+    sync.verify()
     before = well.receivers.call("probe")
     well.senders.call("shake", 7)
     assert torch.equal(well.receivers.call("probe")[0], before[0]), "nothing has been pushed yet"
-    version = pump.push()
+    version = sync.push()
     after = well.receivers.call("probe")
-    local = receiver("adapter", CONFIG, Place())
+    local = receiver("adapter", CONFIG, WorkerRank())
     lora = {name: p for name, p in local._denoiser.module.named_parameters() if ".lora_" in name}
-    assert pump.bytes_sent >= sum(p.nbytes for p in lora.values()), "all of the adapter"
-    assert pump.bytes_sent < 2 * sum(p.nbytes for p in lora.values()), "and the adapter alone"
+    assert sync.bytes_sent >= sum(p.nbytes for p in lora.values()), "all of the adapter"
+    assert sync.bytes_sent < 2 * sum(p.nbytes for p in lora.values()), "and the adapter alone"
     assert not torch.allclose(after[0], before[0]) and torch.equal(after[0], after[1])
     assert well.pool.weights == version and version.digest == well.senders.call("version_now")[0]
     assert not well.said
 
 
 def test_two_pushes_of_the_same_weights_have_the_same_digest(well):
-    assert well.pump("collective").push() == well.pump("object_store").push()
+    assert well.sync("collective").push() == well.sync("object_store").push()
 
 
 @pytest.mark.parametrize("transport", ["collective", "object_store"])
@@ -206,11 +206,11 @@ def test_two_pushes_of_the_same_weights_have_the_same_digest(well):
     ],
 )
 def test_a_push_that_goes_wrong_is_named_and_the_engine_gets_no_prompt(well, transport, who, fault, error, message):
-    pump = well.pump(transport)
-    pump.push()
+    sync = well.sync(transport)
+    sync.push()
     getattr(well, who).call("misbehave", fault)
     with pytest.raises(error, match=message):
-        pump.push()
+        sync.push()
     if who == "receivers":
         sampling = Sampling(max_new_tokens=4)
         with pytest.raises(RuntimeError, match="holds an unfinished push of weights and decodes nothing"):
@@ -218,28 +218,28 @@ def test_a_push_that_goes_wrong_is_named_and_the_engine_gets_no_prompt(well, tra
 
 
 def test_stale_weights_are_refused(well):
-    pump = well.pump("object_store")
+    sync = well.sync("object_store")
     well.learner.step = 5
-    pump.push()
+    sync.push()
     well.learner.step = 4
     with pytest.raises(StaleVersion, match=r"engine [01] holds the weights of step 5 and was offered those of 4"):
-        pump.push()
+        sync.push()
     well.learner.step = 0
 
 
 def test_who_does_not_take_part_is_named_with_phase_and_tensor(well):
-    pump = well.pump("object_store", timeout_s=1.0)
+    sync = well.sync("object_store", timeout_s=1.0)
     well.senders.call("misbehave", "hang")
     with pytest.raises(PushTimeout, match=r"learner 0 did not finish 'send' of .*lora_A.* within 1 s"):
-        pump.push()
+        sync.push()
 
 
 def test_an_engine_that_is_killed_in_a_push_is_replaced_and_served(well):
-    pump = well.pump("collective")
-    pump.push()
+    sync = well.sync("collective")
+    sync.push()
     os.kill(well.receivers.pids()[1], signal.SIGKILL)
     well.senders.call("shake", 3)
-    version = pump.push()
+    version = sync.push()
     first, second = well.receivers.call("probe")
     assert torch.equal(first, second) and well.pool.restarts == 1
     assert version.digest == well.senders.call("version_now")[0]
@@ -251,7 +251,7 @@ def test_a_sampler_that_does_not_look_at_the_adapter_is_found_out(more_places):
     made = Pair(more_places, "detached")
     try:
         with pytest.raises(PushError, match="its logits do not change when the adapter that it is sent does"):
-            made.pump("collective").verify()
+            made.sync("collective").verify()
     finally:
         made.close()
 
@@ -259,14 +259,14 @@ def test_a_sampler_that_does_not_look_at_the_adapter_is_found_out(more_places):
 def test_merged_layers_make_a_plain_engine_compute_what_the_adapted_learner_does(more_places):
     made = Pair(more_places, "merged")
     try:
-        pump = made.pump("collective")
-        pump.verify()
+        sync = made.sync("collective")
+        sync.verify()
         made.senders.call("shake", 1)
-        pump.push()
+        sync.push()
         adapted = cases.denoiser("tiny")
         add_lora(adapted, rank=4, alpha=8.0, seed=1)
         shake(adapted.module, 1)
-        wanted = EngineMember(CONFIG, adapted, {}, "", {}, Place(), packed=True).probe()
+        wanted = EngineWorker(CONFIG, adapted, {}, "", {}, WorkerRank(), packed=True).probe()
         torch.testing.assert_close(made.receivers.call("probe")[0], wanted, rtol=1e-4, atol=1e-4)
     finally:
         made.close()

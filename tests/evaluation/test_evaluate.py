@@ -24,7 +24,7 @@ class Recital:
     def __init__(self):
         self.calls = []
 
-    def generate(self, prompts, sampling, *, seed, samples_per_prompt=1, begun=None, blocks=None):
+    def generate(self, prompts, sampling, *, seed, samples_per_prompt=1, partial=None, max_blocks=None):
         self.calls.append((len(prompts), sampling.temperature, seed))
         return [self._recite(prompt) for prompt in prompts]
 
@@ -80,7 +80,7 @@ def test_figures(pool):
     uids = ["1000", "1001", "1002", "1009", "1004", "100005"]
     result = run(engine, pool, prompts(*uids), chunk=4, advance=lambda done, note: seen.append(done))
     assert result.solved == (1, 0, 1, None, 1, 0)
-    assert (result.judged, result.failed) == (5, 1)
+    assert (result.scored, result.failed) == (5, 1)
     assert result.success == 3 / 5 and (result.low, result.high) == wilson(3, 5)
     assert result.components["test_evaluate:even"] == 3 / 5
     assert result.tokens_per_forward == (5 * 4 + 6) / (6 * 2)
@@ -93,5 +93,5 @@ def test_figures(pool):
 def test_nothing_to_say(pool):
     with pytest.raises(ValueError, match="at least one held-out example"):
         run(Recital(), pool, [])
-    with pytest.raises(ValueError, match=r"no completion could be judged; last failure: .*nine"):
+    with pytest.raises(ValueError, match=r"no completion could be scored; last failure: .*nine"):
         run(Recital(), pool, prompts("9", "19"))

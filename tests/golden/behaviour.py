@@ -29,6 +29,7 @@ from dllm_rl.train import train
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 STEPS = 5
+RENAMED = {"judged": "scored"}  # the last part of metric names that are called otherwise since the file was written
 
 
 def processor() -> str:
@@ -77,12 +78,17 @@ def quickstart(output: Path) -> dict[str, Any]:
     return {phase: outcome(output / f"{phase}-seed0") for phase in ("quickstart-sft", "quickstart-rl")}
 
 
+def renamed(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of the file under today's names."""
+    return {"/".join(RENAMED.get(part, part) for part in name.split("/")): value for name, value in row.items()}
+
+
 def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     """One line per run that differs, with the first metric that does."""
     found = []
     for name, now in after.items():
         then = before[name]
-        rows = zip(then["metrics"], now["metrics"], strict=False)
+        rows = zip(map(renamed, then["metrics"]), now["metrics"], strict=False)
         keys = [k for a, b in rows for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
         if keys or then["weights"] != now["weights"] or len(then["metrics"]) != len(now["metrics"]):
             found.append(

@@ -18,7 +18,7 @@ from dllm_rl.conformance.algorithms import Subject
 from dllm_rl.learner.torch_learner import NonFiniteError, TorchLearner
 from dllm_rl.models.lora import add_lora
 from dllm_rl.models.tokenizers import character_tokenizer
-from dllm_rl.types import Share
+from dllm_rl.types import GlobalCounts
 
 STEPS = 5
 ALL_STAGES = (0, 1, 2, 3)
@@ -47,7 +47,7 @@ def parts(case: Case):
     subject, denoiser = Subject(case.name, {}), cases.denoiser("tiny")
     if case.lora:
         add_lora(denoiser, rank=4, alpha=8.0, seed=1)
-    batch, rewards = subject.batch(False), subject.judged()
+    batch, rewards = subject.batch(False), subject.scored()
     return subject.algorithm, denoiser, batch, rewards, subject.masks(batch)
 
 
@@ -63,11 +63,11 @@ def learner(kind, case: Case, algorithm, denoiser, **more):
     )
 
 
-def train(made, algorithm, batch, rewards, advantage, masks, share=None, steps=STEPS):
+def train(made, algorithm, batch, rewards, advantage, masks, counts=None, steps=STEPS):
     out = []
     for _ in range(steps):
         reference = made.score(batch, masks, reference=True) if algorithm.needs_reference else None
-        out.append(made.update(batch, rewards, advantage, masks, algorithm, reference=reference, share=share))
+        out.append(made.update(batch, rewards, advantage, masks, algorithm, reference=reference, counts=counts))
     return out
 
 
@@ -80,15 +80,15 @@ def by_torch(case: Case):
 
 def own_rows(case: Case, rank: int, size: int):
     algorithm, denoiser, batch, rewards, masks = parts(case)
-    share = Share(num_tokens=int(batch.completion.sum()), num_rows=len(batch), idle=case.idle and rank == 1)
+    counts = GlobalCounts(num_tokens=int(batch.completion.sum()), num_rows=len(batch), idle=case.idle and rank == 1)
     rows = torch.arange(rank * len(batch) // size, (rank + 1) * len(batch) // size)
     if case.idle:
-        rows = torch.tensor([0]) if share.idle else torch.arange(len(batch))
+        rows = torch.tensor([0]) if counts.idle else torch.arange(len(batch))
     advantage = algorithm.advantages(rewards, batch)[rows]
     masks = masks.select(rows)
-    if share.idle:
+    if counts.idle:
         masks = dataclasses.replace(masks, weight=torch.zeros_like(masks.weight))
-    return algorithm, denoiser, batch.select(rows), rewards.select(rows), advantage, masks, share
+    return algorithm, denoiser, batch.select(rows), rewards.select(rows), advantage, masks, counts
 
 
 def weights(made):
@@ -193,11 +193,11 @@ def stop_before_damage(rank, size, stages):
     out = []
     for stage in stages:
         case = Case(stage=stage)
-        algorithm, denoiser, batch, rewards, advantage, masks, share = own_rows(case, rank, size)
+        algorithm, denoiser, batch, rewards, advantage, masks, counts = own_rows(case, rank, size)
         made = learner(DeepSpeedLearner, case, algorithm, denoiser, **case.zero())
         before = weights(made)
         with pytest.raises(NonFiniteError, match="is nan"):
-            train(made, algorithm, batch, rewards, advantage * float("nan"), masks, share)
+            train(made, algorithm, batch, rewards, advantage * float("nan"), masks, counts)
         after = weights(made)
         out.append(all((before[name] == after[name]).all() for name in before))
     return out

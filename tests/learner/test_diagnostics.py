@@ -31,7 +31,7 @@ def learner(tmp_path):
 
 
 def test_deviation_by_hand(tmp_path):
-    algorithm, batch = build("algorithms", "coupled_grpo", {}), cases.batch(blocks=False)
+    algorithm, batch = build("algorithms", "coupled_grpo", {}), cases.batch(block_causal=False)
     settings = DiagnosticsSection(rows=3, redraws=5)
     one = learner(tmp_path)
     found = estimator_metrics(one, algorithm, batch, settings, seed=7)
@@ -47,7 +47,7 @@ def test_deviation_by_hand(tmp_path):
 
 
 def test_trajectories_have_no_noise_and_policies_no_estimate(tmp_path):
-    batch, settings = cases.batch(blocks=False), DiagnosticsSection()
+    batch, settings = cases.batch(block_causal=False), DiagnosticsSection()
     exact = estimator_metrics(learner(tmp_path), build("algorithms", "trace_rl", {}), batch, settings, seed=0)
     assert exact == {"estimate_deviation": 0.0, "estimate_deviation_per_token": 0.0}
     assert estimator_metrics(None, build("algorithms", "unmasking_policy", {}), batch, settings, seed=0) == {}

@@ -51,7 +51,7 @@ def make_batch(denoiser, *, extra=0, order=None) -> RolloutBatch:
         group=torch.tensor([0, 0, 0, 1, 1, 1]),
         num_forwards=torch.full((n,), 4),
         weights_step=torch.zeros_like(tokens),
-        blocks=blocks,
+        block_ids=blocks,
         exact=True,
     ).check()
     return batch if order is None else batch.select(order)
@@ -138,7 +138,7 @@ def test_two_phase_gradient_is_the_gradient_of_the_loss(tiny_denoiser, tmp_path)
     advantage = algorithm.advantages(make_rewards(), batch)
     total = torch.zeros((), dtype=torch.float64)
     for mask, weight in zip(masks.mask, masks.weight, strict=True):
-        hidden = denoiser.hidden(batch.tokens, mask, batch.valid, None)
+        hidden = denoiser.hidden_states(batch.tokens, mask, batch.valid, None)
         logits = denoiser.unembed(hidden.flatten(0, 1)).view(*batch.tokens.shape, -1)
         logits = logits.index_fill(-1, torch.tensor([denoiser.mask_id]), float("-inf"))
         logp = logits.log_softmax(-1).gather(-1, batch.tokens[..., None]).squeeze(-1)

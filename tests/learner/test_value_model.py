@@ -28,29 +28,32 @@ def learner(tmp_path, family="tiny", **settings):
     )
 
 
-def step(one, algorithm, batch, judged):
+def step(one, algorithm, batch, rewards):
     masks = algorithm.masks(batch, seeding.generator_for(0))
-    return one.update(batch, judged, algorithm.advantages(judged, batch), masks, algorithm, reference=None)
+    return one.update(batch, rewards, algorithm.advantages(rewards, batch), masks, algorithm, reference=None)
 
 
 @pytest.mark.parametrize(("family", "blocks"), [("tiny", False), ("sdar", True)])
 def test_it_learns_the_rewards(tmp_path, family, blocks):
-    algorithm, batch = build("algorithms", "trace_rl", {"value": True, "clip_value": 10.0}), cases.batch(blocks=blocks)
-    judged, one = cases.rewards(cases.MIXED), learner(tmp_path, family)
-    losses = [step(one, algorithm, batch, judged)["value_loss"] for _ in range(60)]
-    scored = batch.generated
-    want = (judged.total.square() * scored.sum(-1)).sum() / scored.sum() / 2  # the head starts at 0
+    algorithm, batch = (
+        build("algorithms", "trace_rl", {"value": True, "clip_value": 10.0}),
+        cases.batch(block_causal=blocks),
+    )
+    scored, one = cases.rewards(cases.MIXED), learner(tmp_path, family)
+    losses = [step(one, algorithm, batch, scored)["value_loss"] for _ in range(60)]
+    generated = batch.generated
+    want = (scored.total.square() * generated.sum(-1)).sum() / generated.sum() / 2  # the head starts at 0
     assert losses[0] == pytest.approx(want.item(), rel=1e-5)
     assert losses[-1] < 0.1 * losses[0]
     masks = algorithm.masks(batch, seeding.generator_for(0))
     value = one._values.predict(batch, masks)
-    assert not value[~scored].any()
+    assert not value[~generated].any()
     for row in (0, 1):
         assert value[row][scored[row]].mean().item() == pytest.approx(cases.MIXED[row], abs=0.2)
 
 
 def test_micro_batches_do_not_matter(tmp_path):
-    algorithm, batch = build("algorithms", "trace_rl", {"value": True}), cases.batch(blocks=False)
+    algorithm, batch = build("algorithms", "trace_rl", {"value": True}), cases.batch(block_causal=False)
     heads = []
     for budget in (1 << 14, 24):
         one = learner(tmp_path, tokens_per_microbatch=budget)
@@ -62,7 +65,7 @@ def test_micro_batches_do_not_matter(tmp_path):
 
 def test_advantages_come_from_the_predictions(tmp_path, monkeypatch):
     """All rewards equal: the group says nothing, the value model (0 at first) says that every token was good."""
-    algorithm, batch = build("algorithms", "trace_rl", {"value": True}), cases.batch(blocks=False)
+    algorithm, batch = build("algorithms", "trace_rl", {"value": True}), cases.batch(block_causal=False)
     seen = {}
     loss = type(algorithm).loss
     monkeypatch.setattr(type(algorithm), "loss", lambda self, new, e: seen.update(a=e.advantage) or loss(self, new, e))
@@ -71,10 +74,10 @@ def test_advantages_come_from_the_predictions(tmp_path, monkeypatch):
 
 
 def test_checkpoints_hold_it(tmp_path):
-    algorithm, batch = build("algorithms", "trace_rl", {"value": True}), cases.batch(blocks=False)
-    judged, ends = cases.rewards(cases.MIXED), []
+    algorithm, batch = build("algorithms", "trace_rl", {"value": True}), cases.batch(block_causal=False)
+    scored, ends = cases.rewards(cases.MIXED), []
     whole = learner(tmp_path)
-    step(whole, algorithm, batch, judged)
+    step(whole, algorithm, batch, scored)
     folder = tmp_path / "checkpoint"
     folder.mkdir()
     whole._tokenizer = character_tokenizer("0123456789")
@@ -82,6 +85,6 @@ def test_checkpoints_hold_it(tmp_path):
     again = learner(tmp_path)
     again.load(folder)
     for one in (whole, again):
-        ends.append(dataclasses.asdict(one.version()) | step(one, algorithm, batch, judged))
+        ends.append(dataclasses.asdict(one.version()) | step(one, algorithm, batch, scored))
     assert ends[0] == ends[1]
     assert torch.equal(whole._values._head.weight, again._values._head.weight)

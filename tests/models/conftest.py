@@ -72,7 +72,7 @@ def hidden_of() -> Callable[[TransformersDenoiser], Tensor]:
         mask = torch.arange(8).expand(2, 8) > 3
         blocks = block_index(torch.tensor([4, 4]), 8, 4) if denoiser.block_size else None
         with torch.no_grad():
-            return denoiser.hidden(tokens, mask, torch.ones_like(mask), blocks)
+            return denoiser.hidden_states(tokens, mask, torch.ones_like(mask), blocks)
 
     return run
 

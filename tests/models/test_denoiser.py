@@ -29,7 +29,7 @@ def test_satisfies_the_protocol(make, family):
     denoiser = make(family)
     assert isinstance(denoiser, Denoiser)
     tokens, mask, valid = rows(denoiser)
-    hidden = denoiser.hidden(tokens, mask, valid, blocks_for(denoiser, tokens))
+    hidden = denoiser.hidden_states(tokens, mask, valid, blocks_for(denoiser, tokens))
     assert hidden.shape == (3, 10, 24)
     assert denoiser.unembed(hidden[:, 5]).shape == (3, denoiser.vocab_size)
 
@@ -40,7 +40,9 @@ def test_can_be_sent_to_another_process(make, family):
     tokens, mask, valid = rows(denoiser)
     there = pickle.loads(pickle.dumps(denoiser))
     blocks = blocks_for(denoiser, tokens)
-    assert torch.equal(there.hidden(tokens, mask, valid, blocks), denoiser.hidden(tokens, mask, valid, blocks))
+    assert torch.equal(
+        there.hidden_states(tokens, mask, valid, blocks), denoiser.hidden_states(tokens, mask, valid, blocks)
+    )
 
 
 @pytest.mark.parametrize("family", FULL)
@@ -50,7 +52,7 @@ def test_attention_is_bidirectional(make, family):
     tokens, mask, valid = rows(denoiser)
     changed = tokens.clone()
     changed[:, 9] = (tokens[:, 9] - 3 + 1) % (denoiser.vocab_size - 3) + 3
-    before, after = (denoiser.hidden(t, mask, valid) for t in (tokens, changed))
+    before, after = (denoiser.hidden_states(t, mask, valid) for t in (tokens, changed))
     assert (before - after)[:, 2].abs().min(-1).values.max() > 1e-5
 
 
@@ -64,10 +66,10 @@ def test_hidden_tokens_and_padding_do_not_leak(make, family):
     if family == "sdar":  # clean blocks see their own tokens: only the last valid block is hidden for all readers
         mask = mask & (blocks == blocks[0, 6])
         scored = mask & valid & (blocks == blocks[0, 6])
-    base = denoiser.hidden(tokens, mask, valid, blocks)
+    base = denoiser.hidden_states(tokens, mask, valid, blocks)
     other = torch.where(scored | ~valid, (tokens + 5) % 20 + 3, tokens)
     assert not torch.equal(other, tokens)
-    assert torch.equal(denoiser.hidden(other, mask, valid, blocks)[scored], base[scored])
+    assert torch.equal(denoiser.hidden_states(other, mask, valid, blocks)[scored], base[scored])
 
 
 @pytest.mark.parametrize("family", [*FULL, "sdar"])
@@ -75,8 +77,8 @@ def test_padding_changes_nothing(make, family):
     denoiser = make(family, dtype=torch.float64)
     tokens, mask, valid = rows(denoiser)
     wide = [torch.cat([x, torch.zeros(3, 6, dtype=x.dtype)], dim=1) for x in (tokens, mask, valid)]
-    base = denoiser.hidden(tokens, mask, valid, blocks_for(denoiser, tokens))
-    padded = denoiser.hidden(*wide, blocks_for(denoiser, wide[0]))
+    base = denoiser.hidden_states(tokens, mask, valid, blocks_for(denoiser, tokens))
+    padded = denoiser.hidden_states(*wide, blocks_for(denoiser, wide[0]))
     assert (padded[:, :10] - base).abs().max() < TOLERANCE
     assert padded.isfinite().all()
 
@@ -86,7 +88,7 @@ def test_a_row_without_any_valid_key_stays_finite(make, family):
     denoiser = make(family)
     tokens, mask, valid = rows(denoiser)
     valid[1] = False
-    hidden = denoiser.hidden(tokens, mask, valid, blocks_for(denoiser, tokens))
+    hidden = denoiser.hidden_states(tokens, mask, valid, blocks_for(denoiser, tokens))
     assert hidden.isfinite().all()
     hidden.sum().backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in denoiser.module.parameters())
@@ -95,13 +97,13 @@ def test_a_row_without_any_valid_key_stays_finite(make, family):
 def test_shift_moves_the_network_output_by_one_and_protects_position_zero(make):
     denoiser = make("dream")
     tokens, mask, valid = rows(denoiser)
-    shifted = denoiser.hidden(tokens, mask, valid)
+    shifted = denoiser.hidden_states(tokens, mask, valid)
     noised = torch.where(mask, denoiser.mask_id, tokens)
     raw = denoiser.module.model(input_ids=noised, attention_mask=valid[:, None, None, :]).last_hidden_state
     assert torch.equal(shifted[:, 1:], raw[:, :-1])
     mask[2, 0] = True
     with pytest.raises(ValueError, match="position 0 is hidden"):
-        denoiser.hidden(tokens, mask, valid)
+        denoiser.hidden_states(tokens, mask, valid)
 
 
 @pytest.mark.parametrize("origin", ["response", "sequence"])
@@ -128,7 +130,7 @@ def test_cached_blocks_equal_the_clean_and_noised_layout(make, origin, prompts):
         window = tokens[row_ids].gather(1, at)
         hide = torch.rand(window.shape, generator=generator_for(3, number)) < 0.6
         mask = torch.zeros(len(row_ids), length, dtype=torch.bool).scatter(1, at, hide)
-        expected = denoiser.hidden(tokens[row_ids], mask, valid[row_ids], blocks[row_ids])
+        expected = denoiser.hidden_states(tokens[row_ids], mask, valid[row_ids], blocks[row_ids])
         expected = expected.gather(1, at[..., None].expand(-1, -1, expected.shape[-1]))
         everything = torch.ones_like(hide)
         noised = torch.where(hide, denoiser.mask_id, window)
@@ -187,9 +189,13 @@ def test_the_cache_survives_training_mode_with_gradient_checkpointing(make):
 @pytest.mark.parametrize(
     ("family", "call", "message"),
     [
-        ("llada", lambda d, t, m, v: d.hidden(t.repeat(1, 7), m.repeat(1, 7), v.repeat(1, 7)), "70 tokens.*at most 64"),
-        ("llada", lambda d, t, m, v: d.hidden(t, m, v, t), "full attention"),
-        ("sdar", lambda d, t, m, v: d.hidden(t, m, v), "blocks .N, L. are required"),
+        (
+            "llada",
+            lambda d, t, m, v: d.hidden_states(t.repeat(1, 7), m.repeat(1, 7), v.repeat(1, 7)),
+            "70 tokens.*at most 64",
+        ),
+        ("llada", lambda d, t, m, v: d.hidden_states(t, m, v, t), "full attention"),
+        ("sdar", lambda d, t, m, v: d.hidden_states(t, m, v), "block_ids .N, L. are required"),
         ("tiny", lambda d, t, m, v: d.prefill(t, v, t), "full attention"),
         ("tiny", lambda d, t, m, v: d.extend(None, t, t, v, commit=True), "full attention"),
     ],

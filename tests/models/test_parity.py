@@ -131,7 +131,7 @@ def ragged(denoiser, lengths, prompt_lengths):
 
 
 def logits_of(denoiser, *args):
-    hidden = denoiser.hidden(*args)
+    hidden = denoiser.hidden_states(*args)
     return denoiser.unembed(hidden.reshape(-1, hidden.shape[-1])).reshape(*hidden.shape[:2], -1).detach()
 
 
@@ -187,7 +187,7 @@ def test_one_block_over_the_whole_row_is_full_attention(make):
     block, full = make("sdar", block_size=64), make("sdar", block_size=64)
     tokens, mask, valid = ragged(block, [9, 6], [2, 2])
     blocks = torch.zeros_like(tokens)
-    everything_seen = block.hidden(tokens, mask, valid, blocks)
+    everything_seen = block.hidden_states(tokens, mask, valid, blocks)
     full.block_size = None  # the same weights under plain bidirectional attention
-    difference = (everything_seen - full.hidden(tokens, mask, valid))[valid].abs().max()
+    difference = (everything_seen - full.hidden_states(tokens, mask, valid))[valid].abs().max()
     assert difference < 1e-5

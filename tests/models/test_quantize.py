@@ -89,7 +89,7 @@ def test_gradients_are_those_of_unpacked_weights(make, train_a_little):
     for denoiser in (small, exact):
         add_lora(denoiser, rank=3, alpha=6, seed=0)
         train_a_little(denoiser)
-        states = denoiser.hidden(tokens, torch.arange(8).expand(2, 8) > 3, torch.ones(2, 8, dtype=torch.bool))
+        states = denoiser.hidden_states(tokens, torch.arange(8).expand(2, 8) > 3, torch.ones(2, 8, dtype=torch.bool))
         denoiser.unembed(states.flatten(0, 1)).log_softmax(-1)[:, 5].sum().backward()
         found.append({n: p.grad for n, p in denoiser.module.named_parameters() if p.requires_grad})
     assert found[0].keys() == found[1].keys()
@@ -116,4 +116,6 @@ def test_on_a_device(make):
     tokens = torch.randint(3, exact.vocab_size, (2, 8), device="cuda")
     mask, valid = torch.arange(8, device="cuda").expand(2, 8) > 3, torch.ones(2, 8, dtype=torch.bool, device="cuda")
     with torch.no_grad():
-        assert torch.allclose(small.hidden(tokens, mask, valid), exact.hidden(tokens, mask, valid), atol=1e-2)
+        assert torch.allclose(
+            small.hidden_states(tokens, mask, valid), exact.hidden_states(tokens, mask, valid), atol=1e-2
+        )

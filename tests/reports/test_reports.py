@@ -99,8 +99,8 @@ def test_progress_without_a_terminal_says_now_and_then_how_long_it_takes(monkeyp
     now = [0.0]
     monkeypatch.setattr(cli_progress.time, "monotonic", lambda: now[0])
     out = io.StringIO()
-    show = RichProgress(Console(file=out, force_terminal=False, width=100))
-    with show.track("training", 100) as advance:
+    progress = RichProgress(Console(file=out, force_terminal=False, width=100))
+    with progress.track("training", 100) as advance:
         for _ in range(50):
             now[0] += 1.0
             advance(1, "reward 0.5")
@@ -110,10 +110,10 @@ def test_progress_without_a_terminal_says_now_and_then_how_long_it_takes(monkeyp
 
 def test_progress_on_a_terminal_shows_a_bar(monkeypatch):
     out = io.StringIO()
-    show = RichProgress(Console(file=out, force_terminal=True, width=100))
-    with show.track("training", 4) as advance:
+    progress = RichProgress(Console(file=out, force_terminal=True, width=100))
+    with progress.track("training", 4) as advance:
         advance(1, "")
         advance(2, "loss 0.1")
-        show.say("half-way")
+        progress.log("half-way")
     text = out.getvalue()
     assert "training" in text and "3/4" in text and "eta" in text and "loss 0.1" in text and "half-way" in text

@@ -55,7 +55,7 @@ def recorded(monkeypatch, tmp_path):
 
     def make():
         settings = {"run": {"name": "r", "threads": None}, "tags": [1, 2]}
-        return Trackers(["wandb"], project="p", run="r", folder=tmp_path, settings=settings, say=said.append)
+        return Trackers(["wandb"], project="p", run="r", folder=tmp_path, settings=settings, log=said.append)
 
     return make, said
 
@@ -91,4 +91,4 @@ def test_one_that_is_not_installed_is_refused(monkeypatch, tmp_path):
     with pytest.raises(
         ValueError, match=r"tracking.to: mlflow needs mlflow, which is not installed; pip install 'dllm-rl\[mlflow\]'"
     ):
-        Trackers(["mlflow"], project="p", run="r", folder=tmp_path, settings={}, say=print)
+        Trackers(["mlflow"], project="p", run="r", folder=tmp_path, settings={}, log=print)

@@ -1,4 +1,4 @@
-"""Whatever a verifier does, the row is judged, or excluded in time; never scored 0, never in the way of other rows."""
+"""Whatever a verifier does, the row is scored, or excluded in time; never scored 0, never in the way of other rows."""
 
 import os
 import signal
@@ -101,25 +101,25 @@ def test_components_are_weighted_and_the_worst_status_counts(naughty):
 )
 def test_a_failed_verifier_is_an_error_and_the_others_go_on(pool, told, message):
     started = time.monotonic()
-    judged = pool("naughty:as_told")
-    rewards = score(judged, "fine", told, "fine", "fine", "fine", "fine")  # three rows are handed over at a time
+    scored = pool("naughty:as_told")
+    rewards = score(scored, "fine", told, "fine", "fine", "fine", "fine")  # three rows are handed over at a time
     assert rewards.status == ("ok", "error", "ok", "ok", "ok", "ok")
     assert rewards.included.tolist() == [True, False, True, True, True, True]
     assert rewards.total[[0, 2, 3, 4, 5]].tolist() == [1.0] * 5 and rewards.components["naughty:as_told"][1].isnan()
-    assert message in str(judged.failures[-1]) and "naughty:as_told: error" in str(judged.failures[-1])
+    assert message in str(scored.failures[-1]) and "naughty:as_told: error" in str(scored.failures[-1])
     assert time.monotonic() - started < 4  # by what happened, not by the deadline of 5 s
 
 
 @pytest.mark.parametrize("told", ["spin", "grind", "sleep 60", "signal SIGSTOP"])
 def test_a_verifier_that_overruns_is_killed_in_time(pool, told):
-    judged = pool("naughty:as_told", timeout_s=0.4)
-    score(judged, "fine")  # the worker has started
+    scored = pool("naughty:as_told", timeout_s=0.4)
+    score(scored, "fine")  # the worker has started
     started = time.monotonic()
-    rewards = score(judged, told)
+    rewards = score(scored, told)
     assert 0.4 <= time.monotonic() - started < 0.4 + SLACK_S
     assert rewards.status == ("timeout",) and not rewards.included.any()
-    assert "no verdict within 0.4 s" in str(judged.failures[-1])
-    rewards = score(judged, "fine", told, "fine", "fine", "fine")  # its successor goes on with the rest of its rows
+    assert "no verdict within 0.4 s" in str(scored.failures[-1])
+    rewards = score(scored, "fine", told, "fine", "fine", "fine")  # its successor goes on with the rest of its rows
     assert rewards.status == ("ok", "timeout", "ok", "ok", "ok")
     assert rewards.total.tolist() == [1.0, 0.0, 1.0, 1.0, 1.0]
 
@@ -131,10 +131,10 @@ def test_the_deadline_starts_when_work_starts(pool):
 
 
 def test_one_that_hangs_does_not_hold_up_the_others(pool):
-    judged = pool("naughty:as_told", num_workers=2, timeout_s=1.0)
-    score(judged, "fine", "fine")
+    scored = pool("naughty:as_told", num_workers=2, timeout_s=1.0)
+    score(scored, "fine", "fine")
     started = time.monotonic()
-    rewards = score(judged, "spin", *["sleep 0.02"] * 20)
+    rewards = score(scored, "spin", *["sleep 0.02"] * 20)
     assert rewards.status == ("timeout", *["ok"] * 20)
     assert time.monotonic() - started < 1.0 + SLACK_S
 
@@ -150,17 +150,17 @@ def test_what_a_verifier_started_dies_with_it(pool, tmp_path):
 
 
 def test_a_worker_that_dies_idle_costs_no_row(pool, tmp_path):
-    judged = pool("naughty:as_told")
-    score(judged, f"pid {tmp_path / 'pid'}")
+    scored = pool("naughty:as_told")
+    score(scored, f"pid {tmp_path / 'pid'}")
     pid = int((tmp_path / "pid").read_text())
     os.kill(pid, signal.SIGKILL)
     assert gone_within(pid, 1.0)
-    assert score(judged, "fine", "fine").status == ("ok", "ok")
+    assert score(scored, "fine", "fine").status == ("ok", "ok")
 
 
 def test_an_interrupted_call_leaves_no_answer_for_the_next(pool, monkeypatch):
-    judged = pool("naughty:as_told", num_workers=2)
-    score(judged, "fine", "fine")
+    scored = pool("naughty:as_told", num_workers=2)
+    score(scored, "fine", "fine")
 
     def interrupt(*_):
         raise KeyboardInterrupt
@@ -168,9 +168,9 @@ def test_an_interrupted_call_leaves_no_answer_for_the_next(pool, monkeypatch):
     previous = signal.signal(signal.SIGALRM, interrupt)
     signal.setitimer(signal.ITIMER_REAL, 0.1)
     with pytest.raises(KeyboardInterrupt):
-        score(judged, *["sleep 0.3"] * 4)
+        score(scored, *["sleep 0.3"] * 4)
     signal.signal(signal.SIGALRM, previous)
-    assert score(judged, "return [0.5]", "return [0.25]", "return [2]").total.tolist() == [0.5, 0.25, 2.0]
+    assert score(scored, "return [0.5]", "return [0.25]", "return [2]").total.tolist() == [0.5, 0.25, 2.0]
 
 
 def test_workers_start_without_torch(pool):

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from dllm_rl.reward_pool.pool import RewardPool, RewardSpec
-from dllm_rl.reward_pool.self_test import run_canary
+from dllm_rl.reward_pool.self_test import run_self_test
 from dllm_rl.tasks.countdown import Countdown
 from dllm_rl.tasks.jsonl import JsonLines
 from dllm_rl.tasks.math_word import GSM8K
@@ -28,7 +28,7 @@ def jsonl(tmp_path, reward="math_answer") -> JsonLines:
 def check(task, *rewards: str, timeout_s: float = 5.0) -> None:
     specs = [RewardSpec(name=name, timeout_s=timeout_s) for name in rewards or task.rewards]
     with RewardPool(specs, num_workers=1) as pool:
-        run_canary(pool, task, task.examples("train")[:8])
+        run_self_test(pool, task, task.examples("train")[:8])
 
 
 def test_every_task_passes_with_its_own_rewards(tmp_path):
@@ -44,7 +44,7 @@ def test_every_task_passes_with_its_own_rewards(tmp_path):
     [
         ("naughty:always_one", "wrong completion '' of example .* scored 1 .* expected less than 1"),
         ("naughty:always_zero", r"gold completion '\\\\boxed\{4\}' of example .* scored 0 .* expected at least 1"),
-        ("naughty:crashes", "could not be judged: naughty:crashes: error: ZeroDivisionError"),
+        ("naughty:crashes", "could not be scored: naughty:crashes: error: ZeroDivisionError"),
         ("naughty:none", "gold completion .* scored nan"),
     ],
 )
@@ -52,7 +52,7 @@ def test_a_broken_reward_is_refused_in_one_line(naughty, tmp_path, reward, messa
     with (tmp_path / "naughty.py").open("a") as module:
         module.write("def crashes(prompts, completions, **columns): return [1 / 0]\n")
         module.write("def none(prompts, completions, **columns): return [None]\n")
-    with pytest.raises(ValueError, match=f"^reward canary: .*{message}") as caught:
+    with pytest.raises(ValueError, match=f"^reward self-test: .*{message}") as caught:
         check(jsonl(tmp_path, reward))
     assert "\n" not in str(caught.value)
 

@@ -135,9 +135,9 @@ class Recorded:
     def __getattr__(self, name):
         return getattr(self._denoiser, name)
 
-    def hidden(self, tokens, mask, valid, blocks=None):
+    def hidden_states(self, tokens, mask, valid, block_ids=None):
         self.forwards.append(len(tokens))
-        return self._denoiser.hidden(tokens, mask, valid, blocks)
+        return self._denoiser.hidden_states(tokens, mask, valid, block_ids)
 
     def extend(self, cache, tokens, positions, valid, *, commit):
         (self.commits if commit else self.forwards).append(len(tokens))
@@ -238,10 +238,10 @@ def test_trajectories_replay_to_their_own_log_probabilities(tiny_denoiser, model
             group=one,
             num_forwards=one,
             weights_step=t.weights_step[None],
-            blocks=blocks,
+            block_ids=blocks,
             exact=True,
         )
-        masks = masking.along_trajectory(batch.unmask_step, batch.completion, blocks=blocks)
+        masks = masking.along_trajectory(batch.unmask_step, batch.completion, block_ids=blocks)
         replayed = likelihood.estimate(denoiser, batch, masks).token_logp[0]
         torch.testing.assert_close(replayed, torch.where(completion, t.behaviour_logp, 0.0), atol=1e-4, rtol=0)
 
@@ -282,12 +282,12 @@ def test_training_mode_is_left_as_it_was(tiny_denoiser):
 
 class NothingSelected(UnmaskingStrategy):
     def select(self, candidates):
-        return torch.zeros_like(candidates.hidden)
+        return torch.zeros_like(candidates.eligible)
 
 
 class VisibleSelected(UnmaskingStrategy):
     def select(self, candidates):
-        return torch.ones_like(candidates.hidden)
+        return torch.ones_like(candidates.eligible)
 
 
 @pytest.mark.parametrize("engine", [NativeEngine, ReferenceEngine])
@@ -295,8 +295,8 @@ class VisibleSelected(UnmaskingStrategy):
 def test_a_strategy_that_breaks_its_contract_is_named(tiny_denoiser, engine, model):
     denoiser = build(tiny_denoiser, model)
     for cls, words in (
-        (NothingSelected, "no position of a row that has hidden ones"),
-        (VisibleSelected, "a position that is not hidden"),
+        (NothingSelected, "no position of a row that has eligible ones"),
+        (VisibleSelected, "a position that is not eligible"),
     ):
         with pytest.raises(ValueError, match=f"strategy {cls.__name__} selected {words}"):
             engine(denoiser, cls(None), weights=WEIGHTS).generate(

@@ -15,7 +15,7 @@ from rollouts.native import NativeEngine
 from rollouts.reference import ReferenceEngine
 
 CANDIDATES = Candidates(
-    hidden=torch.tensor([[True, True, True, True, False]]),
+    eligible=torch.tensor([[True, True, True, True, False]]),
     token=torch.tensor([[1, 2, 3, 4, 5]]),
     logp=torch.tensor([[math.log(p) for p in (0.95, 0.5, 0.92, 0.6, 1.0)]]),
     entropy=torch.tensor([[0.4, 0.1, 0.3, 0.2, 0.0]]),
@@ -70,7 +70,7 @@ class Table(nn.Module):
 
     device = torch.device("cpu")
 
-    def hidden(self, tokens, mask, valid, blocks=None):
+    def hidden_states(self, tokens, mask, valid, block_ids=None):
         logits = torch.zeros(*tokens.shape, self.vocab_size)
         for offset, (p, token) in enumerate(zip(self.confidence, self.token, strict=True)):
             logits[:, 2 + offset] = math.log((1 - p) / 4)  # four other clean tokens

@@ -93,7 +93,7 @@ def test_rewards_and_canary_follow_the_users_words(load):
     task = JsonLines(JsonLines.Config(train_file="x.jsonl", success="math_answer", gold="It is {answer}."))
     assert task.rewards == ("math_answer",) and task.success == "math_answer"
     assert JsonLines(JsonLines.Config(train_file="x.jsonl")).rewards == ()
-    assert task.canary(load(GOOD)[0]) == ("It is 4.", "")
-    assert task.canary(load({"prompt": "2+2?", "completion": "4"})[0]) == ("4", "")
+    assert task.self_test(load(GOOD)[0]) == ("It is 4.", "")
+    assert task.self_test(load({"prompt": "2+2?", "completion": "4"})[0]) == ("4", "")
     with pytest.raises(ValueError, match="neither completion nor answer"):
-        task.canary(load({"prompt": "2+2?"})[0])
+        task.self_test(load({"prompt": "2+2?"})[0])

@@ -90,7 +90,7 @@ def test_limit_and_files(file):
 
 def test_the_canary_is_boxed(file):
     task = gsm8k(file(GSM8K_ROWS))
-    gold, wrong = task.canary(task.examples("train")[0])
+    gold, wrong = task.self_test(task.examples("train")[0])
     assert gold == "\\boxed{1024}" != wrong
 
 

@@ -1,4 +1,4 @@
-"""The generator is judged by a solver that shares nothing with it."""
+"""The generator is scored by a solver that shares nothing with it."""
 
 import time
 
@@ -61,7 +61,7 @@ def test_prompt_and_completion_stay_within_the_declared_characters():
 
 def test_the_canarys_wrong_answer_keeps_the_givens():
     example = task().examples("train")[0]
-    gold, wrong = task().canary(example)
+    gold, wrong = task().self_test(example)
     assert gold == example.answer != wrong
     assert all(given in (".", digit) for given, digit in zip(example.columns["puzzle"], wrong, strict=True))
 

@@ -9,10 +9,10 @@ from dllm_rl.models.digest import tensor_digests
 from dllm_rl.weight_transfer.receiver import (
     DigestMismatch,
     DroppedBucket,
-    Entry,
-    Inbox,
     StaleVersion,
+    TensorSpec,
     UnknownWeight,
+    WeightReceiver,
     buckets,
     compare,
     fill,
@@ -26,11 +26,11 @@ VALUES = {
     "d": torch.tensor(3.0),
     "e": torch.randn(100),
 }
-ENTRIES = [Entry(name, tuple(value.shape), value.dtype) for name, value in VALUES.items()]
+ENTRIES = [TensorSpec(name, tuple(value.shape), value.dtype) for name, value in VALUES.items()]
 
 
-def inbox():
-    return Inbox({name: torch.zeros_like(value) for name, value in VALUES.items()}, "engine 3")
+def receiver():
+    return WeightReceiver({name: torch.zeros_like(value) for name, value in VALUES.items()}, "engine 3")
 
 
 def buffer_of(bucket):
@@ -41,7 +41,7 @@ def buffer_of(bucket):
 
 @pytest.mark.parametrize("limit", [1, 64, 100, 128, 1 << 20])
 def test_what_is_sent_arrives_in_buckets_of_any_size(limit):
-    layout, box = buckets(ENTRIES, limit), inbox()
+    layout, box = buckets(ENTRIES, limit), receiver()
     assert [entry for bucket in layout for entry in bucket] == ENTRIES
     assert all(size_of(bucket) <= limit or len(bucket) == 1 for bucket in layout)
     box.begin(4, layout)
@@ -57,7 +57,7 @@ def test_what_is_sent_arrives_in_buckets_of_any_size(limit):
 
 
 def test_a_bucket_that_does_not_come_is_named():
-    layout, box = buckets(ENTRIES, 64), inbox()
+    layout, box = buckets(ENTRIES, 64), receiver()
     box.begin(1, layout)
     for number in range(len(layout)):
         if number != 1:
@@ -68,33 +68,39 @@ def test_a_bucket_that_does_not_come_is_named():
 
 
 def test_older_weights_are_refused_unless_they_are_meant():
-    layout, box = buckets(ENTRIES, 1 << 20), inbox()
+    layout, box = buckets(ENTRIES, 1 << 20), receiver()
     box.begin(5, layout)
     box.write(0, buffer_of(layout[0]))
     box.commit(5)
     with pytest.raises(StaleVersion, match="engine 3 holds the weights of step 5 and was offered those of 4"):
         box.begin(4, layout)
     box.begin(5, layout)
-    box.begin(2, layout, back=True)
+    box.begin(2, layout, allow_older=True)
 
 
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        (Entry("lora.a", (3, 5), torch.float32), "engine 3 has no weight 'lora.a'; it has a, b, c and 2 more"),
-        (Entry("a", (5, 3), torch.float32), r"'a' is \(3, 5\) torch.float32, it was offered \(5, 3\) torch.float32"),
-        (Entry("a", (3, 5), torch.bfloat16), r"'a' is \(3, 5\) torch.float32, it was offered \(3, 5\) torch.bfloat16"),
+        (TensorSpec("lora.a", (3, 5), torch.float32), "engine 3 has no weight 'lora.a'; it has a, b, c and 2 more"),
+        (
+            TensorSpec("a", (5, 3), torch.float32),
+            r"'a' is \(3, 5\) torch.float32, it was offered \(5, 3\) torch.float32",
+        ),
+        (
+            TensorSpec("a", (3, 5), torch.bfloat16),
+            r"'a' is \(3, 5\) torch.float32, it was offered \(3, 5\) torch.bfloat16",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_before_anything_changes(entry, message):
-    box = inbox()
+    box = receiver()
     with pytest.raises(UnknownWeight, match=message):
         box.begin(0, [[entry]])
     assert box.complete
 
 
 def test_a_corrupted_byte_is_found_and_its_tensor_named():
-    layout, box = buckets(ENTRIES, 1 << 20), inbox()
+    layout, box = buckets(ENTRIES, 1 << 20), receiver()
     box.begin(0, layout)
     buffer = buffer_of(layout[0])
     buffer[64 + 3] ^= 1  # in b

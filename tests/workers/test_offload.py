@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch import nn
 
-from dllm_rl.workers.offload import Sleeper
+from dllm_rl.workers.offload import Offloader
 
 
 def test_tensors_are_away_and_come_back_in_place():
@@ -12,7 +12,7 @@ def test_tensors_are_away_and_come_back_in_place():
     tied.weight = layer.weight
     tensors = [p.data for p in (*layer.parameters(), *tied.parameters())]
     before = [t.clone() for t in tensors]
-    sleeper = Sleeper(tensors)
+    sleeper = Offloader(tensors)
     for _ in range(2):
         sleeper.sleep()
         sleeper.sleep()
@@ -29,7 +29,7 @@ def test_tensors_are_away_and_come_back_in_place():
 
 def test_memory_is_given_back():
     tensor = torch.ones(1 << 26)  # 256 MB
-    sleeper, process = Sleeper([tensor]), psutil.Process()
+    sleeper, process = Offloader([tensor]), psutil.Process()
     awake = process.memory_info().rss
     sleeper.sleep()
     assert process.memory_info().rss < awake + (1 << 25), "the copy in host memory alone is left"
@@ -40,7 +40,7 @@ def test_memory_is_given_back():
 @pytest.mark.gpu
 def test_a_device_gets_its_memory_back():
     tensor = torch.ones(1 << 26, device="cuda")
-    sleeper, awake = Sleeper([tensor]), torch.cuda.memory_reserved()
+    sleeper, awake = Offloader([tensor]), torch.cuda.memory_reserved()
     sleeper.sleep()
     assert torch.cuda.memory_reserved() <= awake - (1 << 28)
     sleeper.wake()
