@@ -21,6 +21,7 @@ from torch import Tensor
 
 from dllm_rl.config import ranges
 from dllm_rl.diffusion import advantage, masking, surrogate
+from dllm_rl.errors import UserError
 from dllm_rl.protocols.algorithm import Algorithm
 from dllm_rl.types import Experience, LikelihoodEstimate, Loss, MaskSample, Rewards, RolloutBatch
 
@@ -46,9 +47,9 @@ class CoupledGRPO(Algorithm):
             ranges.not_negative(beta=self.beta)
             ranges.at_least_one(pairs=self.pairs)
             if self.paper_exact and self.pairs != 1:
-                raise ValueError(f"pairs = {self.pairs}: the released code has 1 pair; drop paper_exact")
+                raise UserError(f"pairs = {self.pairs}: the released code has 1 pair; drop paper_exact")
             if not 0 < self.t_min <= self.t_max < 1:
-                raise ValueError(f"t_min = {self.t_min}, t_max = {self.t_max}: need 0 < t_min <= t_max < 1")
+                raise UserError(f"t_min = {self.t_min}, t_max = {self.t_max}: need 0 < t_min <= t_max < 1")
 
     config: Config
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dllm_rl.config import ranges
 from dllm_rl.diffusion import advantage, masking, surrogate
+from dllm_rl.errors import UserError
 from dllm_rl.protocols.algorithm import Algorithm
 from dllm_rl.types import Experience, LikelihoodEstimate, Loss, MaskSample, Rewards, RolloutBatch
 
@@ -38,7 +39,7 @@ class DiffuGRPO(Algorithm):
             ranges.positive(epsilon=self.epsilon)
             ranges.not_negative(beta=self.beta)
             if not 0 <= self.prompt_mask_rate < 1:
-                raise ValueError(f"prompt_mask_rate = {self.prompt_mask_rate}: must be in [0, 1)")
+                raise UserError(f"prompt_mask_rate = {self.prompt_mask_rate}: must be in [0, 1)")
 
     config: Config
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dllm_rl.config import ranges
 from dllm_rl.diffusion import advantage, masking, surrogate
+from dllm_rl.errors import UserError
 from dllm_rl.protocols.algorithm import Algorithm
 from dllm_rl.types import Experience, LikelihoodEstimate, Loss, MaskSample, Rewards, RolloutBatch
 
@@ -38,7 +39,7 @@ class GDPO(Algorithm):
 
         def __post_init__(self) -> None:
             if not 1 <= self.nodes <= 5:
-                raise ValueError(f"nodes = {self.nodes}: must be 1..5")
+                raise UserError(f"nodes = {self.nodes}: must be 1..5")
             ranges.at_least_one(draws=self.draws)
             ranges.positive(epsilon=self.epsilon)
             ranges.not_negative(beta=self.beta)

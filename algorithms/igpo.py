@@ -21,6 +21,7 @@ from torch import Tensor
 
 from dllm_rl.config import ranges
 from dllm_rl.diffusion import advantage, hints, masking, surrogate
+from dllm_rl.errors import UserError
 from dllm_rl.protocols.algorithm import Algorithm, ExtraRollout, Plan
 from dllm_rl.types import Experience, LikelihoodEstimate, Loss, MaskSample, Prompt, Rewards, RolloutBatch
 
@@ -44,11 +45,11 @@ class IGPO(Algorithm):
 
         def __post_init__(self) -> None:
             if not 0 < self.shares[0] <= self.shares[1] <= 1:
-                raise ValueError(f"shares = {self.shares}: need 0 < low <= high <= 1")
+                raise UserError(f"shares = {self.shares}: need 0 < low <= high <= 1")
             if not 1 <= self.chunk[0] <= self.chunk[1]:
-                raise ValueError(f"chunk = {self.chunk}: need 1 <= low <= high")
+                raise UserError(f"chunk = {self.chunk}: need 1 <= low <= high")
             if not 0 < self.replaced <= 0.5:
-                raise ValueError(f"replaced = {self.replaced}: must be in (0, 0.5]")
+                raise UserError(f"replaced = {self.replaced}: must be in (0, 0.5]")
             ranges.positive(epsilon=self.epsilon, hint_tokens=self.hint_tokens)
             ranges.not_negative(beta=self.beta, reserve=self.reserve)
             ranges.at_least_one(max_gap=self.max_gap)
@@ -66,12 +67,12 @@ class IGPO(Algorithm):
         """Hints need a trace in every row and room on the canvas."""
         missing = next((e.uid for e in plan.examples if not e.trace), None)
         if missing is not None:
-            raise ValueError(
+            raise UserError(
                 f"algorithm 'igpo' cuts hints from a reference trace, row '{missing}' of task '{plan.task}' has none; "
                 f"use gsm8k, math, or jsonl with data.task.trace, or another algorithm"
             )
         if self.config.reserve >= plan.sampling.max_new_tokens:
-            raise ValueError(
+            raise UserError(
                 f"algorithm.reserve = {self.config.reserve}: must be less than sampling.max_new_tokens = "
                 f"{plan.sampling.max_new_tokens}, or there is no room for hints"
             )

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dllm_rl.config import ranges
 from dllm_rl.diffusion import advantage, masking, surrogate
+from dllm_rl.errors import UserError
 from dllm_rl.protocols.algorithm import Algorithm, Plan
 from dllm_rl.types import Experience, LikelihoodEstimate, Loss, MaskSample, Rewards, RolloutBatch
 
@@ -48,7 +49,7 @@ class JustGRPO(Algorithm):
     def check_plan(self, plan: Plan) -> None:
         """Its likelihoods are those of left-to-right rollouts only."""
         if plan.strategy != "left_to_right" or plan.sampling.tokens_per_step != 1:
-            raise ValueError(
+            raise UserError(
                 "algorithm 'just_grpo' scores left-to-right decoding; set sampling.strategy.name=left_to_right and "
                 "sampling.tokens_per_step=1 (evaluate.strategy and evaluate.tokens_per_step are those of test time)"
             )

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from dllm_rl.config import ranges
 from dllm_rl.diffusion import advantage, masking, surrogate, values
+from dllm_rl.errors import UserError
 from dllm_rl.protocols.algorithm import Algorithm
 from dllm_rl.types import Experience, LikelihoodEstimate, Loss, MaskSample, Rewards, RolloutBatch
 
@@ -54,7 +55,7 @@ class TraceRL(Algorithm):
             ranges.positive(clip_value=self.clip_value)
             for name in ("discount", "smoothing"):
                 if not 0 <= getattr(self, name) <= 1:
-                    raise ValueError(f"{name} = {getattr(self, name)}: must be in [0, 1]")
+                    raise UserError(f"{name} = {getattr(self, name)}: must be in [0, 1]")
 
     config: Config
 

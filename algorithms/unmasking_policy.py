@@ -24,6 +24,7 @@ from torch import Tensor
 
 from dllm_rl.config import ranges
 from dllm_rl.diffusion import advantage, masking, surrogate
+from dllm_rl.errors import UserError
 from dllm_rl.protocols.algorithm import Algorithm, ExtraRollout, Plan
 from dllm_rl.types import Experience, LikelihoodEstimate, Loss, MaskSample, Prompt, Rewards, RolloutBatch
 
@@ -45,7 +46,7 @@ class UnmaskingPolicy(Algorithm):
             ranges.not_negative(alpha=self.alpha)
             for threshold in self.experts or []:
                 if not 0 < threshold <= 1:
-                    raise ValueError(f"experts = {self.experts}: thresholds are probabilities in (0, 1]")
+                    raise UserError(f"experts = {self.experts}: thresholds are probabilities in (0, 1]")
             if self.expert_block_size is not None:
                 ranges.at_least_one(expert_block_size=self.expert_block_size)
 
@@ -65,18 +66,18 @@ class UnmaskingPolicy(Algorithm):
     def check_plan(self, plan: Plan) -> None:
         """The choices must be the only randomness, and somebody must make them."""
         if not plan.has_policy:
-            raise ValueError(
+            raise UserError(
                 f"algorithm 'unmasking_policy' trains the network of an unmasking strategy, and '{plan.strategy}' has "
                 f"none; set sampling.strategy to {{name: learned}}"
             )
         if plan.sampling.temperature > 0:
-            raise ValueError(
+            raise UserError(
                 f"sampling.temperature = {plan.sampling.temperature}: algorithm 'unmasking_policy' gives credit to the "
                 f"choice of positions alone, so tokens must be greedy; set sampling.temperature to 0"
             )
         own, theirs = plan.sampling.block_size or plan.sampling.max_new_tokens, self.config.expert_block_size
         if theirs is not None and own % theirs:
-            raise ValueError(
+            raise UserError(
                 f"algorithm.expert_block_size = {theirs}: must divide the decoding block of {own} tokens, so that the "
                 f"policy could have done what the expert does"
             )

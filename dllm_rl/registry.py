@@ -9,6 +9,8 @@ from importlib.metadata import entry_points
 from types import ModuleType
 from typing import Any, Literal, get_args
 
+from dllm_rl.errors import UserError
+
 Kind = Literal["algorithms", "engines", "strategies", "rewards", "tasks"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 OWNER = "dllm-rl"
@@ -27,7 +29,7 @@ def load(kind: Kind, name: str) -> Any:
         kind: what is asked for.
         name: an entry-point name of group ``dllm_rl.<kind>``, or a dotted path ``package.module:Attribute``.
     Raises:
-        ValueError: unknown name (the nearest one is named), module or attribute that cannot be found, or a user's
+        UserError: unknown name (the nearest one is named), module or attribute that cannot be found, or a user's
             folder that shadows one of our packages.
     """
     if ":" in name:
@@ -40,7 +42,7 @@ def load(kind: Kind, name: str) -> Any:
     known = names(kind)
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known)}"
-    raise ValueError(f"unknown {_singular(kind)} '{name}'; {hint} Your own: 'package.module:Name'")
+    raise UserError(f"unknown {_singular(kind)} '{name}'; {hint} Your own: 'package.module:Name'")
 
 
 def _load_path(kind: Kind, path: str) -> Any:
@@ -50,13 +52,13 @@ def _load_path(kind: Kind, path: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name and not (module_name == error.name or module_name.startswith(error.name + ".")):
             raise  # the plugin exists and misses a dependency of its own: show its own traceback
-        raise ValueError(
+        raise UserError(
             f"{_singular(kind)} '{path}': no module '{error.name}'; is its folder on PYTHONPATH?"
         ) from error
     if not hasattr(module, attribute):
         near = difflib.get_close_matches(attribute, vars(module), n=1)
         hint = f"; did you mean '{near[0]}'?" if near else ""
-        raise ValueError(f"{_singular(kind)} '{path}': module '{module_name}' has no '{attribute}'{hint}")
+        raise UserError(f"{_singular(kind)} '{path}': module '{module_name}' has no '{attribute}'{hint}")
     return getattr(module, attribute)
 
 
@@ -69,7 +71,7 @@ def _check_owner(module_name: str) -> None:
         package = importlib.import_module(root)
     if getattr(package, "OWNER", None) != OWNER:
         where = list(getattr(package, "__path__", [])) or [getattr(package, "__file__", "?")]
-        raise ValueError(
+        raise UserError(
             f"the folder '{where[0]}' shadows dllm-rl's own package '{root}'; rename it, or run from another directory"
         )
 

@@ -14,6 +14,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from dllm_rl.errors import UserError
+
 GIVEN = -1  # unmask_step of a position that was given (prompt, injected token, padding), not generated
 
 Finish = Literal["eos", "length", "paused"]
@@ -104,19 +106,19 @@ class Sampling:
         """Check ranges; every message says what is allowed."""
         for name in ("max_new_tokens", "tokens_per_step"):
             if getattr(self, name) < 1:
-                raise ValueError(f"sampling.{name} = {getattr(self, name)}: must be at least 1")
+                raise UserError(f"sampling.{name} = {getattr(self, name)}: must be at least 1")
         if self.temperature < 0:
-            raise ValueError(f"sampling.temperature = {self.temperature}: must be >= 0 (0 means greedy)")
+            raise UserError(f"sampling.temperature = {self.temperature}: must be >= 0 (0 means greedy)")
         if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"sampling.top_k = {self.top_k}: must be at least 1, or null to keep every token")
+            raise UserError(f"sampling.top_k = {self.top_k}: must be at least 1, or null to keep every token")
         if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"sampling.top_p = {self.top_p}: must be in (0, 1], or null to keep every token")
+            raise UserError(f"sampling.top_p = {self.top_p}: must be in (0, 1], or null to keep every token")
         if self.block_size is not None:
             if self.block_size < 1:
-                raise ValueError(f"sampling.block_size = {self.block_size}: must be at least 1, or null for one block")
+                raise UserError(f"sampling.block_size = {self.block_size}: must be at least 1, or null for one block")
             if self.max_new_tokens % self.block_size:
                 up = -(-self.max_new_tokens // self.block_size) * self.block_size
-                raise ValueError(
+                raise UserError(
                     f"sampling.max_new_tokens = {self.max_new_tokens} is not a multiple of sampling.block_size = "
                     f"{self.block_size}; {up} is"
                 )
@@ -229,7 +231,7 @@ class RolloutBatch:
         """Return self after checking shapes and the relations between the fields.
 
         Raises:
-            ValueError: naming the field that is off.
+            UserError: naming the field that is off.
         """
         n, length = self.tokens.shape
         for f in dataclasses.fields(self):

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
+from dllm_rl.errors import UserError
 from rewards import Verdict
 
 MAX_CHARACTERS = 200  # six numbers of three digits need about 40
@@ -34,7 +35,7 @@ class Countdown:
 
         def __post_init__(self) -> None:
             if not 0 <= self.partial < 1:
-                raise ValueError(f"partial = {self.partial}: must be in [0, 1); 1 means solved")
+                raise UserError(f"partial = {self.partial}: must be in [0, 1); 1 means solved")
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -77,13 +78,13 @@ def parse(text: str) -> tuple[Fraction, list[int]]:
     """Value of an expression and the numbers in it.
 
     Raises:
-        ValueError: not an expression of the grammar, beyond MAX_CHARACTERS or MAX_DEPTH, or a division by zero.
+        UserError: not an expression of the grammar, beyond MAX_CHARACTERS or MAX_DEPTH, or a division by zero.
     """
     if len(text) > MAX_CHARACTERS:
-        raise ValueError(f"longer than {MAX_CHARACTERS} characters")
+        raise UserError(f"longer than {MAX_CHARACTERS} characters")
     tokens = _TOKEN.findall(text)
     if "".join(tokens) != "".join(text.split()) or re.search(r"[0-9]\s+[0-9]", text):
-        raise ValueError("characters outside the grammar")
+        raise UserError("characters outside the grammar")
     numbers: list[int] = []
     position = depth = 0
 
@@ -101,14 +102,14 @@ def parse(text: str) -> tuple[Fraction, list[int]]:
         if token == "(":
             depth += 1
             if depth > MAX_DEPTH:
-                raise ValueError(f"parentheses nest deeper than {MAX_DEPTH}")
+                raise UserError(f"parentheses nest deeper than {MAX_DEPTH}")
             inside = expression()
             if take() != ")":
-                raise ValueError("unbalanced parentheses")
+                raise UserError("unbalanced parentheses")
             depth -= 1
             return inside
         if not token.isdigit():
-            raise ValueError(f"a number or '(' expected, found {token!r}")
+            raise UserError(f"a number or '(' expected, found {token!r}")
         numbers.append(int(token))
         return Fraction(int(token))
 
@@ -120,7 +121,7 @@ def parse(text: str) -> tuple[Fraction, list[int]]:
             else:
                 divisor = factor()
                 if divisor == 0:
-                    raise ValueError("division by zero")
+                    raise UserError("division by zero")
                 value /= divisor
         return value
 
@@ -132,5 +133,5 @@ def parse(text: str) -> tuple[Fraction, list[int]]:
 
     result = expression()
     if position != len(tokens):
-        raise ValueError(f"unexpected {tokens[position]!r}")
+        raise UserError(f"unexpected {tokens[position]!r}")
     return result, numbers

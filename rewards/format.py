@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from dllm_rl.errors import UserError
 from rewards.math_answer import last_boxed
 
 _INSIDE = r"(?:(?!</?(?:reasoning|answer)>).)*"  # anything but another tag, so that each tag occurs once
@@ -32,7 +33,7 @@ class Format:
             try:
                 re.compile(_PRESETS.get(self.pattern, self.pattern))
             except re.error as error:
-                raise ValueError(f"pattern = {self.pattern!r}: not a regular expression ({error})") from None
+                raise UserError(f"pattern = {self.pattern!r}: not a regular expression ({error})") from None
 
     def __init__(self, config: Config) -> None:
         self._boxed = config.pattern == "boxed"  # balanced braces are beyond a regular expression

@@ -12,6 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from dllm_rl.errors import UserError
+
 
 class Length:
     """Between -1 (fills the limit) and 0 (short enough)."""
@@ -25,7 +27,7 @@ class Length:
 
         def __post_init__(self) -> None:
             if not 1 <= self.margin <= self.max_tokens:
-                raise ValueError(f"margin = {self.margin}: must be in 1..max_tokens = {self.max_tokens}")
+                raise UserError(f"margin = {self.margin}: must be in 1..max_tokens = {self.max_tokens}")
 
     def __init__(self, config: Config) -> None:
         self.config = config

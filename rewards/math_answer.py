@@ -11,6 +11,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from dllm_rl.errors import UserError
 from rewards import Verdict
 
 MAX_CHARACTERS = 1000  # of an answer; the longest reference answer of MATH has about 160
@@ -38,13 +39,13 @@ class MathAnswer:
         """One verdict per completion; "invalid" if no answer could be found in it.
 
         Raises:
-            ValueError: a row without a reference answer: it cannot be scored.
+            UserError: a row without a reference answer: it cannot be scored.
         """
         return [self._judge(*row) for row in zip(completions, answer, strict=True)]
 
     def _judge(self, completion: str, answer: str) -> Verdict:
         if not answer.strip():
-            raise ValueError("the row has no reference answer")
+            raise UserError("the row has no reference answer")
         boxed = last_boxed(completion)
         if boxed is None and self._config.require_boxed:
             return Verdict(0.0, "invalid")

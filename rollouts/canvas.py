@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dllm_rl.diffusion.choices import numbered
+from dllm_rl.errors import UserError
 from dllm_rl.protocols.denoiser import Denoiser
 from dllm_rl.protocols.strategy import Candidates, UnmaskingStrategy
 from dllm_rl.seeding import derive
@@ -69,32 +70,32 @@ def requests(
     """One request per row, prompt-major.
 
     Raises:
-        ValueError: a prompt that does not fit the model, an injected offset outside the canvas, a foreign block size,
+        UserError: a prompt that does not fit the model, an injected offset outside the canvas, a foreign block size,
             rows that were partial for other prompts.
     """
     if samples_per_prompt < 1:
-        raise ValueError(f"samples_per_prompt = {samples_per_prompt}: must be at least 1")
+        raise UserError(f"samples_per_prompt = {samples_per_prompt}: must be at least 1")
     if partial is not None:
         want = [(prompt.uid, sample) for prompt in prompts for sample in range(samples_per_prompt)]
         if [(t.prompt_uid, t.sample) for t in partial] != want:
-            raise ValueError("partial must hold the trajectories of the same prompts and samples, in the same order")
+            raise UserError("partial must hold the trajectories of the same prompts and samples, in the same order")
     if denoiser.block_size is not None and sampling.block_size not in (None, denoiser.block_size):
-        raise ValueError(
+        raise UserError(
             f"sampling.block_size = {sampling.block_size}, but this block-causal model decodes blocks of "
             f"{denoiser.block_size}; set sampling.block_size to {denoiser.block_size} or leave it out"
         )
     for prompt in prompts:
         length = len(prompt.token_ids) + sampling.max_new_tokens
         if length > denoiser.max_length:
-            raise ValueError(
+            raise UserError(
                 f"prompt '{prompt.uid}' has {len(prompt.token_ids)} tokens; with sampling.max_new_tokens = "
                 f"{sampling.max_new_tokens} that is {length}, the model takes {denoiser.max_length}: shorten either"
             )
         if not prompt.token_ids:
-            raise ValueError(f"prompt '{prompt.uid}' is empty: a prompt needs at least one token")
+            raise UserError(f"prompt '{prompt.uid}' is empty: a prompt needs at least one token")
         outside = [offset for offset in prompt.injected if not 0 <= offset < sampling.max_new_tokens]
         if outside:
-            raise ValueError(
+            raise UserError(
                 f"prompt '{prompt.uid}': injected offset {outside[0]} is outside the canvas of "
                 f"{sampling.max_new_tokens} tokens"
             )
@@ -120,7 +121,7 @@ def choose(strategy: UnmaskingStrategy, candidates: Candidates) -> Tensor:
     """(N, W) int64: what the strategy commits, numbered in the order of choice from 1; 0 where it does not.
 
     Raises:
-        ValueError: it broke its contract; without the check a row without a choice would decode forever.
+        UserError: it broke its contract; without the check a row without a choice would decode forever.
     """
     order, eligible = strategy.select(candidates), candidates.eligible
     order = numbered(order) if order.dtype == torch.bool else order
@@ -128,7 +129,7 @@ def choose(strategy: UnmaskingStrategy, candidates: Candidates) -> Tensor:
     stuck = eligible.any(-1) & ~chosen.any(-1)
     if bool((stuck[:, None] | (chosen & ~eligible)).any()):
         what = "no position of a row that has eligible ones" if bool(stuck.any()) else "a position that is not eligible"
-        raise ValueError(
+        raise UserError(
             f"strategy {type(strategy).__name__} selected {what}: select() must return a subset of candidates.eligible "
             "with at least one position in every row that has any"
         )

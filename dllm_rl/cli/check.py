@@ -15,6 +15,7 @@ from dllm_rl import registry
 from dllm_rl.cli.output import write_json
 from dllm_rl.conformance.rewards import reads_files
 from dllm_rl.conformance.suite import Finding, check_plugin
+from dllm_rl.errors import UserError
 from dllm_rl.registry import Kind
 
 
@@ -22,7 +23,7 @@ def run_checks(kind: str | None, name: str | None, options: Sequence[str], json_
     """Check one plugin, every plugin of a kind, or every registered plugin; returns the exit code.
 
     Raises:
-        ValueError: an unknown kind or plugin, or an option it does not take.
+        UserError: an unknown kind or plugin, or an option it does not take.
     """
     console = Console(soft_wrap=True, highlight=False)
     chosen = [_kind(kind)] if kind is not None else list(get_args(Kind))
@@ -58,11 +59,11 @@ def _kind(text: str) -> Kind:
         if text in (kind, kind[:-1], "strategy" if kind == "strategies" else kind):
             found: Kind = kind
             return found
-    raise ValueError(f"unknown kind '{text}'; one of {', '.join(get_args(Kind))}")
+    raise UserError(f"unknown kind '{text}'; one of {', '.join(get_args(Kind))}")
 
 
 def _options(texts: Sequence[str]) -> dict[str, Any]:
     for text in texts:
         if "=" not in text:
-            raise ValueError(f"option '{text}': expected name=value")
+            raise UserError(f"option '{text}': expected name=value")
     return {key: yaml.safe_load(value) for key, _, value in (text.partition("=") for text in texts)}

@@ -11,6 +11,7 @@ from typing import Any
 from dllm_rl.cli.output import evaluation_table, stdout, write_json
 from dllm_rl.config.load import load_config
 from dllm_rl.config.schema import Config
+from dllm_rl.errors import UserError
 from dllm_rl.evaluation.evaluate import Evaluation
 from dllm_rl.evaluation.intervals import paired_difference
 from dllm_rl.reports.progress import Progress
@@ -35,7 +36,7 @@ def run_demo(seed: int, output: Path, json_path: Path | None, progress: Progress
     for config in (sft, rl):
         if (Path(config.run.output) / config.run.name).exists():
             there = Path(config.run.output) / config.run.name
-            raise ValueError(f"'{there}' is there already; remove it, or use another --seed or --output")
+            raise UserError(f"'{there}' is there already; remove it, or use another --seed or --output")
     progress.log(f"1/2 masked SFT on 4x4 Sudoku: {sft.run.steps} steps of {sft.data.prompts_per_step} boards")
     taught = train(sft, progress=progress)
     progress.log(

@@ -19,6 +19,7 @@ from dllm_rl.config.plugins import build
 from dllm_rl.config.schema import Config
 from dllm_rl.driver.build import Run, build_run
 from dllm_rl.driver.collect import demonstrate, roll_out
+from dllm_rl.errors import UserError
 from dllm_rl.learner.diagnostics import redrawn
 from dllm_rl.protocols.algorithm import Algorithm
 from dllm_rl.reports.clock import Clock
@@ -54,11 +55,11 @@ def run_draws(
         json_path: file to write.
         progress: where to show progress.
     Raises:
-        ValueError: an algorithm without likelihoods, or an option that it does not have.
+        UserError: an algorithm without likelihoods, or an option that it does not have.
     """
     algorithm_class = type(build("algorithms", config.algorithm.name, config.algorithm.options))
     if algorithm_class.trains == "policy":
-        raise ValueError(f"algorithm '{config.algorithm.name}' scores choices exactly: there is nothing to draw")
+        raise UserError(f"algorithm '{config.algorithm.name}' scores choices exactly: there is nothing to draw")
     option, values = _varied(config, vary, algorithm_class)
     candidates = [
         build("algorithms", config.algorithm.name, config.algorithm.options | ({option: value} if option else {}))
@@ -103,9 +104,9 @@ def _varied(config: Config, vary: str | None, kind: type[Algorithm]) -> tuple[st
         return option, _VALUES.get(option or "", [1, 2, 4, 8, 16]) if option else [None]
     option, equals, text = vary.partition("=")
     if not equals or not text:
-        raise ValueError(f"--vary {vary}: write option=value,value,...")
+        raise UserError(f"--vary {vary}: write option=value,value,...")
     if option not in known:
-        raise ValueError(f"--vary {vary}: algorithm '{config.algorithm.name}' has the options {', '.join(known)}")
+        raise UserError(f"--vary {vary}: algorithm '{config.algorithm.name}' has the options {', '.join(known)}")
     return option, [yaml.safe_load(value) for value in text.split(",")]
 
 
@@ -125,7 +126,7 @@ def _informative(batch: RolloutBatch, advantage: torch.Tensor, rows: int) -> Rol
     pushed = advantage.flatten(1).any(-1) if advantage.dim() > 1 else advantage != 0
     few = pushed.nonzero().flatten()[: rows // 2 * 2]  # pairs stay whole
     if len(few) < 2:
-        raise ValueError(
+        raise UserError(
             f"{len(few)} of {len(batch)} completions of the first batch have an advantage, so there is no update to "
             f"look at; raise data.prompts_per_step, or start from a model that solves some"
         )

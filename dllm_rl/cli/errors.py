@@ -6,22 +6,21 @@ import os
 import sys
 import traceback
 
-from dllm_rl.errors import is_ours
+from dllm_rl.errors import RunStopped, UserError
 
 
 def exit_code(error: BaseException) -> int:
     """Report an exception on stderr and say which exit code it means.
 
-    A ValueError is the user's only if a raise statement of our code (or of a plugin) made it; one that comes out of a
-    library, or out of C code that we called, is a bug and keeps its traceback.
+    The class decides, never the traceback: UserError, and files that the system refuses, are the user's.
     """
     if os.environ.get("DLLM_RL_DEBUG"):
         traceback.print_exception(error)
     if isinstance(error, KeyboardInterrupt):
         return _say("interrupted; go on with the same command and --resume", 130)
-    if isinstance(error, ValueError | FileNotFoundError | PermissionError | IsADirectoryError) and is_ours(error):
+    if isinstance(error, UserError | FileNotFoundError | PermissionError | IsADirectoryError):
         return _say(str(error), 2)
-    if isinstance(error, RuntimeError) and is_ours(error):
+    if isinstance(error, RunStopped):
         return _say(str(error), 1)
     traceback.print_exception(error)
     return 1

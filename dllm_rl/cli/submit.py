@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from dllm_rl.errors import need
+from dllm_rl.errors import UserError, require_package
 
 EXCLUDED = ("runs/", ".git/", ".venv/", "venv/", "__pycache__/", "*.pt", "*.safetensors")
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
@@ -44,19 +44,19 @@ def run_submit(
     Returns:
         the job's exit code; 0 if it goes on without us.
     Raises:
-        ValueError: no such file, no cluster, or a runtime environment that is not one.
+        UserError: no such file, no cluster, or a runtime environment that is not one.
     """
-    need("ray", "ray", "dllm-rl submit")
+    require_package("ray", "ray", "dllm-rl submit")
     from ray.job_submission import JobSubmissionClient
 
     root = working_dir.resolve()
     if not config.resolve().is_relative_to(root):
-        raise ValueError(f"'{config}' is not inside '{root}', which is what is uploaded; move it, or set --working-dir")
+        raise UserError(f"'{config}' is not inside '{root}', which is what is uploaded; move it, or set --working-dir")
     environment: dict[str, Any] = {"working_dir": str(root), "excludes": list(EXCLUDED)}
     if runtime_env is not None:
         more = yaml.safe_load(runtime_env.read_text(encoding="utf-8"))
         if not isinstance(more, dict):
-            raise ValueError(f"'{runtime_env}' must hold a mapping such as 'pip: [...]' or 'env_vars: {{...}}'")
+            raise UserError(f"'{runtime_env}' must hold a mapping such as 'pip: [...]' or 'env_vars: {{...}}'")
         environment |= more
     where = address or os.environ.get("RAY_API_SERVER_ADDRESS") or DEFAULT_ADDRESS
     relative = config.resolve().relative_to(root)
@@ -66,7 +66,7 @@ def run_submit(
         job = client.submit_job(entrypoint=shlex.join(command), runtime_env=environment)
     except (ConnectionError, RuntimeError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise ValueError(
+        raise UserError(
             f"no Ray dashboard answers at '{where}' ({reason:.160}); start the cluster with 'ray start --head', or "
             f"give --address http://host:8265"
         ) from error
@@ -101,7 +101,7 @@ def _follow(client: Any, job: str) -> Any:
             failures += 1
             if failures > ATTEMPTS:
                 reason = str(error).strip().split("\n")[0]
-                raise ValueError(
+                raise UserError(
                     f"the dashboard has not answered {failures} times ({reason:.160}); job {job} may well go on: ask "
                     f"'ray job status {job}', and do not submit it again before it has ended"
                 ) from error

@@ -13,6 +13,8 @@ from typing import Any
 
 import ray
 
+from dllm_rl.errors import UserError
+
 
 @contextmanager
 def ray_connection(address: str | None, namespace: str, cpus: float) -> Iterator[None]:
@@ -24,7 +26,7 @@ def ray_connection(address: str | None, namespace: str, cpus: float) -> Iterator
         namespace: where named things of this run live.
         cpus: what the run wants; a private cluster claims to have as many, so that workers may share cores.
     Raises:
-        ValueError: nothing answers there.
+        UserError: nothing answers there.
     """
     if ray.is_initialized():  # the caller's connection, the caller's to close
         yield
@@ -43,7 +45,7 @@ def ray_connection(address: str | None, namespace: str, cpus: float) -> Iterator
             signal.signal(signal.SIGTERM, handler)  # Ray has put its own in place, which exits at once
     except (ConnectionError, OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise ValueError(
+        raise UserError(
             f"no Ray cluster answers at '{where}' ({reason:.160}); start one with 'ray start --head', or set "
             f"cluster.address: local"
         ) from error

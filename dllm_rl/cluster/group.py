@@ -12,8 +12,10 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
+from dllm_rl.errors import RunStopped
 
-class WorkerLost(RuntimeError):
+
+class WorkerLost(RunStopped):
     """A worker has died or was ended because it hung.
 
     Attributes:

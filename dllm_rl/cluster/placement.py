@@ -11,6 +11,8 @@ from typing import Any
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 
+from dllm_rl.errors import UserError
+
 SAY_EVERY_S = 10.0
 Bundle = Mapping[str, float]
 
@@ -66,7 +68,7 @@ class Placement:
             wait_s: how long to wait for other jobs to give resources back.
             log: told every ten seconds what is wanted and what is free.
         Raises:
-            ValueError: the cluster is too small, or the places were not free in time.
+            UserError: the cluster is too small, or the places were not free in time.
         """
         bundles, at = _bundles(engines, learners, colocate)
         _preflight(bundles)
@@ -117,7 +119,7 @@ def _preflight(bundles: Sequence[Bundle]) -> None:
     there, wanted = ray.cluster_resources(), _total(bundles)
     for name, value in wanted.items():
         if value > there.get(name, 0):
-            raise ValueError(
+            raise UserError(
                 f"the run wants {value:g} {name}s ({_listed(bundles)}), the whole Ray cluster has "
                 f"{there.get(name, 0):g}; lower cluster.engines, cluster.learners or their {name.lower()}s, or set "
                 f"cluster.colocate: true"
@@ -125,7 +127,7 @@ def _preflight(bundles: Sequence[Bundle]) -> None:
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     for bundle in bundles:
         if not any(all(node.get(name, 0) >= value for name, value in bundle.items()) for node in nodes):
-            raise ValueError(
+            raise UserError(
                 f"no node of the Ray cluster is large enough for {_listed([bundle])} in one place; lower "
                 f"cluster.cpus_per_engine, cluster.cpus_per_learner or the GPU shares"
             )
@@ -136,7 +138,7 @@ def _wait(group: PlacementGroup, bundles: Sequence[Bundle], wait_s: float, log: 
     while not group.wait(math.ceil(min(SAY_EVERY_S, max(1.0, deadline - time.monotonic())))):  # whole seconds only
         text = f"wanted {_listed(bundles)}; free: {_free()}"
         if time.monotonic() >= deadline:
-            raise ValueError(
+            raise UserError(
                 f"the Ray cluster did not free enough within cluster.wait_s = {wait_s:g} s: {text}; stop other jobs "
                 f"('ray list placement-groups' shows them), ask for less, or raise cluster.wait_s"
             )

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import re
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from typing import Any
 
@@ -16,18 +16,8 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from dllm_rl.cluster.group import Build, Heartbeat, WorkerGroup, WorkerLost, WorkerRank, gather
 from dllm_rl.cluster.placement import Slot
 from dllm_rl.cluster.usage import Usage
-from dllm_rl.errors import mark
 
 START_UP_S = 600.0  # importing torch and loading a large model from a slow disk
-
-
-@contextlib.contextmanager
-def _marked() -> Iterator[None]:
-    try:
-        yield
-    except BaseException as error:
-        mark(error)
-        raise
 
 
 class Host:
@@ -45,12 +35,11 @@ class Host:
 
     def build(self, make: Build, place: WorkerRank) -> None:
         """Make the worker."""
-        with _marked():
-            self._worker = make(dataclasses.replace(place, host=ray.util.get_node_ip_address()))
+        self._worker = make(dataclasses.replace(place, host=ray.util.get_node_ip_address()))
 
     def invoke(self, method: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Call a method of the worker."""
-        with _marked(), self._usage.working():
+        with self._usage.working():
             return getattr(self._worker, method)(*args, **kwargs)
 
     @ray.method(concurrency_group="control")

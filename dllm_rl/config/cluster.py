@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from dllm_rl.config.section import Section
+from dllm_rl.errors import UserError
 
 
 class RolloutSection(Section):
@@ -117,53 +118,53 @@ def check(cluster: ClusterSection, rollout: RolloutSection, learner: LearnerSect
         learner: how weights are updated.
         quantized: the model holds frozen weights in 4 bits.
     Raises:
-        ValueError: in one line.
+        UserError: in one line.
     """
     deepspeed = learner.backend == "deepspeed"
     if cluster.kind == "local" and (cluster.engines, cluster.learners) != (1, 1):
-        raise ValueError(
+        raise UserError(
             f"cluster.engines = {cluster.engines} and cluster.learners = {cluster.learners} need cluster.kind: "
             f"ray; cluster.kind: local is one process with one of each"
         )
     if rollout.pause_blocks is not None and (cluster.kind == "local" or not rollout.max_staleness):
-        raise ValueError(
+        raise UserError(
             f"rollout.pause_blocks = {rollout.pause_blocks}: only what is decoded while the learner works can "
             f"pause; set cluster.kind: ray and rollout.max_staleness: 1 or more"
         )
     if cluster.sleep and (not cluster.colocate or cluster.kind == "local" or rollout.max_staleness):
-        raise ValueError(
+        raise UserError(
             "cluster.sleep: true lets engines make room for learners that have the same device and work at another "
             "time; it needs cluster.kind: ray, cluster.colocate: true and rollout.max_staleness: 0"
         )
     if quantized and cluster.push == "merged":
-        raise ValueError(
+        raise UserError(
             "cluster.push: merged sends adapted layers whole, model.quantize keeps them in 4 bits; set "
             "cluster.push: adapter"
         )
     if quantized and deepspeed and learner.zero_stage == 3:
-        raise ValueError(
+        raise UserError(
             "learner.zero_stage = 3 shards every parameter and cannot shard 4-bit ones (model.quantize); set "
             "learner.zero_stage: 2"
         )
     if cluster.learners > 1 and not deepspeed:
-        raise ValueError(f"cluster.learners = {cluster.learners} needs learner.backend: deepspeed")
+        raise UserError(f"cluster.learners = {cluster.learners} needs learner.backend: deepspeed")
     if cluster.kind == "local" and deepspeed and learner.zero_stage == 3:
-        raise ValueError(
+        raise UserError(
             "learner.zero_stage = 3 takes the weights apart that an engine in the same process decodes with; set "
             "cluster.kind: ray, or learner.zero_stage: 2"
         )
     ours = sorted(learner.zero_options.keys() & {"stage", "offload_optimizer", "offload_param"})
     if ours:
-        raise ValueError(
+        raise UserError(
             f"learner.zero_options: '{ours[0]}' has an option of its own; set learner.zero_stage, "
             f"offload_optimizer or offload_parameters"
         )
     if learner.zero_options and not deepspeed:
-        raise ValueError("learner.zero_options needs learner.backend: deepspeed")
+        raise UserError("learner.zero_options needs learner.backend: deepspeed")
     offloads = learner.offload_optimizer or learner.offload_parameters
     if offloads and not deepspeed:
-        raise ValueError("learner.offload_optimizer and offload_parameters need learner.backend: deepspeed")
+        raise UserError("learner.offload_optimizer and offload_parameters need learner.backend: deepspeed")
     if learner.offload_parameters and learner.zero_stage < 3:
-        raise ValueError(f"learner.offload_parameters needs learner.zero_stage: 3, it is {learner.zero_stage}")
+        raise UserError(f"learner.offload_parameters needs learner.zero_stage: 3, it is {learner.zero_stage}")
     if learner.offload_optimizer and learner.zero_stage < 1:
-        raise ValueError("learner.offload_optimizer needs learner.zero_stage: 1 or more")
+        raise UserError("learner.offload_optimizer needs learner.zero_stage: 1 or more")

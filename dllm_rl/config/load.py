@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from dllm_rl.config.schema import Config
+from dllm_rl.errors import UserError
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -24,7 +25,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             overlaid key by key.
         overrides: ``a.b.c=value`` strings; the value is YAML. ``rewards.0.weight=2`` reaches into lists.
     Raises:
-        ValueError: one line per problem: which key, what is wrong, what is allowed.
+        UserError: one line per problem: which key, what is wrong, what is allowed.
     """
     values = _read(Path(path), seen=())
     for override in overrides:
@@ -37,7 +38,7 @@ def validate(values: Mapping[str, Any]) -> Config:
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        raise ValueError("; ".join(dict.fromkeys(_explain(dict(e)) for e in error.errors()))) from None
+        raise UserError("; ".join(dict.fromkeys(_explain(dict(e)) for e in error.errors()))) from None
 
 
 def dump(config: Config) -> str:
@@ -55,7 +56,7 @@ def resumable(stored: Path, config: Config) -> list[str]:
     Returns:
         one text per changed key, "learner.lr 0.001 -> 0.0001"; the length of the run and where it runs do not count.
     Raises:
-        ValueError: a changed key that decides what the checkpoint holds.
+        UserError: a changed key that decides what the checkpoint holds.
     """
     old, new = (_flat(c.model_dump(mode="json")) for c in (load_config(stored), config))
     changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
@@ -63,9 +64,7 @@ def resumable(stored: Path, config: Config) -> list[str]:
     texts = {key: f"{key} {old.get(key)!r} -> {new.get(key)!r}" for key in changed}
     fixed = [text for key, text in texts.items() if key.startswith("model.") or key == "run.seed"]
     if fixed:
-        raise ValueError(
-            f"a resumed run keeps its model and seed, but {'; '.join(fixed)}; set another run.name instead"
-        )
+        raise UserError(f"a resumed run keeps its model and seed, but {'; '.join(fixed)}; set another run.name instead")
     return list(texts.values())
 
 
@@ -101,19 +100,19 @@ def _parse(text: str, where: str) -> Any:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark is not None else ""
-        raise ValueError(f"{where}{line}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+        raise UserError(f"{where}{line}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
 
 
 def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if not path.is_file():
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
         hint = f"; did you mean '{path.parent / near[0]}'?" if near else ""
-        raise ValueError(f"no configuration file '{path}'{hint}")
+        raise UserError(f"no configuration file '{path}'{hint}")
     if path.resolve() in seen:
-        raise ValueError(f"'{path}' extends itself, by way of {' -> '.join(p.name for p in seen)}")
+        raise UserError(f"'{path}' extends itself, by way of {' -> '.join(p.name for p in seen)}")
     values = _parse(path.read_text(encoding="utf-8"), str(path))
     if not isinstance(values, dict):
-        raise ValueError(f"'{path}' holds {type(values).__name__}, expected sections such as 'run:' and 'model:'")
+        raise UserError(f"'{path}' holds {type(values).__name__}, expected sections such as 'run:' and 'model:'")
     parent = values.pop("extends", None)
     if parent is None:
         return values
@@ -139,7 +138,7 @@ def _renames(key: str, below: dict[str, Any], value: dict[str, Any]) -> bool:
 def _apply(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
-        raise ValueError(f"override '{override}': expected section.key=value, for example learner.lr=2e-6")
+        raise UserError(f"override '{override}': expected section.key=value, for example learner.lr=2e-6")
     node: Any = values
     *parents, last = key.strip().split(".")
     for part in parents:
@@ -150,7 +149,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
                 node[part] = {}
             node = node[part]
         else:
-            raise ValueError(f"override '{key}': '{part}' is inside a plain value, not a section")
+            raise UserError(f"override '{key}': '{part}' is inside a plain value, not a section")
     value = _parse(text, f"override '{key}'")
     if isinstance(node, list):
         node[_position(node, last, key)] = value
@@ -160,12 +159,12 @@ def _apply(values: dict[str, Any], override: str) -> None:
             node.clear()  # as in _overlay: another plugin, other options
         node[last] = value
     else:
-        raise ValueError(f"override '{key}': '{'.'.join(parents)}' is a plain value, not a section")
+        raise UserError(f"override '{key}': '{'.'.join(parents)}' is a plain value, not a section")
 
 
 def _position(items: list[Any], part: str, key: str) -> int:
     if not part.isdigit() or int(part) >= len(items):
-        raise ValueError(f"override '{key}': '{part}' is not a position in a list of {len(items)}")
+        raise UserError(f"override '{key}': '{part}' is not a position in a list of {len(items)}")
     return int(part)
 
 

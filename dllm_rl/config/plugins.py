@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dllm_rl import registry
+from dllm_rl.errors import UserError
 from dllm_rl.registry import Kind
 
 # How a configuration file addresses the options of a plugin: error messages use the user's own words.
@@ -30,7 +31,7 @@ def build(kind: Kind, name: str, options: Mapping[str, Any]) -> Any:
         name: entry-point name or "package.module:Name".
         options: fields of its Config.
     Raises:
-        ValueError: unknown plugin or option (the nearest is named), wrong type, or a value that its Config refuses.
+        UserError: unknown plugin or option (the nearest is named), wrong type, or a value that its Config refuses.
     """
     plugin, config = configure(kind, name, options)
     return plugin if config is None else plugin(config)
@@ -45,13 +46,13 @@ def configure(kind: Kind, name: str, options: Mapping[str, Any]) -> tuple[Any, A
     where = _SECTIONS[kind].format(name=name)
     if not isinstance(plugin, type):
         if not callable(plugin):
-            raise ValueError(f"{where}: '{name}' is neither a class nor a function")
+            raise UserError(f"{where}: '{name}' is neither a class nor a function")
         if options:
-            raise ValueError(f"{where} is a plain function and takes no options, got {', '.join(options)}")
+            raise UserError(f"{where} is a plain function and takes no options, got {', '.join(options)}")
         return plugin, None
     config_class = getattr(plugin, "Config", None)
     if not isinstance(config_class, type) or not dataclasses.is_dataclass(config_class):
-        raise ValueError(f"{where}: class {plugin.__name__} has no nested dataclass Config; see dllm_rl/protocols.py")
+        raise UserError(f"{where}: class {plugin.__name__} has no nested dataclass Config; see dllm_rl/protocols.py")
     known = {field.name: field for field in dataclasses.fields(config_class)}
     hints = typing.get_type_hints(config_class)
     values: dict[str, Any] = {}
@@ -59,23 +60,23 @@ def configure(kind: Kind, name: str, options: Mapping[str, Any]) -> tuple[Any, A
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
             hint = f"nearest is '{where}.{near[0]}'" if near else f"allowed: {', '.join(known) or 'none'}"
-            raise ValueError(f"unknown key '{where}.{key}'; {hint}")
+            raise UserError(f"unknown key '{where}.{key}'; {hint}")
         values[key] = _checked(f"{where}.{key}", value, hints[key])
     for f in known.values():
         if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING and f.name not in values:
-            raise ValueError(f"missing key '{where}.{f.name}': must be {_describe(hints[f.name])}")
+            raise UserError(f"missing key '{where}.{f.name}': must be {_describe(hints[f.name])}")
     try:
         return plugin, config_class(**values)
     except ValueError as error:
         names_the_field = str(error).partition(" = ")[0] in known
-        raise ValueError(f"{where}{'.' if names_the_field else ': '}{error}") from None
+        raise UserError(f"{where}{'.' if names_the_field else ': '}{error}") from None
 
 
 def _checked(where: str, value: Any, annotation: Any) -> Any:
     """The value, converted where YAML is looser than Python (1 for 1.0, a list for a tuple)."""
     matched, converted = _match(value, annotation)
     if not matched:
-        raise ValueError(f"{where} = {value!r}: must be {_describe(annotation)}")
+        raise UserError(f"{where} = {value!r}: must be {_describe(annotation)}")
     return converted
 
 

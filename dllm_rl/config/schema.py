@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 
 from dllm_rl.config.cluster import ClusterSection, LearnerSection, RolloutSection, check
 from dllm_rl.config.section import Plugin, Section
+from dllm_rl.errors import UserError
 
 
 class RewardPlugin(Plugin):
@@ -63,7 +64,7 @@ class InitSection(Section):
     @model_validator(mode="after")
     def _heads(self) -> InitSection:
         if self.hidden_size % self.num_heads:
-            raise ValueError(f"hidden_size = {self.hidden_size} is not a multiple of num_heads = {self.num_heads}")
+            raise UserError(f"hidden_size = {self.hidden_size} is not a multiple of num_heads = {self.num_heads}")
         return self
 
 
@@ -111,9 +112,9 @@ class ModelSection(Section):
     @model_validator(mode="after")
     def _one_source(self) -> ModelSection:
         if (self.path is None) == (self.init is None):
-            raise ValueError("give exactly one of model.path (load a checkpoint) and model.init (start from scratch)")
+            raise UserError("give exactly one of model.path (load a checkpoint) and model.init (start from scratch)")
         if self.quantize is not None and self.lora is None:
-            raise ValueError(
+            raise UserError(
                 f"model.quantize = {self.quantize}: weights in 4 bits cannot be trained, only an adapter on top of "
                 f"them; add model.lora: {{rank: 16}}"
             )

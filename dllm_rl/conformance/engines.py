@@ -13,6 +13,7 @@ from dllm_rl.conformance import cases
 from dllm_rl.conformance.violation import require
 from dllm_rl.data.collate import collate
 from dllm_rl.diffusion import likelihood, masking
+from dllm_rl.errors import UserError
 from dllm_rl.models.denoiser import TransformersDenoiser
 from dllm_rl.protocols.engine import RolloutEngine
 from dllm_rl.types import GIVEN, Prompt, Sampling, Trajectory, WeightsVersion
@@ -30,7 +31,7 @@ class Subject:
 
     def __init__(self, name: str, options: Mapping[str, Any]) -> None:
         if options:
-            raise ValueError(f"engine '{name}' takes no options here, got {', '.join(options)}")
+            raise UserError(f"engine '{name}' takes no options here, got {', '.join(options)}")
         self.engine = registry.load("engines", name)
         self.models = {family: cases.denoiser(family) for family in FAMILIES}
         for denoiser in self.models.values():

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dllm_rl.diffusion.layout import block_index
+from dllm_rl.errors import UserError
 from dllm_rl.types import GIVEN, BlockOrigin, Prompt, RolloutBatch, Trajectory
 
 
@@ -87,12 +88,12 @@ def supervised(
         block_size: of a block-causal model, else None.
         block_origin: where its blocks start.
     Raises:
-        ValueError: a completion that is empty or longer than the canvas.
+        UserError: a completion that is empty or longer than the canvas.
     """
     rows: list[Tensor] = []
     for prompt, completion in zip(prompts, completions, strict=True):
         if not 0 < len(completion) <= max_new_tokens:
-            raise ValueError(
+            raise UserError(
                 f"example '{prompt.uid}': its completion has {len(completion)} tokens, sampling.max_new_tokens is "
                 f"{max_new_tokens}; raise it, or shorten the completion"
                 if completion

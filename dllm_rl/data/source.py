@@ -7,6 +7,7 @@ from typing import Generic, TypeVar
 
 import torch
 
+from dllm_rl.errors import UserError
 from dllm_rl.seeding import generator_for
 
 T = TypeVar("T")
@@ -24,7 +25,7 @@ class PromptSource(Generic[T]):
             seed: run seed.
         """
         if not items:
-            raise ValueError("the training split is empty: there is nothing to train on")
+            raise UserError("the training split is empty: there is nothing to train on")
         self._items, self._per_step, self._seed = items, per_step, seed
         self._orders: dict[int, list[int]] = {}
 

@@ -23,7 +23,7 @@ from dllm_rl.driver.engine_pool import EnginePool
 from dllm_rl.driver.launch import WorkerSpec, launch_local, launch_ray
 from dllm_rl.driver.learner_group import LearnerGroup
 from dllm_rl.driver.weight_sync import WeightSync
-from dllm_rl.errors import need
+from dllm_rl.errors import UserError, require_package
 from dllm_rl.models.denoiser import TransformersDenoiser
 from dllm_rl.models.from_config import model_path
 from dllm_rl.protocols.algorithm import Algorithm, Plan
@@ -108,7 +108,7 @@ def build_run(config: Config, folder: Path, progress: Progress) -> Run:
         folder: the run folder; a model made from scratch is kept in its ``initial`` folder.
         progress: where to show progress.
     Raises:
-        ValueError: an option, file or combination that cannot work, in one line.
+        UserError: an option, file or combination that cannot work, in one line.
     """
     if config.run.threads is not None:
         torch.set_num_threads(config.run.threads)
@@ -126,7 +126,7 @@ def _build_run(config: Config, folder: Path, progress: Progress, stack: ExitStac
     if other is not None:  # refused here rather than by an engine
         build("strategies", other.name, other.options)
     if algorithm.replays_trajectory and strategy.revises:
-        raise ValueError(
+        raise UserError(
             f"algorithm '{config.algorithm.name}' replays trajectories, but strategy '{config.sampling.strategy.name}' "
             f"revises committed tokens; choose another of the two"
         )
@@ -149,13 +149,13 @@ def _build_run(config: Config, folder: Path, progress: Progress, stack: ExitStac
     denoiser, tokenizer = workers.denoiser, workers.tokenizer
     room = denoiser.max_length - sampling.max_new_tokens
     if room < 1:
-        raise ValueError(
+        raise UserError(
             f"sampling.max_new_tokens = {sampling.max_new_tokens} leaves no room for a prompt: the model takes "
             f"{denoiser.max_length} tokens"
         )
     pause, size = config.rollout.pause_blocks, block_rule(denoiser, sampling)[0]
     if pause is not None and pause * size >= sampling.max_new_tokens:
-        raise ValueError(
+        raise UserError(
             f"rollout.pause_blocks = {pause} blocks of {size} tokens are a whole completion (sampling.max_new_tokens = "
             f"{sampling.max_new_tokens}), so none would ever pause; set fewer, or a smaller sampling.block_size"
         )
@@ -210,7 +210,7 @@ def _build_run(config: Config, folder: Path, progress: Progress, stack: ExitStac
 def _check_learner(config: Config, algorithm: Algorithm) -> None:
     if config.learner.backend == "torch":
         return
-    need("deepspeed", "deepspeed", "learner.backend: deepspeed")
+    require_package("deepspeed", "deepspeed", "learner.backend: deepspeed")
     if config.learner.zero_options:
         from dllm_rl.learner.zero import check_options
 
@@ -221,7 +221,7 @@ def _check_learner(config: Config, algorithm: Algorithm) -> None:
     elif algorithm.value_clip is not None:
         why = "trains a value model"
     if why is not None:
-        raise ValueError(
+        raise UserError(
             f"algorithm '{config.algorithm.name}' {why}, which runs on one rank with learner.backend: torch"
         )
 
@@ -237,14 +237,14 @@ def _check_source(config: Config, algorithm: Algorithm, strategy: UnmaskingStrat
     if algorithm.source != "rollouts":
         return
     if not reward_plugins(config, task):
-        raise ValueError(f"task '{config.data.task.name}' has no rewards of its own; list some under 'rewards:'")
+        raise UserError(f"task '{config.data.task.name}' has no rewards of its own; list some under 'rewards:'")
     if config.data.samples_per_prompt < algorithm.min_group:
-        raise ValueError(
+        raise UserError(
             f"data.samples_per_prompt = {config.data.samples_per_prompt}: algorithm '{config.algorithm.name}' compares "
             f"the samples of a prompt and needs at least {algorithm.min_group}"
         )
     if config.sampling.temperature == 0 and config.data.samples_per_prompt > 1 and not strategy.samples:
-        raise ValueError(
+        raise UserError(
             "sampling.temperature = 0 makes all samples of a prompt the same and every advantage 0; "
             "set sampling.temperature to 1.0"
         )
@@ -277,19 +277,17 @@ def _eval_samplings(config: Config, sampling: Sampling) -> list[Sampling]:
 
 def _demonstration(example: Example) -> Sequence[str]:
     if example.completion is None:
-        raise ValueError(
-            f"example '{example.uid}' has no completion to train on; supervised training needs one per row"
-        )
+        raise UserError(f"example '{example.uid}' has no completion to train on; supervised training needs one per row")
     return [example.completion]
 
 
 def _pair(example: Example) -> Sequence[str]:
     if example.chosen is None or example.rejected is None:
-        raise ValueError(
+        raise UserError(
             f"example '{example.uid}' is not a preference pair; this algorithm needs a chosen and a rejected completion"
         )
     if example.chosen == example.rejected:
-        raise ValueError(
+        raise UserError(
             f"example '{example.uid}': its chosen and its rejected completion are the same, so there is nothing to "
             f"prefer; remove the row"
         )
@@ -299,7 +297,7 @@ def _pair(example: Example) -> Sequence[str]:
 def _completion(text: str, example: Example, tokenizer: Any, max_new_tokens: int) -> Sequence[int]:
     tokens = encode_completion(text, tokenizer, uid=example.uid, prompt=example.prompt)
     if not 0 < len(tokens) <= max_new_tokens:  # known now, rather than when its turn comes
-        raise ValueError(
+        raise UserError(
             f"example '{example.uid}': its completion has {len(tokens)} tokens, sampling.max_new_tokens is "
             f"{max_new_tokens}; raise it, or shorten the completion"
         )

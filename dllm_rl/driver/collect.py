@@ -14,6 +14,7 @@ from dllm_rl import seeding
 from dllm_rl.config.schema import Config
 from dllm_rl.data.collate import collate, completion_texts, supervised
 from dllm_rl.driver.build import Run
+from dllm_rl.errors import RunStopped
 from dllm_rl.protocols.algorithm import ExtraRollout
 from dllm_rl.reports.measure import rollout_metrics
 from dllm_rl.reward_pool.score import judge
@@ -95,7 +96,7 @@ def collect(
     """Judge what was decoded; then decode and judge further completions that the algorithm asks for.
 
     Raises:
-        RuntimeError: more than reward_pool.max_failure_fraction of the rows could not be scored.
+        RunStopped: more than reward_pool.max_failure_fraction of the rows could not be scored.
     """
     seed, size = config.run.seed, config.data.samples_per_prompt
     wanted = [ExtraRollout(group=number, prompt=prompt) for number, prompt in enumerate(prompts) for _ in range(size)]
@@ -103,7 +104,7 @@ def collect(
     failed = 1 - drawn.rewards.included.float().mean().item()
     if failed > config.reward_pool.max_failure_fraction:
         assert run.reward_pool is not None, "it has just scored"
-        raise RuntimeError(
+        raise RunStopped(
             f"step {step}: {failed:.0%} of the completions could not be scored (reward_pool.max_failure_fraction = "
             f"{config.reward_pool.max_failure_fraction}); last failure: {run.reward_pool.failures[-1]}"
         )

@@ -10,6 +10,7 @@ from pathlib import Path
 from dllm_rl import seeding
 from dllm_rl.config.load import load_config
 from dllm_rl.driver.build import build_run
+from dllm_rl.errors import UserError
 from dllm_rl.evaluation.evaluate import Evaluation, evaluate
 from dllm_rl.learner import checkpoint
 from dllm_rl.reports.progress import Progress
@@ -25,19 +26,19 @@ def evaluate_target(target: Path, overrides: Sequence[str], progress: Progress) 
         overrides: ``a.b=c`` on top of the configuration.
         progress: where to show progress.
     Raises:
-        ValueError: no such target, or a task without rewards.
+        UserError: no such target, or a task without rewards.
     """
     found = None
     if target.is_dir():
         if not (target / "config.yaml").is_file():
-            raise ValueError(f"'{target}' is not a run folder: it has no config.yaml")
+            raise UserError(f"'{target}' is not a run folder: it has no config.yaml")
         found = checkpoint.find(target / "checkpoints", None)
     config = load_config(target / "config.yaml" if found else target, overrides)
     with tempfile.TemporaryDirectory() as scratch:  # a model made from scratch is not kept
         run = build_run(config, target if found else Path(scratch), progress)
         with run, contextlib.ExitStack() as stack:
             if run.reward_pool is None:
-                raise ValueError(f"task '{config.data.task.name}' has no rewards: nothing says what counts as solved")
+                raise UserError(f"task '{config.data.task.name}' has no rewards: nothing says what counts as solved")
             pool = stack.enter_context(run.reward_pool)
             run_self_test(pool, run.task, run.task.examples("train")[: config.reward_pool.self_test])
             if found is not None:

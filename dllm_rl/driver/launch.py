@@ -19,7 +19,7 @@ from dllm_rl.config.schema import Config
 from dllm_rl.driver.engine_pool import EnginePool
 from dllm_rl.driver.learner_group import LearnerGroup
 from dllm_rl.driver.weight_sync import DistributedWeightSync, InProcessWeightSync, WeightSync
-from dllm_rl.errors import need
+from dllm_rl.errors import require_package
 from dllm_rl.models.denoiser import TransformersDenoiser
 from dllm_rl.models.from_config import load_model
 from dllm_rl.models.tokenizers import vocabulary_digest
@@ -120,9 +120,9 @@ def launch_ray(spec: WorkerSpec, stack: ExitStack, log: Callable[[str], None]) -
         stack: closes them.
         log: told what is waited for.
     Raises:
-        ValueError: no cluster, or one that is too small.
+        UserError: no cluster, or one that is too small.
     """
-    need("ray", "ray", "cluster.kind: ray")
+    require_package("ray", "ray", "cluster.kind: ray")
     from dllm_rl.cluster.connection import cluster_has_gpus, ray_connection
     from dllm_rl.cluster.placement import Needs, Placement
     from dllm_rl.cluster.ray_group import RayWorkerGroup

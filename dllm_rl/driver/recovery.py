@@ -9,6 +9,7 @@ from dllm_rl.config.load import resumable
 from dllm_rl.config.schema import Config
 from dllm_rl.driver.build import Run
 from dllm_rl.driver.prefetch import RolloutPrefetcher
+from dllm_rl.errors import RunStopped, UserError
 from dllm_rl.learner import checkpoint
 from dllm_rl.reports.progress import Progress
 from dllm_rl.reports.run_folder import RunFolder
@@ -26,12 +27,12 @@ def starting_point(
         from_checkpoint: go on from this one.
         progress: told what is unusual.
     Raises:
-        ValueError: there is a run already, or no such checkpoint, or a damaged one.
+        UserError: there is a run already, or no such checkpoint, or a damaged one.
     """
     root = folder / "checkpoints"
     if from_checkpoint is None and not resume:
         if (folder / "metrics.jsonl").exists():
-            raise ValueError(f"'{folder}' holds a run already; continue it with --resume, or set another run.name")
+            raise UserError(f"'{folder}' holds a run already; continue it with --resume, or set another run.name")
         return None
     if from_checkpoint is None and not checkpoint.names(root):
         progress.log(f"no checkpoint in '{root}' yet: starting from step 0")
@@ -64,7 +65,7 @@ def recover(state: State, records: RunFolder, lost: WorkerLost, config: Config, 
     """Build lost learners anew and return to the newest checkpoint; returns its step.
 
     Raises:
-        RuntimeError: more was lost than cluster.max_restarts; what could be saved is saved.
+        RunStopped: more was lost than cluster.max_restarts; what could be saved is saved.
     """
     run, learner = state.run, state.run.learner
     state.prefetcher.drop()
@@ -75,7 +76,7 @@ def recover(state: State, records: RunFolder, lost: WorkerLost, config: Config, 
         if again.group != learner.group.name:  # the weights are still there
             checkpoint.write(records.checkpoints, learner.step, {}, learner.save, keep=config.checkpoint.keep)
             saved = f"; step {learner.step} is saved"
-        raise RuntimeError(
+        raise RunStopped(
             f"{again}; cluster.max_restarts = {config.cluster.max_restarts} are used up{saved}; find out why it dies, "
             f"then go on with --resume"
         ) from lost

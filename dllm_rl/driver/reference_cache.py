@@ -17,6 +17,7 @@ from dllm_rl import seeding
 from dllm_rl.config.schema import Config
 from dllm_rl.driver.build import Run
 from dllm_rl.driver.collect import demonstrate
+from dllm_rl.errors import UserError
 from dllm_rl.reports.progress import Progress
 from dllm_rl.types import LikelihoodEstimate, MaskSample, RolloutBatch
 
@@ -32,14 +33,14 @@ class ReferenceCache:
             config: of the run; learner.precompute_reference and learner.reference_cache decide.
             folder: the run folder; the cache is its ``reference`` folder unless the configuration names another.
         Raises:
-            ValueError: precomputing for rollouts, which are not there yet.
+            UserError: precomputing for rollouts, which are not there yet.
         """
         self._run, self._config = run, config
         self._needed = run.algorithm.needs_reference
         self._cached = self._needed and config.learner.precompute_reference
         self._folder = Path(config.learner.reference_cache or folder / "reference")
         if self._cached and run.algorithm.source == "rollouts":
-            raise ValueError(
+            raise UserError(
                 f"learner.precompute_reference = true: algorithm '{config.algorithm.name}' trains on fresh rollouts, "
                 f"which cannot be scored beforehand; leave it out"
             )

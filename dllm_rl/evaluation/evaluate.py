@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from dllm_rl.data.collate import completion_texts
+from dllm_rl.errors import UserError
 from dllm_rl.evaluation.intervals import wilson
 from dllm_rl.protocols.engine import RolloutEngine
 from dllm_rl.reward_pool.pool import RewardPool
@@ -83,10 +84,10 @@ def evaluate(
         chunk: prompts per call of the engine.
         advance: told how many prompts have finished.
     Raises:
-        ValueError: no prompts, or not one of them could be scored.
+        UserError: no prompts, or not one of them could be scored.
     """
     if not prompts:
-        raise ValueError("evaluation needs at least one held-out example; the task's test split is empty")
+        raise UserError("evaluation needs at least one held-out example; the task's test split is empty")
     started = time.perf_counter()
     solved: list[int | None] = []
     values: dict[str, list[float]] = {}
@@ -106,7 +107,7 @@ def evaluate(
         advance(len(part), "")
     scored = [s for s in solved if s is not None]
     if not scored:
-        raise ValueError(f"no completion could be scored; last failure: {pool.failures[-1] if pool.failures else '?'}")
+        raise UserError(f"no completion could be scored; last failure: {pool.failures[-1] if pool.failures else '?'}")
     low, high = wilson(sum(scored), len(scored))
     return Evaluation(
         tokens_per_step=sampling.tokens_per_step,

@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from statistics import NormalDist
 
+from dllm_rl.errors import UserError
+
 _Z = NormalDist().inv_cdf(0.975)
 
 
@@ -15,7 +17,7 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
     Source: Wilson 1927; recommended for all n by Brown, Cai, DasGupta 2001.
     """
     if n < 1:
-        raise ValueError("a proportion needs at least one observation")
+        raise UserError("a proportion needs at least one observation")
     p = successes / n
     centre = (p + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
     half = _Z * math.sqrt(p * (1 - p) / n + _Z**2 / (4 * n**2)) / (1 + _Z**2 / n)
@@ -25,7 +27,7 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
 def paired_difference(before: Sequence[float], after: Sequence[float]) -> tuple[float, float, float]:
     """(mean, low, high) of after - before on the same examples: normal approximation on the differences, 95%."""
     if len(before) != len(after) or len(before) < 2:
-        raise ValueError(f"paired difference needs the same two or more examples, got {len(before)} and {len(after)}")
+        raise UserError(f"paired difference needs the same two or more examples, got {len(before)} and {len(after)}")
     differences = [b - a for a, b in zip(before, after, strict=True)]
     n = len(differences)
     mean = sum(differences) / n
@@ -42,7 +44,7 @@ def over_seeds(values: Sequence[float]) -> tuple[float, float, float]:
     """(mean, low, high) of one figure per seed: Student's t interval, 95%, for 2 to 10 seeds."""
     n = len(values)
     if not 2 <= n <= len(_T) + 1:
-        raise ValueError(f"an interval over seeds needs 2 to {len(_T) + 1} of them, got {n}")
+        raise UserError(f"an interval over seeds needs 2 to {len(_T) + 1} of them, got {n}")
     mean = sum(values) / n
     half = _T[n - 2] * math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1) / n)
     return mean, mean - half, mean + half

@@ -18,6 +18,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from dllm_rl.errors import UserError
+
 _NAME = re.compile(r"step-(\d{6,})$")
 
 
@@ -69,19 +71,19 @@ def find(root: Path, name: str | None) -> Path:
     """A verified checkpoint: the named one, or the newest.
 
     Raises:
-        ValueError: there is none, or it is damaged (the file is named, and the checkpoint before it).
+        UserError: there is none, or it is damaged (the file is named, and the checkpoint before it).
     """
     known = names(root)
     if not known:
-        raise ValueError(f"no checkpoint in '{root}'; start without --resume")
+        raise UserError(f"no checkpoint in '{root}'; start without --resume")
     if name is not None and name not in known:
-        raise ValueError(f"no checkpoint '{name}' in '{root}'; there are {', '.join(known)}")
+        raise UserError(f"no checkpoint '{name}' in '{root}'; there are {', '.join(known)}")
     chosen = name or known[-1]
     problem = damage(root / chosen)
     if problem is not None:
         earlier = known[: known.index(chosen)]
         hint = f"to go on from the one before, use --from {earlier[-1]}" if earlier else "there is no earlier one"
-        raise ValueError(f"checkpoint '{root / chosen}' is damaged: {problem}; {hint}")
+        raise UserError(f"checkpoint '{root / chosen}' is damaged: {problem}; {hint}")
     return root / chosen
 
 

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dllm_rl.diffusion import likelihood
+from dllm_rl.errors import UserError
 from dllm_rl.learner.optimizer import Optimizer
 from dllm_rl.learner.torch_learner import Scored, Scoring, TorchLearner
 from dllm_rl.learner.zero import Scorer, ZeroOptimizer
@@ -94,18 +95,18 @@ class DeepSpeedLearner(TorchLearner):
         """Restore what save wrote: bit for bit at the same number of ranks, else through DeepSpeed's universal layout.
 
         Raises:
-            ValueError: a checkpoint of the other learner.
+            UserError: a checkpoint of the other learner.
         """
         state = torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu")
         if not (folder / "zero").is_dir():
-            raise ValueError(f"checkpoint '{folder}' was written by learner.backend: torch; set it, or start a new run")
+            raise UserError(f"checkpoint '{folder}' was written by learner.backend: torch; set it, or start a new run")
         engine, where, tag = self._optimizer.engine, folder / "zero", TAG
         if state["size"] != self._size and self._config.zero_stage > 0:
             where, tag = self._universal(folder), UNIVERSAL
             engine._config.load_universal_checkpoint = True  # read by load_checkpoint and by the optimiser
         loaded, _ = engine.load_checkpoint(str(where), tag=tag, load_module_strict=False)
         if loaded is None:
-            raise ValueError(f"checkpoint '{folder}': DeepSpeed found no state in {where}")
+            raise UserError(f"checkpoint '{folder}': DeepSpeed found no state in {where}")
         self.step = state["step"]
 
     def _universal(self, folder: Path) -> Path:
@@ -118,7 +119,7 @@ class DeepSpeedLearner(TorchLearner):
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 shutil.rmtree(where, ignore_errors=True)
-                raise ValueError(f"checkpoint '{folder}' cannot be converted: {done.stderr.strip().splitlines()[-1]}")
+                raise UserError(f"checkpoint '{folder}' cannot be converted: {done.stderr.strip().splitlines()[-1]}")
         dist.barrier()
         return where
 

@@ -16,6 +16,7 @@ from dllm_rl import seeding
 from dllm_rl.config.cluster import LearnerSection
 from dllm_rl.diffusion import surrogate
 from dllm_rl.diffusion.layout import block_index
+from dllm_rl.errors import UserError
 from dllm_rl.learner.optimizer import Optimizer
 from dllm_rl.learner.torch_learner import NonFiniteError
 from dllm_rl.models.digest import digest
@@ -181,7 +182,7 @@ class PolicyLearner:
     def _log_prob(self, batch: RolloutBatch, row: Tensor, forward: Tensor) -> Tensor:
         """(R,) log-probabilities of choices, from what the policy saw then."""
         if batch.confidence is None or batch.order is None:
-            raise ValueError("this engine does not keep confidences and orders; train unmasking policies with another")
+            raise UserError("this engine does not keep confidences and orders; train unmasking policies with another")
         step, now = batch.unmask_step[row], forward[:, None]
         canvas = (batch.completion | batch.tail)[row]
         masked = canvas & (step >= now)

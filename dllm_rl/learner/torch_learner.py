@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from dllm_rl import seeding
 from dllm_rl.config.cluster import LearnerSection
 from dllm_rl.diffusion import likelihood, surrogate
+from dllm_rl.errors import RunStopped, UserError
 from dllm_rl.learner.optimizer import Optimizer
 from dllm_rl.learner.value_model import ValueModel
 from dllm_rl.models.denoiser import TransformersDenoiser
@@ -47,7 +48,7 @@ Scored = tuple[Tensor, Tensor, Tensor]
 Scoring = Callable[..., Scored]  # likelihood.score or likelihood.entropy
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(RunStopped):
     """The loss or the gradient is NaN or infinite; the batch has been written to disk."""
 
 
@@ -310,7 +311,7 @@ class TorchLearner:
             n for n in saved.keys() | own.keys() if n not in saved or n not in own or saved[n].shape != own[n].shape
         )
         if odd:
-            raise ValueError(
+            raise UserError(
                 f"checkpoint '{folder}' is of another model: {', '.join(odd[:3])} differ; resume its own run"
             )
         with torch.no_grad():

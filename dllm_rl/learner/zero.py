@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from dllm_rl.config.cluster import LearnerSection
+from dllm_rl.errors import UserError
 from dllm_rl.learner.optimizer import Optimizer
 
 
@@ -44,7 +45,7 @@ def check_options(config: LearnerSection) -> None:
     """Refuse options that DeepSpeed does not know, before anything starts.
 
     Raises:
-        ValueError: naming the first.
+        UserError: naming the first.
     """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -54,7 +55,7 @@ def check_options(config: LearnerSection) -> None:
         DeepSpeedZeroConfig(**settings(config, torch.float32)["zero_optimization"])
     except ValidationError as error:
         first = error.errors()[0]
-        raise ValueError(
+        raise UserError(
             f"learner.zero_options: {'.'.join(map(str, first['loc']))}: {first['msg'].lower()}; DeepSpeed's "
             f"documentation lists the keys of zero_optimization"
         ) from error

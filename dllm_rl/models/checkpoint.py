@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dllm_rl.errors import UserError
+
 SHARD_BYTES = 5_000_000_000
 _INDEX = "model.safetensors.index.json"
 
@@ -20,7 +22,7 @@ def weight_files(folder: Path) -> list[Path]:
     """The weight files of a checkpoint folder: safetensors if there are any, else .bin.
 
     Raises:
-        ValueError: no weight files, or an index that lists a file that is not there.
+        UserError: no weight files, or an index that lists a file that is not there.
     """
     for index_name, pattern in ((_INDEX, "*.safetensors"), ("pytorch_model.bin.index.json", "pytorch_model*.bin")):
         index = folder / index_name
@@ -28,23 +30,23 @@ def weight_files(folder: Path) -> list[Path]:
             try:
                 names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
             except (ValueError, KeyError, AttributeError) as error:
-                raise ValueError(f"{index}: not a weight index ({error!r}); download the checkpoint again") from error
+                raise UserError(f"{index}: not a weight index ({error!r}); download the checkpoint again") from error
             lost = [name for name in names if not (folder / name).is_file()]
             if lost:
-                raise ValueError(f"{folder}: {len(lost)} of {len(names)} weight files are missing, first {lost[0]}")
+                raise UserError(f"{folder}: {len(lost)} of {len(names)} weight files are missing, first {lost[0]}")
             return [folder / name for name in names]
         files = sorted(file for file in folder.glob(pattern) if not file.name.startswith("adapter_"))
         if files:
             return files
     hint = "; it holds an adapter: load its base model first" if (folder / "adapter_config.json").is_file() else ""
-    raise ValueError(f"{folder}: no *.safetensors or pytorch_model*.bin weights{hint}")
+    raise UserError(f"{folder}: no *.safetensors or pytorch_model*.bin weights{hint}")
 
 
 def read_weights(file: Path) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of a weight file, on the CPU, one at a time.
 
     Raises:
-        ValueError: a damaged file.
+        UserError: a damaged file.
     """
     try:
         if file.suffix == ".safetensors":
@@ -55,7 +57,7 @@ def read_weights(file: Path) -> Iterator[tuple[str, Tensor]]:
             yield from torch.load(file, map_location="cpu", weights_only=True, mmap=True).items()
     except (safetensors.SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError) as error:
         reason = str(error).split("\n")[0]
-        raise ValueError(f"{file}: damaged weight file ({reason}); download or copy it again") from error
+        raise UserError(f"{file}: damaged weight file ({reason}); download or copy it again") from error
 
 
 def write_weights(folder: Path, weights: Iterable[tuple[str, Tensor]]) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from dllm_rl.errors import UserError
 from dllm_rl.models.denoiser import TransformersDenoiser
 from dllm_rl.models.families import family_named
 from dllm_rl.models.family import Family, Shape, finish
@@ -56,19 +57,19 @@ def create_denoiser(
         dtype: parameter type.
         device: where the parameters live.
     Raises:
-        ValueError: sizes that do not divide, or a tokenizer without mask or eos token.
+        UserError: sizes that do not divide, or a tokenizer without mask or eos token.
     """
     chosen = family_named(family)
     num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
     if hidden_size % (2 * num_heads):
-        raise ValueError(
+        raise UserError(
             f"hidden_size = {hidden_size}: must be a multiple of 2 * num_heads = {2 * num_heads} (rotary pairs)"
         )
     if num_heads % num_kv_heads:
-        raise ValueError(f"num_kv_heads = {num_kv_heads}: must divide num_heads = {num_heads}")
+        raise UserError(f"num_kv_heads = {num_kv_heads}: must divide num_heads = {num_heads}")
     for name in ("mask_token", "eos_token"):
         if getattr(tokenizer, f"{name}_id") is None:
-            raise ValueError(f"the tokenizer has no {name}; add one with tokenizer.add_special_tokens")
+            raise UserError(f"the tokenizer has no {name}; add one with tokenizer.add_special_tokens")
     pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     config = chosen.new_config(
         Shape(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dllm_rl.diffusion.layout import block_causal, clean_and_noised
+from dllm_rl.errors import UserError
 from dllm_rl.models.cache import BlockCache
 from dllm_rl.models.family import Family
 from dllm_rl.protocols.denoiser import Cache
@@ -61,17 +62,17 @@ class TransformersDenoiser:
             source: see the class.
         """
         if block_size is not None and not family.block_causal:
-            raise ValueError(
+            raise UserError(
                 f"block_size = {block_size}: family '{family.name}' has full attention; leave it out "
                 "(the decoding block is sampling.block_size)"
             )
         if family.block_causal and (block_size is None or block_size < 1):
-            raise ValueError(
+            raise UserError(
                 f"block_size = {block_size}: family '{family.name}' is block-causal and needs tokens per block (>= 1), "
                 "which neither config.json nor the caller gave; set model.block_size as the model was trained"
             )
         if block_origin not in ("response", "sequence"):
-            raise ValueError(f"block_origin = {block_origin!r}: must be 'response' or 'sequence'")
+            raise UserError(f"block_origin = {block_origin!r}: must be 'response' or 'sequence'")
         self.module: Any = module
         self.family = family
         self.config = dict(config)
@@ -105,16 +106,16 @@ class TransformersDenoiser:
         noised = torch.where(mask, self.mask_id, tokens)
         if self.block_size is None:
             if block_ids is not None:
-                raise ValueError(f"family '{self.family.name}' has full attention: block_ids must be None")
+                raise UserError(f"family '{self.family.name}' has full attention: block_ids must be None")
             if self.shift and bool(mask[:, 0].any()):
-                raise ValueError(
+                raise UserError(
                     f"position 0 is hidden, and family '{self.family.name}' predicts position i from i - 1: "
                     "the first token of a row can never be hidden; start prompts with at least one given token"
                 )
             hidden = self._run(noised, self._positions(length), valid[:, None, None, :])
             return torch.cat([hidden[:, :1], hidden[:, :-1]], dim=1) if self.shift else hidden
         if block_ids is None:
-            raise ValueError(f"family '{self.family.name}' is block-causal: block_ids (N, L) are required")
+            raise UserError(f"family '{self.family.name}' is block-causal: block_ids (N, L) are required")
         hidden = self._run(
             torch.cat([tokens, noised], dim=1),
             self._positions(length).repeat(1, 2),
@@ -168,14 +169,14 @@ class TransformersDenoiser:
 
     def _check_length(self, length: int) -> None:
         if length > self.max_length:
-            raise ValueError(
+            raise UserError(
                 f"a sequence of {length} tokens, the model takes at most {self.max_length}; "
                 "shorten the prompts or sampling.max_new_tokens"
             )
 
     def _require_blocks(self, what: str) -> None:
         if self.block_size is None:
-            raise ValueError(f"{what}: family '{self.family.name}' has full attention, an exact cache does not exist")
+            raise UserError(f"{what}: family '{self.family.name}' has full attention, an exact cache does not exist")
 
 
 @contextmanager

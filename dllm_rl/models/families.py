@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
+from dllm_rl.errors import UserError
 from dllm_rl.models.dream import DREAM
 from dllm_rl.models.family import Family
 from dllm_rl.models.llada import LLADA
@@ -19,12 +20,12 @@ def family_named(name: str) -> Family:
     """The family with this name.
 
     Raises:
-        ValueError: unknown name.
+        UserError: unknown name.
     """
     if name not in FAMILIES:
         near = difflib.get_close_matches(name, FAMILIES, n=1)
         hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(FAMILIES)}"
-        raise ValueError(f"unknown model family '{name}'; {hint}")
+        raise UserError(f"unknown model family '{name}'; {hint}")
     return FAMILIES[name]
 
 
@@ -32,11 +33,11 @@ def family_of(config: Mapping[str, Any], where: str) -> Family:
     """The family that a config.json belongs to, by its model_type.
 
     Raises:
-        ValueError: a model_type that no family has.
+        UserError: a model_type that no family has.
     """
     model_type = config.get("model_type")
     for family in FAMILIES.values():
         if family.model_type == model_type:
             return family
     known = ", ".join(f"{family.model_type!r} ({family.name})" for family in FAMILIES.values())
-    raise ValueError(f"{where}: unknown model family, model_type = {model_type!r} in config.json; known: {known}")
+    raise UserError(f"{where}: unknown model family, model_type = {model_type!r} in config.json; known: {known}")

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from dllm_rl.errors import UserError
 from dllm_rl.models.rotary import FLOAT32_ROTARY, Float32Rotary
 
 _LAYER = "{i}"  # stands for a layer number in a pair of names
@@ -171,24 +172,24 @@ def require(config: Mapping[str, Any], family: str, expected: Mapping[str, tuple
         family: name for the message.
         expected: key -> (value the family's own code assumes when the key is absent, the only value we compute).
     Raises:
-        ValueError: naming the first key with another value.
+        UserError: naming the first key with another value.
     """
     for key, (default, wanted) in expected.items():
         value = config.get(key, default)
         if value != wanted and not (wanted is False and value is None):
-            raise ValueError(f"config.json: {key} = {value!r} is not supported for family '{family}', only {wanted!r}")
+            raise UserError(f"config.json: {key} = {value!r} is not supported for family '{family}', only {wanted!r}")
 
 
 def pick(config: Mapping[str, Any], family: str, keys: Iterable[str]) -> dict[str, Any]:
     """The given keys of config.json.
 
     Raises:
-        ValueError: naming the keys that are absent.
+        UserError: naming the keys that are absent.
     """
     keys = tuple(keys)
     absent = [key for key in keys if key not in config]
     if absent:
-        raise ValueError(f"config.json of family '{family}' lacks {', '.join(absent)}; is the checkpoint complete?")
+        raise UserError(f"config.json of family '{family}' lacks {', '.join(absent)}; is the checkpoint complete?")
     return {key: config[key] for key in keys}
 
 

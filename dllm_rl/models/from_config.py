@@ -10,6 +10,7 @@ import torch
 
 from dllm_rl import seeding
 from dllm_rl.config.schema import Config
+from dllm_rl.errors import UserError
 from dllm_rl.models.create import create_denoiser
 from dllm_rl.models.denoiser import TransformersDenoiser
 from dllm_rl.models.loading import load_denoiser, save_denoiser
@@ -38,7 +39,7 @@ def model_path(config: Config, folder: Path, task: Task, examples: Sequence[Exam
     initial = folder / "initial"
     if not initial.exists():
         if m.family is None:
-            raise ValueError("model.init needs model.family: llada, dream, sdar or tiny")
+            raise UserError("model.init needs model.family: llada, dream, sdar or tiny")
         tokenizer = _tokenizer(m.init.tokenizer, m.init.vocab_size, task, examples)
         made = create_denoiser(
             m.family,
@@ -72,7 +73,7 @@ def load_model(
     device = _device(m.device) if weights else torch.device("meta")
     small = weights and m.quantize is not None
     if small and device.type != "cuda":
-        raise ValueError(
+        raise UserError(
             f"model.quantize = {m.quantize} needs a CUDA device: on '{device.type}' bitsandbytes unpacks every layer "
             f"at every forward, some shapes wrongly; leave it out, or set model.device: cuda on a machine that has one"
         )
@@ -105,7 +106,7 @@ def _device(name: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch has no one type for it
         reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"model.device = '{name}' cannot be used ({reason:.120}); auto, cpu or cuda") from error
+        raise UserError(f"model.device = '{name}' cannot be used ({reason:.120}); auto, cpu or cuda") from error
     return device
 
 

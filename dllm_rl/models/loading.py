@@ -13,6 +13,7 @@ from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
 
+from dllm_rl.errors import UserError
 from dllm_rl.models.checkpoint import read_weights, weight_files, write_weights
 from dllm_rl.models.denoiser import TransformersDenoiser
 from dllm_rl.models.families import family_named, family_of
@@ -53,7 +54,7 @@ def load_denoiser(
     Returns:
         (denoiser in evaluation mode, tokenizer).
     Raises:
-        ValueError: folder or file missing or damaged, unknown family, weights missing or left over (named), no mask
+        UserError: folder or file missing or damaged, unknown family, weights missing or left over (named), no mask
             token.
     """
     folder = _resolve(path, revision)
@@ -116,14 +117,14 @@ def _resolve(path: str | Path, revision: str | None) -> Path:
         return folder
     name = str(path)
     if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise ValueError(f"model '{name}': no such folder, and not a hub name like 'owner/model'")
+        raise UserError(f"model '{name}': no such folder, and not a hub name like 'owner/model'")
     try:
         found = Path(snapshot_download(name, revision=revision, allow_patterns=[*_HUB_FILES, "*.safetensors"]))
         if not any(found.glob("*.safetensors")):
             snapshot_download(name, revision=revision, allow_patterns=["pytorch_model*.bin"])
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise ValueError(
+        raise UserError(
             f"model '{name}' is neither a local folder nor can it be downloaded ({type(error).__name__}: {reason})"
         ) from error
     return found
@@ -134,20 +135,20 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if not file.is_file():
         adapter = (folder / "adapter_config.json").is_file()
         hint = "it holds an adapter: load its base model, then the adapter" if adapter else "is it a model folder?"
-        raise ValueError(f"{folder}: no config.json; {hint}")
+        raise UserError(f"{folder}: no config.json; {hint}")
     try:
         config = json.loads(file.read_text())
     except ValueError as error:
-        raise ValueError(f"{file}: not valid JSON ({error})") from error
+        raise UserError(f"{file}: not valid JSON ({error})") from error
     if not isinstance(config, dict):
-        raise ValueError(f"{file}: must hold a JSON object")
+        raise UserError(f"{file}: must hold a JSON object")
     return config
 
 
 def _load_tokenizer(folder: Path, family: Family, trust_remote_code: bool) -> Any:
     settings = folder / "tokenizer_config.json"
     if not settings.is_file() and not (folder / "tokenizer.json").is_file():
-        raise ValueError(f"{folder}: no tokenizer (tokenizer.json or tokenizer_config.json)")
+        raise UserError(f"{folder}: no tokenizer (tokenizer.json or tokenizer_config.json)")
     try:
         declared = json.loads(settings.read_text()) if settings.is_file() else {}
         substitute = family.tokenizer_substitutes.get(declared.get("tokenizer_class", ""))
@@ -158,11 +159,11 @@ def _load_tokenizer(folder: Path, family: Family, trust_remote_code: bool) -> An
         for number, token in declared.get("added_tokens_decoder", {}).items():
             found = tokenizer.convert_tokens_to_ids(token["content"])
             if found != int(number):
-                raise ValueError(f"{substitute} gives {token['content']} id {found}, tokenizer_config.json {number}")
+                raise UserError(f"{substitute} gives {token['content']} id {found}, tokenizer_config.json {number}")
         return tokenizer
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"{folder}: the tokenizer cannot be loaded ({reason})") from error
+        raise UserError(f"{folder}: the tokenizer cannot be loaded ({reason})") from error
 
 
 def _special_tokens(
@@ -174,7 +175,7 @@ def _special_tokens(
     if mask_id is None:
         mask_id = tokenizer.get_vocab().get(family.mask_token)
     if mask_id is None:
-        raise ValueError(
+        raise UserError(
             f"{where}: no mask token: config.json has no mask_token_id, the tokenizer no mask token and no "
             f"'{family.mask_token}'; set mask_token_id in config.json"
         )
@@ -183,14 +184,14 @@ def _special_tokens(
         eos_id = config.get("eos_token_id")
         eos_id = eos_id[0] if isinstance(eos_id, list) else eos_id
     if eos_id is None:
-        raise ValueError(f"{where}: no end-of-sequence token in the tokenizer or config.json; set eos_token_id")
+        raise UserError(f"{where}: no end-of-sequence token in the tokenizer or config.json; set eos_token_id")
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else config.get("pad_token_id")
     ids = {"mask_id": mask_id, "eos_id": eos_id, "pad_id": eos_id if pad_id is None else pad_id}
     for name, value in ids.items():
         if not 0 <= value < vocab_size:
-            raise ValueError(f"{where}: {name} = {value} is outside the model's vocabulary of {vocab_size}")
+            raise UserError(f"{where}: {name} = {value} is outside the model's vocabulary of {vocab_size}")
     if mask_id == eos_id:
-        raise ValueError(f"{where}: mask and end-of-sequence token are both {mask_id}; they must differ")
+        raise UserError(f"{where}: mask and end-of-sequence token are both {mask_id}; they must differ")
     return ids
 
 
@@ -211,7 +212,7 @@ def _fill(
                 left_over.append(original)
                 continue
             if tensor.shape != expected[name]:
-                raise ValueError(
+                raise UserError(
                     f"{folder}: weight {original} has shape {tuple(tensor.shape)}, config.json implies "
                     f"{tuple(expected[name])}"
                 )
@@ -227,7 +228,7 @@ def _fill(
     if left_over:
         problems.append(_listed("left-over", left_over))
     if problems:
-        raise ValueError(f"{folder}: weights do not fit family '{family.name}': {'; '.join(problems)}")
+        raise UserError(f"{folder}: weights do not fit family '{family.name}': {'; '.join(problems)}")
 
 
 def _check_tie(module: PreTrainedModel, folder: Path, missing: dict[str, Any]) -> None:
@@ -238,7 +239,7 @@ def _check_tie(module: PreTrainedModel, folder: Path, missing: dict[str, Any]) -
     elif _HEAD in missing:
         del missing[_HEAD]
     elif not torch.equal(module.lm_head.weight, module.model.embed_tokens.weight):
-        raise ValueError(f"{folder}: config.json ties the embeddings, the weights hold two different matrices")
+        raise UserError(f"{folder}: config.json ties the embeddings, the weights hold two different matrices")
 
 
 def _listed(kind: str, names: list[str]) -> str:

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from dllm_rl.errors import UserError
 from dllm_rl.models.denoiser import TransformersDenoiser
 from dllm_rl.models.quantize import whole
 from dllm_rl.seeding import generator_for
@@ -47,15 +48,15 @@ def add_lora(
     Returns:
         Number of modules that got an adapter.
     Raises:
-        ValueError: a name that matches no module, values out of range, or a denoiser that has an adapter already.
+        UserError: a name that matches no module, values out of range, or a denoiser that has an adapter already.
     """
     _require_plain(denoiser)
     if rank < 1 or alpha <= 0 or not 0 <= dropout < 1:
-        raise ValueError(f"lora: rank = {rank} must be >= 1, alpha = {alpha} > 0 and dropout = {dropout} in [0, 1)")
+        raise UserError(f"lora: rank = {rank} must be >= 1, alpha = {alpha} > 0 and dropout = {dropout} in [0, 1)")
     table = denoiser.family.lora_targets
     requested = tuple(table) if targets is None else tuple(dict.fromkeys(targets))
     if not requested:
-        raise ValueError(f"lora.targets is empty; available: {', '.join(table)}")
+        raise UserError(f"lora.targets is empty; available: {', '.join(table)}")
     modules: list[str] = []
     for name in requested:
         suffix = table.get(name)
@@ -65,7 +66,7 @@ def add_lora(
             if suffix is not None and path.endswith(f".{suffix}") and isinstance(module, nn.Linear)
         ]
         if not found:
-            raise ValueError(
+            raise UserError(
                 f"lora.targets: '{name}' matches no module of family '{denoiser.family.name}'; "
                 f"available: {', '.join(table)}"
             )
@@ -86,10 +87,10 @@ def reference_weights(denoiser: TransformersDenoiser) -> Iterator[None]:
     """Inside, the denoiser is the frozen network without its adapter.
 
     Raises:
-        ValueError: no adapter, so that there is no second set of weights.
+        UserError: no adapter, so that there is no second set of weights.
     """
     if denoiser.adapter is None:
-        raise ValueError("no adapter: a model trained in full needs its own frozen copy as the reference")
+        raise UserError("no adapter: a model trained in full needs its own frozen copy as the reference")
     with denoiser.adapter.disable_adapter():
         yield
 
@@ -131,7 +132,7 @@ def save_adapter(denoiser: TransformersDenoiser, folder: str | Path) -> None:
     peft can therefore attach the adapter to the hub's own code too.
     """
     if denoiser.adapter is None:
-        raise ValueError("save_adapter: the denoiser has no adapter")
+        raise UserError("save_adapter: the denoiser has no adapter")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     family = denoiser.family
@@ -159,23 +160,23 @@ def load_adapter(denoiser: TransformersDenoiser, folder: str | Path) -> int:
     Returns:
         Number of modules that got an adapter.
     Raises:
-        ValueError: missing or damaged files, an unsupported kind of adapter, or weights that do not fit (named).
+        UserError: missing or damaged files, an unsupported kind of adapter, or weights that do not fit (named).
     """
     folder = Path(folder)
     file = folder / "adapter_model.safetensors"
     for needed in (folder / "adapter_config.json", file):
         if not needed.is_file():
-            raise ValueError(f"{folder}: no {needed.name}; is it an adapter folder?")
+            raise UserError(f"{folder}: no {needed.name}; is it an adapter folder?")
     try:
         config = LoraConfig.from_pretrained(str(folder))
         stored = load_file(file)
     except (SafetensorError, ValueError, TypeError) as error:
         reason = str(error).split("\n")[0]
-        raise ValueError(f"{folder}: damaged or foreign adapter ({reason})") from error
+        raise UserError(f"{folder}: damaged or foreign adapter ({reason})") from error
     options = ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "lora_bias")
     unsupported = [name for name in options if getattr(config, name, None)]
     if not isinstance(config, LoraConfig) or unsupported or config.bias != "none":
-        raise ValueError(
+        raise UserError(
             f"{folder}: only plain LoRA adapters are supported, not {', '.join(unsupported) or 'this kind'}"
         )
     state = {_PREFIX + denoiser.family.to_module_name(name.removeprefix(_PREFIX)): v for name, v in stored.items()}
@@ -183,7 +184,7 @@ def load_adapter(denoiser: TransformersDenoiser, folder: str | Path) -> int:
     linear = {path for path, module in denoiser.module.named_modules() if isinstance(module, (nn.Linear, LoraLayer))}
     foreign = sorted(paths - linear)
     if foreign:
-        raise ValueError(f"{folder}: {len(foreign)} adapter modules are not in the model, first {foreign[0]}")
+        raise UserError(f"{folder}: {len(foreign)} adapter modules are not in the model, first {foreign[0]}")
     config.target_modules = paths
     config.inference_mode = False
     config.base_model_name_or_path = None  # peft warns when the folder was renamed
@@ -191,7 +192,7 @@ def load_adapter(denoiser: TransformersDenoiser, folder: str | Path) -> int:
         _attach(denoiser, config)
     live = denoiser.adapter.peft_config["default"]
     if (live.r, live.lora_alpha) != (config.r, config.lora_alpha):
-        raise ValueError(
+        raise UserError(
             f"{folder}: the adapter has rank {config.r} and alpha {config.lora_alpha}, the one in use {live.r} and "
             f"{live.lora_alpha}"
         )
@@ -199,7 +200,7 @@ def load_adapter(denoiser: TransformersDenoiser, folder: str | Path) -> int:
     misfit = {name for name in wanted.keys() & state.keys() if wanted[name].shape != state[name].shape}
     wrong = sorted(misfit | (wanted.keys() ^ state.keys()))
     if wrong:
-        raise ValueError(f"{folder}: {len(wrong)} adapter weights do not fit, first {wrong[0]}")
+        raise UserError(f"{folder}: {len(wrong)} adapter weights do not fit, first {wrong[0]}")
     set_peft_model_state_dict(denoiser.adapter, state)
     return len(paths)
 
@@ -216,7 +217,7 @@ def _attach(denoiser: TransformersDenoiser, config: LoraConfig) -> None:
 
 def _require_plain(denoiser: TransformersDenoiser) -> None:
     if denoiser.adapter is not None:
-        raise ValueError("the denoiser has an adapter already; merge it with save_denoiser and load the result")
+        raise UserError("the denoiser has an adapter already; merge it with save_denoiser and load the result")
 
 
 def _lora_layers(module: nn.Module) -> Iterator[tuple[str, LoraLayer]]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dllm_rl.errors import need
+from dllm_rl.errors import UserError, require_package
 from dllm_rl.models.denoiser import TransformersDenoiser
 
 DTYPES = (torch.bfloat16, torch.float32)  # that layers compute in; others have no kernels
@@ -28,9 +28,9 @@ def quantize(denoiser: TransformersDenoiser, device: torch.device) -> int:
     Returns:
         Number of layers that were quantised.
     Raises:
-        ValueError: bitsandbytes is not installed, or has no kernels for the dtype.
+        UserError: bitsandbytes is not installed, or has no kernels for the dtype.
     """
-    need("bitsandbytes", "qlora", "model.quantize")
+    require_package("bitsandbytes", "qlora", "model.quantize")
     import bitsandbytes
 
     network = denoiser.module
@@ -38,7 +38,7 @@ def quantize(denoiser: TransformersDenoiser, device: torch.device) -> int:
     for path, layer in linear:
         dtype = layer.weight.dtype
         if dtype not in DTYPES:
-            raise ValueError(f"model.quantize: 4-bit layers cannot compute in {dtype}; set model.dtype: bfloat16")
+            raise UserError(f"model.quantize: 4-bit layers cannot compute in {dtype}; set model.dtype: bfloat16")
         small = bitsandbytes.nn.Linear4bit(
             layer.in_features, layer.out_features, layer.bias is not None, dtype, quant_type="nf4", device="meta"
         )

@@ -10,6 +10,8 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from dllm_rl.errors import UserError
+
 PAD, MASK, EOS = "<pad>", "<mask>", "<eos>"
 SPECIAL = (PAD, MASK, EOS)
 
@@ -28,13 +30,13 @@ def character_tokenizer(characters: str) -> PreTrainedTokenizerFast:
     Args:
         characters: the vocabulary; duplicates are an error.
     Raises:
-        ValueError: no characters, or duplicates.
+        UserError: no characters, or duplicates.
     """
     if not characters:
-        raise ValueError("character_tokenizer: the vocabulary is empty")
+        raise UserError("character_tokenizer: the vocabulary is empty")
     repeated = sorted({c for c in characters if characters.count(c) > 1})
     if repeated:
-        raise ValueError(f"character_tokenizer: repeated characters {''.join(repeated)!r}")
+        raise UserError(f"character_tokenizer: repeated characters {''.join(repeated)!r}")
     vocabulary = {token: index for index, token in enumerate((*SPECIAL, *characters))}
     tokenizer = tokenizers.Tokenizer(models.BPE(vocabulary, []))  # no merges: characters; unknown ones drop out
     tokenizer.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
@@ -49,11 +51,11 @@ def byte_bpe_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedToken
         texts: the training corpus.
         vocab_size: tokens including the 256 bytes and 3 special tokens, at least 259.
     Raises:
-        ValueError: vocab_size below 259.
+        UserError: vocab_size below 259.
     """
     smallest = 256 + len(SPECIAL)
     if vocab_size < smallest:
-        raise ValueError(f"byte_bpe_tokenizer: vocab_size = {vocab_size}, must be at least {smallest}")
+        raise UserError(f"byte_bpe_tokenizer: vocab_size = {vocab_size}, must be at least {smallest}")
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

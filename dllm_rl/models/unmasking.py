@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from dllm_rl.errors import UserError
 from dllm_rl.seeding import generator_for
 
 FILE = "policy.safetensors"
@@ -42,7 +43,7 @@ class UnmaskingPolicy(nn.Module):
         """
         super().__init__()
         if width % (2 * heads):
-            raise ValueError(f"width = {width}: must be a multiple of {2 * heads}, twice the number of heads")
+            raise UserError(f"width = {width}: must be a multiple of {2 * heads}, twice the number of heads")
         self.width, self.heads = width, heads
         self.confidence = nn.Linear(1, width)
         self.is_hidden = nn.Embedding(2, width)
@@ -129,11 +130,11 @@ def load_policy(path: Path) -> tuple[UnmaskingPolicy, dict[str, Any]]:
     Args:
         path: the file, or the folder that holds policy.safetensors.
     Raises:
-        ValueError: no such file, or not a policy.
+        UserError: no such file, or not a policy.
     """
     file = path / FILE if path.is_dir() else path
     if not file.is_file():
-        raise ValueError(f"'{file}' is not there; give the {FILE} that training an unmasking policy has saved")
+        raise UserError(f"'{file}' is not there; give the {FILE} that training an unmasking policy has saved")
     try:
         with safe_open(file, framework="pt") as handle:
             described = json.loads((handle.metadata() or {})["unmasking_policy"])
@@ -141,7 +142,7 @@ def load_policy(path: Path) -> tuple[UnmaskingPolicy, dict[str, Any]]:
         policy = UnmaskingPolicy(**described["shape"])
         policy.load_state_dict(tensors)
     except (KeyError, RuntimeError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"'{file}' is not an unmasking policy ({str(error).splitlines()[0]:.80})") from error
+        raise UserError(f"'{file}' is not an unmasking policy ({str(error).splitlines()[0]:.80})") from error
     except Exception as error:  # safetensors has no public error type
-        raise ValueError(f"'{file}' cannot be read ({str(error).splitlines()[0]:.80})") from error
+        raise UserError(f"'{file}' cannot be read ({str(error).splitlines()[0]:.80})") from error
     return policy, described["about"]

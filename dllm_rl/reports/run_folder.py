@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dllm_rl.errors import UserError
 from dllm_rl.reports.metrics import describe
 
 
@@ -76,7 +77,7 @@ def read_rows(path: Path) -> Iterable[dict[str, Any]]:
             yield json.loads(line)
         except json.JSONDecodeError:
             if number < len(lines) - 1:
-                raise ValueError(f"{path}, line {number + 1}: not JSON") from None
+                raise UserError(f"{path}, line {number + 1}: not JSON") from None
 
 
 def comparable(folder: Path) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dllm_rl.errors import need
+from dllm_rl.errors import require_package
 
 PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow", "trackio": "trackio"}
 
@@ -38,12 +38,12 @@ class Trackers:
             settings: the configuration.
             log: told what fails.
         Raises:
-            ValueError: a tracker whose package is not installed.
+            UserError: a tracker whose package is not installed.
         """
         self._log = log
         self._live: dict[str, Any] = {}
         for name in names:
-            need(PACKAGES[name], name, f"tracking.to: {name}")
+            require_package(PACKAGES[name], name, f"tracking.to: {name}")
         for name in names:
             self._try(name, self._start, name, project, run, folder / "tracking", settings)
 

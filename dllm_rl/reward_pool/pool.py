@@ -21,6 +21,7 @@ from typing import Any, Self
 import torch
 
 from dllm_rl.config.plugins import configure
+from dllm_rl.errors import RunStopped, UserError
 from dllm_rl.types import Rewards, RewardStatus
 
 START_UP_S = 120.0  # importing sympy on a loaded machine takes seconds
@@ -110,12 +111,12 @@ class RewardPool:
             num_workers: processes.
             success: the reward whose value >= 1 means that a row is solved; "" = none.
         Raises:
-            ValueError: an unknown reward, one that is listed twice, or an option that it does not take.
+            UserError: an unknown reward, one that is listed twice, or an option that it does not take.
         """
         self.names = tuple(spec.name for spec in specs)
         for spec in specs:
             if self.names.count(spec.name) > 1:
-                raise ValueError(f"reward '{spec.name}' is listed twice; give it one entry and one weight")
+                raise UserError(f"reward '{spec.name}' is listed twice; give it one entry and one weight")
             configure("rewards", spec.name, spec.options)  # here, so that a typing error costs no model load
         self.failures: deque[Failure] = deque(maxlen=20)
         self._specs, self._success = tuple(specs), success
@@ -146,8 +147,8 @@ class RewardPool:
         Returns:
             Rewards; a row with a failed verification is not included.
         Raises:
-            ValueError: a reward function that cannot be built in a worker.
-            RuntimeError: a worker that does not start.
+            UserError: a reward function that cannot be built in a worker.
+            RunStopped: a worker that does not start.
         """
         assert self._workers, "the pool is closed"
         assert all(len(values) == len(completions) for values in columns.values()), "columns align with completions"
@@ -232,7 +233,7 @@ class RewardPool:
             return self._died(worker)
         if not worker.ready:
             if message[0] == "refused":
-                raise ValueError(message[1])
+                raise UserError(message[1])
             worker.ready = True
             return None
         row, status, value, text = message
@@ -242,14 +243,14 @@ class RewardPool:
 
     def _overrun(self, worker: _Worker) -> tuple[int, RewardStatus, float | None, str]:
         if not worker.ready:
-            raise RuntimeError(f"a reward worker did not start within {START_UP_S:.0f} s; its messages are above")
+            raise RunStopped(f"a reward worker did not start within {START_UP_S:.0f} s; its messages are above")
         self._replace(worker)
         return worker.rows.popleft(), "timeout", None, f"no verdict within {self._specs[worker.reward].timeout_s} s"
 
     def _died(self, worker: _Worker) -> tuple[int, RewardStatus, float | None, str] | None:
         code = worker.end()
         if not worker.ready:
-            raise RuntimeError(f"a reward worker ended at start-up with exit code {code}; its messages are above")
+            raise RunStopped(f"a reward worker ended at start-up with exit code {code}; its messages are above")
         self._replace(worker)
         if (worker.reward, worker.rows[0]) not in self._blamed:  # it may have been killed from outside, for memory say
             self._blamed.add((worker.reward, worker.rows[0]))

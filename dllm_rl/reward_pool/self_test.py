@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from dllm_rl.errors import UserError
 from dllm_rl.protocols.task import Task
 from dllm_rl.reward_pool.pool import RewardPool
 from dllm_rl.types import Example
@@ -19,13 +20,13 @@ def run_self_test(pool: RewardPool, task: Task, examples: Sequence[Example]) -> 
         task: says what is gold, what is wrong, and which component means success.
         examples: rows to check; none = no check.
     Raises:
-        ValueError: naming the first example that was scored wrongly.
+        UserError: naming the first example that was scored wrongly.
     """
     have = ", ".join(pool.names)
     if not task.success:
-        raise ValueError(f"reward self-test: which of the rewards {have} means success? Set data.task.success")
+        raise UserError(f"reward self-test: which of the rewards {have} means success? Set data.task.success")
     if task.success not in pool.names:
-        raise ValueError(
+        raise UserError(
             f"reward self-test: the task counts reward '{task.success}' as success, but rewards lists {have}; list it "
             f"too (weight 0 only reports it)"
         )
@@ -42,10 +43,10 @@ def run_self_test(pool: RewardPool, task: Task, examples: Sequence[Example]) -> 
     for row, text in enumerate(texts):
         example, gold = examples[row // 2], row % 2 == 0
         if not bool(rewards.included[row]):
-            raise ValueError(f"reward self-test: example '{example.uid}' could not be scored: {pool.failures[-1]}")
+            raise UserError(f"reward self-test: example '{example.uid}' could not be scored: {pool.failures[-1]}")
         if (success[row] >= 1) != gold:
             expected = "at least 1" if gold else "less than 1"
-            raise ValueError(
+            raise UserError(
                 f"reward self-test: {'gold' if gold else 'wrong'} completion {text[-60:]!r} of example '{example.uid}' "
                 f"scored {success[row]:g} in '{task.success}', expected {expected}; fix the reward before training"
             )

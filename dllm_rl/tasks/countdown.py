@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Literal
 
+from dllm_rl.errors import UserError
 from dllm_rl.protocols.task import Task
 from dllm_rl.seeding import derive, python_random
 from dllm_rl.types import Example
@@ -37,15 +38,15 @@ class Countdown(Task):
 
         def __post_init__(self) -> None:
             if not 3 <= self.min_numbers <= self.max_numbers <= 6:
-                raise ValueError(
+                raise UserError(
                     f"min_numbers = {self.min_numbers}, max_numbers = {self.max_numbers}: need 3 <= min <= max <= 6"
                 )
             if self.largest < 2 or self.largest_target < 2:
-                raise ValueError("largest and largest_target must be at least 2")
+                raise UserError("largest and largest_target must be at least 2")
             if not 0 < self.test_fraction < 1:
-                raise ValueError(f"test_fraction = {self.test_fraction}: must be in (0, 1)")
+                raise UserError(f"test_fraction = {self.test_fraction}: must be in (0, 1)")
             if self.train_puzzles < 1 or self.test_puzzles < 1:
-                raise ValueError("train_puzzles and test_puzzles must be at least 1")
+                raise UserError("train_puzzles and test_puzzles must be at least 1")
 
     rewards = ("countdown",)
     success = "countdown"
@@ -62,7 +63,7 @@ class Countdown(Task):
         while len(found) < wanted:
             attempts += 1
             if attempts > 200 * wanted + 1000:
-                raise ValueError(f"only {len(found)} of {wanted} distinct {split} puzzles found; allow larger numbers")
+                raise UserError(f"only {len(found)} of {wanted} distinct {split} puzzles found; allow larger numbers")
             numbers = [draw.randint(1, c.largest) for _ in range(draw.randint(c.min_numbers, c.max_numbers))]
             held_out = derive(c.split_seed, "countdown", *sorted(numbers)) % 10_000 < c.test_fraction * 10_000
             if held_out != (split == "test"):

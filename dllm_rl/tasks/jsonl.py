@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from dllm_rl.errors import UserError
 from dllm_rl.protocols.task import Task
 from dllm_rl.tasks.rows import read_rows
 from dllm_rl.types import Example
@@ -38,7 +39,7 @@ class JsonLines(Task):
 
         def __post_init__(self) -> None:
             if self.limit is not None and self.limit < 1:
-                raise ValueError(f"limit = {self.limit}: must be at least 1, or null for every row")
+                raise UserError(f"limit = {self.limit}: must be at least 1, or null for every row")
 
     characters = ""
     config: Config
@@ -59,7 +60,7 @@ class JsonLines(Task):
         kind = self._kind(rows[0][1])
         for where, row in rows:
             if self._kind(row) != kind:
-                raise ValueError(f"{where}: is {self._kind(row)}, but the first row is {kind}; use one file for each")
+                raise UserError(f"{where}: is {self._kind(row)}, but the first row is {kind}; use one file for each")
         return examples
 
     def self_test(self, example: Example) -> tuple[str, str]:
@@ -67,7 +68,7 @@ class JsonLines(Task):
         if example.completion is not None:
             return example.completion, ""
         if not example.answer:
-            raise ValueError(
+            raise UserError(
                 f"example '{example.uid}' has neither completion nor answer to check the rewards with; add an "
                 f"'{self.config.answer}' column, or set reward_pool.self_test=0"
             )
@@ -81,9 +82,9 @@ class JsonLines(Task):
     def _example(self, uid: str, row: dict[str, Any], where: str) -> Example:
         c = self.config
         if c.prompt not in row:
-            raise ValueError(f"{where}: no column '{c.prompt}'; the row has {', '.join(row) or 'none'}")
+            raise UserError(f"{where}: no column '{c.prompt}'; the row has {', '.join(row) or 'none'}")
         if ("chosen" in row) != ("rejected" in row) or ("chosen" in row and "completion" in row):
-            raise ValueError(f"{where}: a row has 'completion', or both 'chosen' and 'rejected', or none of the three")
+            raise UserError(f"{where}: a row has 'completion', or both 'chosen' and 'rejected', or none of the three")
         prompt = _prompt(row[c.prompt], f"{where}: column '{c.prompt}'")
         texts = {
             name: _completion(row[name], isinstance(prompt, list), f"{where}: column '{name}'")
@@ -92,10 +93,10 @@ class JsonLines(Task):
         }
         columns = {k: v for k, v in row.items() if k not in (c.prompt, c.answer, c.trace, *texts)}
         if c.trace and not (isinstance(row.get(c.trace), str) and row[c.trace]):
-            raise ValueError(f"{where}: column '{c.trace}' is {row.get(c.trace)!r:.60}, expected the reasoning as text")
+            raise UserError(f"{where}: column '{c.trace}' is {row.get(c.trace)!r:.60}, expected the reasoning as text")
         for name in _RESERVED:
             if name in columns:
-                raise ValueError(f"{where}: column '{name}' has the name of an argument of reward functions; rename it")
+                raise UserError(f"{where}: column '{name}' has the name of an argument of reward functions; rename it")
         return Example(
             uid=uid,
             prompt=prompt,
@@ -112,7 +113,7 @@ def _prompt(value: Any, what: str) -> str | list[dict[str, str]]:
         return value
     messages = _messages(value, what)
     if messages[-1]["role"] == "assistant":
-        raise ValueError(f"{what}: ends with an assistant message; that belongs into 'completion'")
+        raise UserError(f"{what}: ends with an assistant message; that belongs into 'completion'")
     return messages
 
 
@@ -120,23 +121,23 @@ def _completion(value: Any, conversation: bool, what: str) -> str:
     """The text of a completion: as it is, or the content of its one assistant message."""
     if isinstance(value, str) and value:
         if conversation:
-            raise ValueError(f"{what}: is text, but the prompt is a message list; both must be of one form")
+            raise UserError(f"{what}: is text, but the prompt is a message list; both must be of one form")
         return value
     messages = _messages(value, what)
     if not conversation:
-        raise ValueError(f"{what}: is a message list, but the prompt is text; both must be of one form")
+        raise UserError(f"{what}: is a message list, but the prompt is text; both must be of one form")
     if len(messages) != 1 or messages[0]["role"] != "assistant":
-        raise ValueError(f"{what}: must be exactly one assistant message")
+        raise UserError(f"{what}: must be exactly one assistant message")
     return messages[0]["content"]
 
 
 def _messages(value: Any, what: str) -> list[dict[str, str]]:
     if not isinstance(value, list) or not value:
-        raise ValueError(f"{what} is {value!r:.60}, expected text or a list of messages, not empty")
+        raise UserError(f"{what} is {value!r:.60}, expected text or a list of messages, not empty")
     for place, message in enumerate(value, start=1):
         good = isinstance(message, dict) and set(message) == {"role", "content"} and message["role"] in _ROLES
         if not good or not isinstance(message["content"], str):
-            raise ValueError(
+            raise UserError(
                 f'{what}: message {place} is {message!r:.60}, expected {{"role": one of {", ".join(_ROLES)}, '
                 f'"content": text}}'
             )
@@ -145,5 +146,5 @@ def _messages(value: Any, what: str) -> list[dict[str, str]]:
 
 def _answer(value: Any, what: str) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int | float) or value == "":
-        raise ValueError(f"{what} is {value!r:.60}, expected text or a number")
+        raise UserError(f"{what} is {value!r:.60}, expected text or a number")
     return str(value)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from dllm_rl.errors import UserError
 from dllm_rl.protocols.task import Task
 from dllm_rl.tasks.rows import field, hub_rows, read_rows
 from dllm_rl.types import Example
@@ -33,7 +34,7 @@ class _WordProblems(Task):
 
         def __post_init__(self) -> None:
             if self.limit is not None and self.limit < 1:
-                raise ValueError(f"limit = {self.limit}: must be at least 1, or null for every row")
+                raise UserError(f"limit = {self.limit}: must be at least 1, or null for every row")
 
     name = ""
     hub_configuration: str | None = None  # None = every configuration
@@ -47,7 +48,7 @@ class _WordProblems(Task):
         c = self.config
         path = c.train_file if split == "train" else c.test_file
         if path is None and (c.train_file or c.test_file):
-            raise ValueError(f"data.task.{split}_file is missing; give both files, or neither to use the hub")
+            raise UserError(f"data.task.{split}_file is missing; give both files, or neither to use the hub")
         rows = hub_rows(c.hub, self.hub_configuration, split)[: c.limit] if path is None else read_rows(path, c.limit)
         skip = c.train_skip if split == "train" else c.test_skip
         examples: list[Example] = []
@@ -62,12 +63,12 @@ class _WordProblems(Task):
         if malformed:
             first = next(iter(malformed.values()))
             shown = f"{list(malformed)}" if len(malformed) <= 20 else "[...]"
-            raise ValueError(
+            raise UserError(
                 f"{first}; {len(malformed)} of {len(rows)} rows are malformed. Mend the file, or leave them out: "
                 f"data.task.{split}_skip={shown}"
             )
         if not examples:
-            raise ValueError(f"data.task.{split}_skip leaves out every row")
+            raise UserError(f"data.task.{split}_skip leaves out every row")
         return examples
 
     def self_test(self, example: Example) -> tuple[str, str]:
@@ -114,7 +115,7 @@ class GSM8K(_WordProblems):
         reasoning, marker, final = solution.rpartition("####")
         answer = final.strip().replace(",", "")
         if not marker or not answer:
-            raise ValueError(f"{where}: column 'answer' does not end in '#### <number>': {solution[-40:]!r}")
+            raise UserError(f"{where}: column 'answer' does not end in '#### <number>': {solution[-40:]!r}")
         trace = _CALCULATION.sub("", reasoning).strip()
         return question, answer, f"{trace}\n\\boxed{{{answer}}}", trace or None
 
@@ -144,9 +145,9 @@ class MATH(_WordProblems):
         elif solution is not None:
             answer = _last_boxed(solution)
         else:
-            raise ValueError(f"{where}: neither 'answer' nor 'solution'; the row has {', '.join(row)}")
+            raise UserError(f"{where}: neither 'answer' nor 'solution'; the row has {', '.join(row)}")
         if not answer:
-            raise ValueError(f"{where}: column 'solution' has no \\boxed{{}} answer: {str(solution)[-40:]!r}")
+            raise UserError(f"{where}: column 'solution' has no \\boxed{{}} answer: {str(solution)[-40:]!r}")
         before = solution[: max(solution.rfind("\\boxed"), solution.rfind("\\fbox"), 0)].rstrip() if solution else ""
         return question, answer.strip(), solution or f"\\boxed{{{answer.strip()}}}", before or None
 

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from dllm_rl.errors import UserError
+
 Row = tuple[str, dict[str, Any]]  # where it stands, for messages ("train.jsonl, line 3"), and its columns
 
 
@@ -18,17 +20,17 @@ def read_rows(path: str | Path, limit: int | None = None) -> list[Row]:
         path: JSON lines (``.jsonl``) or one JSON array (``.json``), either also gzipped (``.gz``).
         limit: only the first so many rows.
     Raises:
-        ValueError: no such file, an empty one, or a line that is not a JSON object.
+        UserError: no such file, an empty one, or a line that is not a JSON object.
     """
     path = Path(path).expanduser()
     name = path.name.removesuffix(".gz")
     if not name.endswith((".jsonl", ".json")):
-        raise ValueError(f"'{path}': cannot read this kind of file; give .jsonl, .json, .jsonl.gz or .json.gz")
+        raise UserError(f"'{path}': cannot read this kind of file; give .jsonl, .json, .jsonl.gz or .json.gz")
     if not path.is_file():
-        raise ValueError(f"no data file '{path}' (looked from '{Path.cwd()}')")
+        raise UserError(f"no data file '{path}' (looked from '{Path.cwd()}')")
     rows = list(_lines(path, limit) if name.endswith(".jsonl") else _array(path, limit))
     if not rows:
-        raise ValueError(f"'{path}' holds no rows; a data set needs at least one")
+        raise UserError(f"'{path}' holds no rows; a data set needs at least one")
     return rows
 
 
@@ -40,7 +42,7 @@ def hub_rows(hub: str, configuration: str | None, split: str) -> list[Row]:
         configuration: one of its configurations; None = all of them, one after the other.
         split: "train" or "test".
     Raises:
-        ValueError: it cannot be loaded.
+        UserError: it cannot be loaded.
     """
     import datasets  # takes seconds, and local files do not need it
 
@@ -49,7 +51,7 @@ def hub_rows(hub: str, configuration: str | None, split: str) -> list[Row]:
         tables = [(part, datasets.load_dataset(hub, part, split=split)) for part in parts]
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise ValueError(
+        raise UserError(
             f"data set '{hub}' cannot be loaded from the hub ({reason:.200}); give local files instead: "
             f"data.task.train_file and data.task.test_file"
         ) from error
@@ -60,13 +62,13 @@ def field(row: dict[str, Any], name: str, where: str) -> str:
     """A column that must be text with something in it.
 
     Raises:
-        ValueError: naming file, line and column.
+        UserError: naming file, line and column.
     """
     if name not in row:
-        raise ValueError(f"{where}: no column '{name}'; the row has {', '.join(row) or 'none'}")
+        raise UserError(f"{where}: no column '{name}'; the row has {', '.join(row) or 'none'}")
     value = row[name]
     if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{where}: column '{name}' is {value!r:.60}, expected text")
+        raise UserError(f"{where}: column '{name}' is {value!r:.60}, expected text")
     return value
 
 
@@ -74,7 +76,7 @@ def _bytes(path: Path) -> bytes:
     try:
         return gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (gzip.BadGzipFile, EOFError) as error:
-        raise ValueError(f"'{path}' is not a complete gzip file: {error}") from None
+        raise UserError(f"'{path}' is not a complete gzip file: {error}") from None
 
 
 def _lines(path: Path, limit: int | None) -> Iterator[Row]:
@@ -84,14 +86,14 @@ def _lines(path: Path, limit: int | None) -> Iterator[Row]:
     for number, line in enumerate(lines[:limit], start=1):
         where = f"{path}, line {number}"
         if not line.strip():
-            raise ValueError(f"{where}: is blank; remove it")
+            raise UserError(f"{where}: is blank; remove it")
         yield where, _object(_parse(line, where), where)
 
 
 def _array(path: Path, limit: int | None) -> Iterator[Row]:
     rows = _parse(_bytes(path), str(path))
     if not isinstance(rows, list):
-        raise ValueError(f"'{path}' holds {type(rows).__name__}, expected a JSON array of rows; for JSON lines: .jsonl")
+        raise UserError(f"'{path}' holds {type(rows).__name__}, expected a JSON array of rows; for JSON lines: .jsonl")
     for number, row in enumerate(rows[:limit], start=1):
         yield f"{path}, row {number}", _object(row, f"{path}, row {number}")
 
@@ -100,13 +102,13 @@ def _parse(text: bytes, where: str) -> Any:
     try:
         return json.loads(text.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        raise ValueError(f"{where}: not UTF-8 at byte {error.start}") from None
+        raise UserError(f"{where}: not UTF-8 at byte {error.start}") from None
     except json.JSONDecodeError as error:
         place = f"line {error.lineno} column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
-        raise ValueError(f"{where}: not valid JSON: {error.msg} at {place}") from None
+        raise UserError(f"{where}: not valid JSON: {error.msg} at {place}") from None
 
 
 def _object(value: Any, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise ValueError(f"{where}: is {type(value).__name__}, expected an object with named columns")
+        raise UserError(f"{where}: is {type(value).__name__}, expected an object with named columns")
     return value

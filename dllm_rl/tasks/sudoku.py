@@ -9,6 +9,7 @@ from functools import cache
 from random import Random
 from typing import Literal
 
+from dllm_rl.errors import UserError
 from dllm_rl.protocols.task import Task
 from dllm_rl.seeding import python_random
 from dllm_rl.types import Example
@@ -39,13 +40,13 @@ class Sudoku4(Task):
 
         def __post_init__(self) -> None:
             if not 1 <= self.min_holes <= self.max_holes <= 12:
-                raise ValueError(
+                raise UserError(
                     f"min_holes = {self.min_holes}, max_holes = {self.max_holes}: need 1 <= min <= max <= 12"
                 )
             if not 0 < self.test_fraction < 1:
-                raise ValueError(f"test_fraction = {self.test_fraction}: must be in (0, 1)")
+                raise UserError(f"test_fraction = {self.test_fraction}: must be in (0, 1)")
             if self.train_puzzles < 1 or self.test_puzzles < 1:
-                raise ValueError("train_puzzles and test_puzzles must be at least 1")
+                raise UserError("train_puzzles and test_puzzles must be at least 1")
 
     rewards = ("sudoku",)
     success = "sudoku"
@@ -66,7 +67,7 @@ class Sudoku4(Task):
         while len(found) < wanted:
             attempts += 1
             if attempts > 50 * wanted + 1000:
-                raise ValueError(
+                raise UserError(
                     f"only {len(found)} of {wanted} distinct {split} puzzles with {c.min_holes}..{c.max_holes} holes "
                     f"found; ask for fewer, or allow more holes"
                 )

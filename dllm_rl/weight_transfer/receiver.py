@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dllm_rl.errors import RunStopped
 from dllm_rl.models.digest import tensor_digests
 
 _ALIGN = 16  # bytes; any dtype can be viewed at such an offset
 
 
-class PushError(RuntimeError):
+class PushError(RunStopped):
     """A push of weights that did not arrive as it was sent."""
 
 

@@ -15,6 +15,7 @@ from dllm_rl.config.plugins import build
 from dllm_rl.config.schema import Config
 from dllm_rl.config.section import Plugin
 from dllm_rl.diffusion.layout import block_index
+from dllm_rl.errors import RunStopped
 from dllm_rl.models.denoiser import TransformersDenoiser
 from dllm_rl.protocols.engine import RolloutEngine
 from dllm_rl.protocols.strategy import UnmaskingStrategy
@@ -86,12 +87,12 @@ class EngineWorker:
         """Decode; see protocols.RolloutEngine.
 
         Raises:
-            RuntimeError: the weights are not those of one version, or not there.
+            RunStopped: the weights are not those of one version, or not there.
         """
         if not self._receiver.complete:
-            raise RuntimeError(f"engine {self._place.rank} holds an unfinished push of weights and decodes nothing")
+            raise RunStopped(f"engine {self._place.rank} holds an unfinished push of weights and decodes nothing")
         if self._sleeper is not None and self._sleeper.asleep:
-            raise RuntimeError(f"engine {self._place.rank} is asleep and decodes nothing")
+            raise RunStopped(f"engine {self._place.rank} is asleep and decodes nothing")
         engine: RolloutEngine = self._engines[role] if isinstance(role, str) else self._expert(role)
         found = engine.generate(
             prompts,

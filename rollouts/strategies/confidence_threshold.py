@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dllm_rl.diffusion.decoding import take_best
+from dllm_rl.errors import UserError
 from dllm_rl.protocols.strategy import Candidates, UnmaskingStrategy
 
 
@@ -26,7 +27,7 @@ class ConfidenceThreshold(UnmaskingStrategy):
 
         def __post_init__(self) -> None:
             if not 0 < self.threshold <= 1:
-                raise ValueError(f"threshold = {self.threshold}: must be in (0, 1]")
+                raise UserError(f"threshold = {self.threshold}: must be in (0, 1]")
 
     config: Config
 

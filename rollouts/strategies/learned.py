@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dllm_rl.diffusion import choices
+from dllm_rl.errors import UserError
 from dllm_rl.models.unmasking import UnmaskingPolicy, load_policy, save_policy
 from dllm_rl.protocols.strategy import Candidates, UnmaskingStrategy
 
@@ -35,7 +36,7 @@ class Learned(UnmaskingStrategy):
 
         def __post_init__(self) -> None:
             if self.temperature <= 0:
-                raise ValueError(f"temperature = {self.temperature}: must be > 0")
+                raise UserError(f"temperature = {self.temperature}: must be > 0")
 
     config: Config
     policy: UnmaskingPolicy
@@ -56,15 +57,15 @@ class Learned(UnmaskingStrategy):
         """See UnmaskingStrategy.
 
         Raises:
-            ValueError: the policy was trained with another vocabulary, or was never trained.
+            UserError: the policy was trained with another vocabulary, or was never trained.
         """
         if self.config.path is None and not trained_here:
-            raise ValueError(
+            raise UserError(
                 "strategy 'learned' has no path, so its policy is untrained; give the path of a trained one, or train "
                 "it with algorithm: {name: unmasking_policy}"
             )
         if self.vocabulary not in (None, vocabulary) and not self.config.any_vocabulary:
-            raise ValueError(
+            raise UserError(
                 f"policy '{self.config.path}' was trained with another vocabulary ({self.vocabulary}, the model has "
                 f"{vocabulary}); take the policy of this model, or set any_vocabulary: true to transfer it"
             )

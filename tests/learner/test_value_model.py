@@ -49,7 +49,7 @@ def test_it_learns_the_rewards(tmp_path, family, blocks):
     value = one._values.predict(batch, masks)
     assert not value[~generated].any()
     for row in (0, 1):
-        assert value[row][scored[row]].mean().item() == pytest.approx(cases.MIXED[row], abs=0.2)
+        assert value[row][generated[row]].mean().item() == pytest.approx(cases.MIXED[row], abs=0.2)
 
 
 def test_micro_batches_do_not_matter(tmp_path):
