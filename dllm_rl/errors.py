@@ -13,6 +13,30 @@ class RunStopped(RuntimeError):
     """A run that cannot go on and knows why; its message says what to do next, in one line (exit code 1)."""
 
 
+class PushError(RunStopped):
+    """A push of weights that did not arrive as it was sent."""
+
+
+class DroppedBucket(PushError):
+    """Weights were announced and did not come."""
+
+
+class StaleVersion(PushError):
+    """Older weights than those that are there."""
+
+
+class UnknownWeight(PushError):
+    """A name or a shape that the receiver does not have."""
+
+
+class DigestMismatch(PushError):
+    """The receiver holds other values than the sender."""
+
+
+class PushTimeout(PushError):
+    """A worker did not finish its part in time."""
+
+
 def require_package(package: str, extra: str, what: str) -> None:
     """Refuse what cannot run without a package that is not installed.
 

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
+from dllm_rl.config import ranges
 from dllm_rl.diffusion.decoding import POSITION_NOISE, TOKEN_NOISE, propose
 from dllm_rl.diffusion.layout import block_index, block_rule
 from dllm_rl.protocols.denoiser import Denoiser
@@ -21,6 +23,7 @@ from dllm_rl.protocols.strategy import Candidates, UnmaskingStrategy
 from dllm_rl.seeding import uniform
 from dllm_rl.types import GIVEN, Prompt, Sampling, Trajectory, WeightsVersion
 from rollouts.canvas import Request, choose, inference, requests, trajectory
+from rollouts.torch_engine import TorchEngine
 
 CHUNK_ELEMENTS = 1 << 25  # 0.7 GB at the peak of a greedy choice, 1.5 GB with top-k and top-p
 
@@ -68,7 +71,7 @@ class _Rows:
         return self.masked & self.due
 
 
-class NativeEngine:
+class NativeSampler:
     """Decodes rows in batches."""
 
     def __init__(
@@ -311,3 +314,28 @@ class NativeEngine:
                     weights=self.weights,
                 ),
             )
+
+
+class NativeEngine(TorchEngine):
+    """Batches of rows over a denoiser of ours."""
+
+    @dataclass(frozen=True, slots=True, kw_only=True)
+    class Config:
+        """Options."""
+
+        max_batch_tokens: int = 1 << 16  # padded tokens per forward at most
+
+        def __post_init__(self) -> None:
+            ranges.at_least_one(max_batch_tokens=self.max_batch_tokens)
+
+    config: Config
+
+    @override
+    def sampler(self, strategy: UnmaskingStrategy, *, keep_confidence: bool = False) -> NativeSampler:
+        return NativeSampler(
+            self.denoiser,
+            strategy,
+            weights=self.weights,
+            max_batch_tokens=self.config.max_batch_tokens,
+            keep_confidence=keep_confidence,
+        )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from typing_extensions import override
 
 from dllm_rl.diffusion.decoding import POSITION_NOISE, TOKEN_NOISE, propose
 from dllm_rl.diffusion.layout import block_index, block_rule
@@ -13,9 +14,10 @@ from dllm_rl.protocols.strategy import Candidates, UnmaskingStrategy
 from dllm_rl.seeding import uniform
 from dllm_rl.types import GIVEN, Prompt, Sampling, Trajectory, WeightsVersion
 from rollouts.canvas import Request, choose, inference, requests, trajectory
+from rollouts.torch_engine import TorchEngine
 
 
-class ReferenceEngine:
+class ReferenceSampler:
     """Decodes row by row, block by block, recomputing everything at each forward."""
 
     def __init__(
@@ -24,7 +26,6 @@ class ReferenceEngine:
         strategy: UnmaskingStrategy,
         *,
         weights: WeightsVersion,
-        max_batch_tokens: int | None = None,
         keep_confidence: bool = False,
     ) -> None:
         """Hold a denoiser.
@@ -33,7 +34,6 @@ class ReferenceEngine:
             denoiser: shared with the learner in one process.
             strategy: which positions to commit.
             weights: version of the denoiser's weights; updated by the driver.
-            max_batch_tokens: not used; rows are decoded alone.
             keep_confidence: fill Trajectory.confidence, also if the strategy does not read the whole canvas itself.
         """
         self.weights = weights
@@ -130,3 +130,11 @@ class ReferenceEngine:
             eos_id=denoiser.eos_id,
             weights=self.weights,
         )
+
+
+class ReferenceEngine(TorchEngine):
+    """Row by row over a denoiser of ours."""
+
+    @override
+    def sampler(self, strategy: UnmaskingStrategy, *, keep_confidence: bool = False) -> ReferenceSampler:
+        return ReferenceSampler(self.denoiser, strategy, weights=self.weights, keep_confidence=keep_confidence)

@@ -18,8 +18,10 @@ import pytest
 from dllm_rl import registry
 from dllm_rl.config.load import load_config
 from dllm_rl.protocols.algorithm import Algorithm
+from dllm_rl.protocols.engine import RolloutEngine
 from dllm_rl.protocols.strategy import UnmaskingStrategy
 from dllm_rl.protocols.task import Task
+from dllm_rl.weight_transfer.transport import Transport
 
 ROOT = Path(__file__).resolve().parents[1]
 PLUGINS = ("algorithms", "rollouts", "rewards")
@@ -214,6 +216,15 @@ def test_randomness_comes_from_one_module():
     assert random_uses(ROOT / "dllm_rl" / "seeding.py"), "the walk sees nothing"
 
 
+BASES = {
+    "algorithms": Algorithm,
+    "engines": RolloutEngine,
+    "strategies": UnmaskingStrategy,
+    "tasks": Task,
+    "transports": Transport,
+}
+
+
 def entry_points() -> list[tuple[str, str, str]]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     groups = project["entry-points"].items()
@@ -224,11 +235,7 @@ def entry_points() -> list[tuple[str, str, str]]:
 def test_entry_points_resolve_to_their_kind(kind, name, value):
     plugin = registry.load(kind, name)
     assert f"{plugin.__module__}:{plugin.__qualname__}" == value
-    base = {"algorithms": Algorithm, "strategies": UnmaskingStrategy, "tasks": Task}
-    if kind in base:
-        assert issubclass(plugin, base[kind])
-    else:
-        assert callable(getattr(plugin, {"engines": "generate", "rewards": "__call__"}[kind]))
+    assert issubclass(plugin, BASES[kind]) if kind in BASES else callable(plugin.__call__)
 
 
 def test_every_plugin_file_is_registered():

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar
 
 from dllm_rl.errors import RunStopped
 
@@ -76,10 +76,12 @@ class Heartbeat:
     gpu_percent: float | None = None
 
 
-Build = Callable[[WorkerRank], Any]
+W = TypeVar("W")  # the workers' class
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
-class WorkerGroup(ABC):
+class WorkerGroup(ABC, Generic[W]):
     """Members 0 .. size - 1.
 
     Attributes:
@@ -91,7 +93,9 @@ class WorkerGroup(ABC):
     size: int
 
     @abstractmethod
-    def submit(self, rank: int, method: str, *args: Any, **kwargs: Any) -> Future[Any]:
+    def submit(
+        self, rank: int, method: Callable[Concatenate[W, P], R], /, *args: P.args, **kwargs: P.kwargs
+    ) -> Future[R]:
         """Call a method of one worker. The future raises what the worker raised, or WorkerLost."""
 
     @abstractmethod
@@ -114,23 +118,18 @@ class WorkerGroup(ABC):
     def close(self) -> None:
         """End all workers."""
 
-    def call(self, method: str, *args: Any, **kwargs: Any) -> list[Any]:
+    def call(self, method: Callable[Concatenate[W, P], R], /, *args: P.args, **kwargs: P.kwargs) -> list[R]:
         """Call a method of all workers at once with the same arguments; results by rank."""
         return gather([self.submit(rank, method, *args, **kwargs) for rank in range(self.size)])
 
-    def scatter(self, method: str, shares: Sequence[tuple[Any, ...]]) -> list[Any]:
-        """Call a method of all workers at once, each with its own arguments; results by rank."""
-        assert len(shares) == self.size, f"{len(shares)} shares for {self.size} workers"
-        return gather([self.submit(rank, method, *share) for rank, share in enumerate(shares)])
-
-    def __enter__(self) -> WorkerGroup:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
         self.close()
 
 
-def gather(futures: Sequence[Future[Any]]) -> list[Any]:
+def gather(futures: Sequence[Future[R]]) -> list[R]:
     """Results in order; raises the first failure that is not merely a consequence (WorkerLost) of another."""
     failures = [error for future in futures if (error := future.exception()) is not None]
     if failures:

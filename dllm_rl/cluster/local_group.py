@@ -1,53 +1,62 @@
-"""Members in this process: a call has finished when submit returns."""
+"""Workers in this process: a call has finished when submit returns."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import Any
+from typing import Concatenate
 
-from dllm_rl.cluster.group import Build, Heartbeat, WorkerGroup, WorkerRank
+from typing_extensions import override
+
+from dllm_rl.cluster.group import Heartbeat, P, R, W, WorkerGroup, WorkerRank
 from dllm_rl.cluster.usage import Usage
 
 
-class LocalWorkerGroup(WorkerGroup):
+class LocalWorkerGroup(WorkerGroup[W]):
     """One process, no copies: workers may share objects with each other and with the driver."""
 
-    def __init__(self, name: str, build: Build, size: int = 1) -> None:
+    def __init__(self, name: str, build: Callable[[WorkerRank], W], size: int = 1) -> None:
         """Build the workers.
 
         Args:
             name: for messages.
-            build: makes a worker for its place.
+            build: makes the worker of a rank.
             size: number of workers.
         """
         self.name, self.size, self._build = name, size, build
         self._workers = [build(WorkerRank(rank=rank, size=size)) for rank in range(size)]
         self._usage = Usage()
 
-    def submit(self, rank: int, method: str, *args: Any, **kwargs: Any) -> Future[Any]:
-        """Call at once; see WorkerGroup."""
-        future: Future[Any] = Future()
+    @override
+    def submit(
+        self, rank: int, method: Callable[Concatenate[W, P], R], /, *args: P.args, **kwargs: P.kwargs
+    ) -> Future[R]:
+        future: Future[R] = Future()
         try:
-            future.set_result(getattr(self._workers[rank], method)(*args, **kwargs))
+            future.set_result(getattr(self._workers[rank], method.__name__)(*args, **kwargs))
         except Exception as error:  # the caller's, at result()
             future.set_exception(error)
         return future
 
+    @override
     def heartbeat(self, rank: int) -> Future[Heartbeat]:
-        """See WorkerGroup."""
         future: Future[Heartbeat] = Future()
         future.set_result(self._usage.heartbeat(getattr(self._workers[rank], "ticks", 0)))
         return future
 
+    @override
     def restart(self, ranks: Sequence[int]) -> None:
-        """See WorkerGroup."""
         for rank in ranks:
             self._workers[rank] = self._build(WorkerRank(rank=rank, size=self.size))
 
+    @override
     def end(self, rank: int) -> None:
         """A worker of this process cannot hang while the driver looks at it."""
 
+    @override
     def close(self) -> None:
-        """Drop the workers."""
+        for worker in self._workers:
+            close = getattr(worker, "close", None)
+            if close is not None:
+                close()
         self._workers = []

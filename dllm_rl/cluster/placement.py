@@ -35,7 +35,7 @@ class Slot:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Needs:
+class ResourceRequest:
     """What a kind of worker needs.
 
     Attributes:
@@ -57,7 +57,12 @@ class Placement:
 
     @staticmethod
     def reserve(
-        engines: Needs, learners: Needs, *, colocate: bool, wait_s: float, log: Callable[[str], None]
+        engines: ResourceRequest,
+        learners: ResourceRequest,
+        *,
+        colocate: bool,
+        wait_s: float,
+        log: Callable[[str], None],
     ) -> Placement:
         """Reserve places for all workers at once.
 
@@ -92,7 +97,9 @@ class Placement:
         remove_placement_group(self.group)
 
 
-def _bundles(engines: Needs, learners: Needs, colocate: bool) -> tuple[list[Bundle], dict[str, list[int]]]:
+def _bundles(
+    engines: ResourceRequest, learners: ResourceRequest, colocate: bool
+) -> tuple[list[Bundle], dict[str, list[int]]]:
     """Bundles, and which of them hold an engine and which a learner."""
     one = {"engine": _resources(engines), "learner": _resources(learners)}
     shared = min(engines.count, learners.count) if colocate else 0
@@ -106,7 +113,7 @@ def _bundles(engines: Needs, learners: Needs, colocate: bool) -> tuple[list[Bund
     return bundles, at
 
 
-def _resources(needs: Needs) -> dict[str, float]:
+def _resources(needs: ResourceRequest) -> dict[str, float]:
     return {name: value for name, value in (("CPU", needs.cpus), ("GPU", needs.gpus)) if value}
 
 

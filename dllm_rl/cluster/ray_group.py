@@ -6,21 +6,23 @@ import contextlib
 import dataclasses
 import re
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
-from typing import Any
+from typing import Any, Concatenate
 
 import ray
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from typing_extensions import override
 
-from dllm_rl.cluster.group import Build, Heartbeat, WorkerGroup, WorkerLost, WorkerRank, gather
+from dllm_rl.cluster.group import Heartbeat, P, R, W, WorkerGroup, WorkerLost, WorkerRank, gather
 from dllm_rl.cluster.placement import Slot
 from dllm_rl.cluster.usage import Usage
 
+CLOSE_S = 2.0  # a worker that is busy will not answer, and must not delay the end of a run
 START_UP_S = 600.0  # importing torch and loading a large model from a slow disk
 
 
-class Host:
+class WorkerActor:
     """What runs in an actor: it builds the worker and passes calls on."""
 
     def __init__(self) -> None:
@@ -33,9 +35,9 @@ class Host:
             probe.bind(("", 0))
             return ray.util.get_node_ip_address(), probe.getsockname()[1]
 
-    def build(self, make: Build, place: WorkerRank) -> None:
+    def build(self, make: Callable[[WorkerRank], Any], rank: WorkerRank) -> None:
         """Make the worker."""
-        self._worker = make(dataclasses.replace(place, host=ray.util.get_node_ip_address()))
+        self._worker = make(dataclasses.replace(rank, host=ray.util.get_node_ip_address()))
 
     def invoke(self, method: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Call a method of the worker."""
@@ -48,10 +50,12 @@ class Host:
         return self._usage.heartbeat(getattr(self._worker, "ticks", 0))
 
 
-class RayWorkerGroup(WorkerGroup):
+class RayWorkerGroup(WorkerGroup[W]):
     """Actors that the driver owns: they end with it."""
 
-    def __init__(self, name: str, build: Build, slots: Sequence[Slot], env: Mapping[str, str]) -> None:
+    def __init__(
+        self, name: str, build: Callable[[WorkerRank], W], slots: Sequence[Slot], env: Mapping[str, str]
+    ) -> None:
         """Take note of what to start; restart() starts it.
 
         Args:
@@ -66,20 +70,22 @@ class RayWorkerGroup(WorkerGroup):
         self._why: dict[int, str] = {}
         self._rendezvous = ("127.0.0.1", 0)
 
-    def submit(self, rank: int, method: str, *args: Any, **kwargs: Any) -> Future[Any]:
-        """See WorkerGroup."""
+    @override
+    def submit(
+        self, rank: int, method: Callable[Concatenate[W, P], R], /, *args: P.args, **kwargs: P.kwargs
+    ) -> Future[R]:
         actor = self._actors[rank]
         if actor is None:
             return self._gone(rank)
-        return self._future(rank, actor.invoke.remote(method, args, kwargs))
+        return self._future(rank, actor.invoke.remote(method.__name__, args, kwargs))
 
+    @override
     def heartbeat(self, rank: int) -> Future[Heartbeat]:
-        """See WorkerGroup."""
         actor = self._actors[rank]
         return self._gone(rank) if actor is None else self._future(rank, actor.heartbeat.remote())
 
+    @override
     def restart(self, ranks: Sequence[int]) -> None:
-        """See WorkerGroup."""
         # The address of rank 0 comes first: workers of a collective group need it in order to meet.
         for rank in ranks:
             self._kill(rank)
@@ -106,13 +112,16 @@ class RayWorkerGroup(WorkerGroup):
             )
         gather([future for future in builds if future.done()])
 
+    @override
     def end(self, rank: int) -> None:
-        """See WorkerGroup."""
         self._why[rank] = "ended by the driver because it made no progress"
         self._kill(rank)
 
+    @override
     def close(self) -> None:
-        """End all workers."""
+        # A killed actor leaves behind what it has started itself (an engine's server, say): ask first.
+        asked = [a.invoke.remote("close", (), {}).future() for a in self._actors if a is not None]
+        wait(asked, timeout=CLOSE_S)
         for rank in range(self.size):
             self._kill(rank)
 
@@ -126,7 +135,7 @@ class RayWorkerGroup(WorkerGroup):
         )
         actor: Any = ray.remote(concurrency_groups={"control": 1})
         return (
-            actor(Host)
+            actor(WorkerActor)
             .options(
                 num_cpus=slot.cpus,
                 num_gpus=slot.gpus,

@@ -19,6 +19,8 @@ class RolloutSection(Section):
     pause_blocks: int | None = Field(default=None, ge=1)
     """Decoding blocks after which completions pause if new weights are there, to go on with them; runs then depend on
     who is faster. null = new weights wait until the batches are decoded, and runs are reproducible."""
+    rows_per_call: int = Field(default=64, ge=1)
+    """Completions per piece of work; the same pieces for any number of engines, so that results do not depend on it."""
     correction: Literal["token", "sequence"] | None = None
     """Truncated importance weights for stale rollouts, per token or per completion; costs a replay of the rollout."""
     correction_cap: float = Field(default=2.0, gt=0)
@@ -54,8 +56,9 @@ class ClusterSection(Section):
     """GPUs of each learner rank; null = as for engines."""
     wait_s: float = Field(default=600.0, gt=0)
     """How long to wait for free resources."""
-    transport: Literal["auto", "collective", "object_store", "cuda_ipc"] = "auto"
-    """How weights travel: broadcast (NCCL or gloo), Ray's object store, or CUDA IPC on a shared device."""
+    transport: str = "auto"
+    """How weights travel: "broadcast" (NCCL or gloo), "object_store" (Ray's), "cuda_ipc" (on a shared device), or a
+    transport of your own; "auto" chooses one of these."""
     push: Literal["adapter", "merged"] = "adapter"
     """With LoRA: send the adapter, or the adapted layers with it merged in, for engines that know no adapters."""
     bucket_mb: int = Field(default=256, ge=1)

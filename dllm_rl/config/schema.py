@@ -155,15 +155,11 @@ class SamplingSection(Section):
     """Which positions to commit."""
 
 
-class EngineSection(Section):
-    """What generates rollouts."""
+class EngineSection(Plugin):
+    """What generates rollouts; further keys are the engine's own options."""
 
     name: str = "native"
     """Entry-point name, or "package.module:Name"."""
-    max_batch_tokens: int = Field(default=1 << 16, ge=1)
-    """Tokens per forward at most."""
-    rows_per_call: int = Field(default=64, ge=1)
-    """Completions per piece of work; the same pieces for any number of engines, so that results do not depend on it."""
 
 
 class RewardsSection(Section):

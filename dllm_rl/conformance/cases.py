@@ -6,6 +6,7 @@ import dataclasses
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 from dllm_rl.diffusion.layout import block_index
 from dllm_rl.models.create import create_denoiser
@@ -133,11 +134,16 @@ def select(value: LikelihoodEstimate, rows: Tensor) -> LikelihoodEstimate:
     return LikelihoodEstimate(token_logp=value.token_logp[rows], draw_logp=value.draw_logp[:, rows])
 
 
-def denoiser(family: str) -> TransformersDenoiser:
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Ten digits."""
+    return character_tokenizer("0123456789")
+
+
+def denoiser(family: str, seed: int = 0) -> TransformersDenoiser:
     """A random model of a few thousand parameters whose predictions differ visibly from state to state."""
     made = create_denoiser(
         family,
-        character_tokenizer("0123456789"),
+        tokenizer(),
         hidden_size=32,
         num_layers=2,
         num_heads=4,
@@ -145,7 +151,7 @@ def denoiser(family: str) -> TransformersDenoiser:
         intermediate_size=48,
         max_length=64,
         block_size=BLOCK if family == "sdar" else None,
-        seed=0,
+        seed=seed,
     )
     with torch.no_grad():
         for parameter in made.module.parameters():

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from dllm_rl import registry
-from dllm_rl.config.plugins import build
+from dllm_rl.config.plugins import build, configure
 from dllm_rl.conformance import cases
 from dllm_rl.conformance.violation import require
 from dllm_rl.data.collate import collate
 from dllm_rl.diffusion import likelihood, masking
-from dllm_rl.errors import UserError
+from dllm_rl.errors import UnknownWeight
 from dllm_rl.models.denoiser import TransformersDenoiser
-from dllm_rl.protocols.engine import RolloutEngine
+from dllm_rl.models.digest import tensor_digests
+from dllm_rl.models.loading import load_denoiser, save_denoiser
+from dllm_rl.protocols.engine import TRAIN, Capabilities, EngineSetup, RolloutEngine, SharedModel, TensorSpec
 from dllm_rl.types import GIVEN, Prompt, Sampling, Trajectory, WeightsVersion
 
 FAMILIES = ("tiny", "dream", "sdar")  # full attention, shifted predictions, block-causal with a cache
@@ -30,29 +33,59 @@ class Subject:
     """An engine class and the prompts it decodes."""
 
     def __init__(self, name: str, options: Mapping[str, Any]) -> None:
-        if options:
-            raise UserError(f"engine '{name}' takes no options here, got {', '.join(options)}")
-        self.engine = registry.load("engines", name)
-        self.models = {family: cases.denoiser(family) for family in FAMILIES}
-        for denoiser in self.models.values():
+        self.engine, self.options = configure("engines", name, options)
+        self.capabilities: Capabilities = self.engine.capabilities(self.options)
+        self.folder = tempfile.TemporaryDirectory()
+        self.models: dict[str, TransformersDenoiser] = {}
+        for family in FAMILIES:
+            denoiser, tokenizer = cases.denoiser(family), cases.tokenizer()
+            attention = "full" if denoiser.block_size is None else "block_causal"
+            served = self.capabilities.families is None or family in self.capabilities.families
+            if not served or attention not in self.capabilities.attention:
+                continue
+            self.models[family] = denoiser
             # A random model hardly ever says EOS: call a digit that it likes so, and rows end early.
             said = torch.cat(
                 [t.tokens[t.prompt_length :] for t in self.oracle(denoiser).generate(PROMPTS, SAMPLED, seed=0)]
             )
             denoiser.eos_id = int((said.bincount() / len(said) - 0.08).abs().argmin())
+            tokenizer.eos_token = tokenizer.convert_ids_to_tokens(denoiser.eos_id)
+            save_denoiser(denoiser, tokenizer, self._path(denoiser))
+
+    def close(self) -> None:
+        """Remove the models."""
+        self.folder.cleanup()
 
     def make(
         self, denoiser: TransformersDenoiser, strategy: str = "low_confidence", weights: WeightsVersion = WEIGHTS
     ) -> RolloutEngine:
-        """The engine under test."""
-        made: RolloutEngine = self.engine(denoiser, build("strategies", strategy, {}), weights=weights)
+        """The engine under test, in a process that no learner shares."""
+        setup = EngineSetup(
+            rank=0,
+            path=str(self._path(denoiser)),
+            strategies={TRAIN: {"name": strategy}},
+            trains="model",
+            load=lambda: load_denoiser(self._path(denoiser)),
+        )
+        made: RolloutEngine = self.engine(self.options, setup)
+        made.weights = weights
         return made
 
     def oracle(self, denoiser: TransformersDenoiser, strategy: str = "low_confidence") -> RolloutEngine:
-        """The reference engine."""
-        kind = registry.load("engines", "reference")
-        made: RolloutEngine = kind(denoiser, build("strategies", strategy, {}), weights=WEIGHTS)
+        """The reference engine, over the very network."""
+        kind, options = configure("engines", "reference", {})
+        shared = SharedModel(
+            denoiser=denoiser, tokenizer=cases.tokenizer(), strategies={TRAIN: build("strategies", strategy, {})}
+        )
+        setup = EngineSetup(
+            rank=0, path="", strategies={}, trains="model", load=lambda: (denoiser, None), shared=shared
+        )
+        made: RolloutEngine = kind(options, setup)
+        made.weights = WEIGHTS
         return made
+
+    def _path(self, denoiser: TransformersDenoiser) -> Path:
+        return Path(self.folder.name) / denoiser.family.name
 
 
 def _prompt(number: int, length: int) -> Prompt:
@@ -86,6 +119,8 @@ def _same(got: Sequence[Trajectory], want: Sequence[Trajectory], what: str) -> N
 
 def it_decodes_what_the_oracle_decodes(subject: Subject) -> None:
     """Greedy and sampled, with every way of choosing positions, trajectories are those of the reference engine."""
+    if not subject.capabilities.exact:
+        return
     for family, denoiser in subject.models.items():
         for strategy in ("low_confidence", "random", "confidence_threshold"):
             for name, sampling in (("greedy", GREEDY), ("sampled", SAMPLED)):
@@ -170,6 +205,8 @@ def log_probabilities_are_the_learners(subject: Subject) -> None:
 
 def pausing_changes_nothing(subject: Subject) -> None:
     """Rows that pause and go on end as those that never did, and tell which weights decoded what."""
+    if not subject.capabilities.partial:
+        return
     for family, denoiser in subject.models.items():
         for strategy in ("low_confidence", "random", "confidence_threshold"):
             where = f"{family}, {strategy}"
@@ -198,6 +235,55 @@ def pausing_changes_nothing(subject: Subject) -> None:
                 )
 
 
+def weights_arrive_and_act(subject: Subject) -> None:
+    """A push changes what is decoded to what a fresh engine with those weights decodes; digests are of what is held."""
+    for family, denoiser in subject.models.items():
+        engine, other = subject.make(denoiser), cases.denoiser(family, seed=1)
+        named = [(name, value.detach()) for name, value in other.module.named_parameters()]
+        specs = [TensorSpec(name, tuple(value.shape), value.dtype) for name, value in named]
+        before = engine.generate(PROMPTS, GREEDY, seed=0)
+        engine.begin_weights(specs)
+        for name, value in named:
+            buffer = value.clone()
+            engine.write_weights({name: buffer})
+            buffer.zero_()  # a buffer is used again: what the engine keeps must be a copy
+        require(
+            engine.commit_weights() == tensor_digests(named), f"{family}: digests are not those of what was written"
+        )
+        other.eos_id = denoiser.eos_id
+        after = engine.generate(PROMPTS, GREEDY, seed=0)
+        moved = any(not torch.equal(a.tokens, b.tokens) for a, b in zip(before, after, strict=True))
+        require(moved, f"{family}: other weights decode the same tokens")
+        _same(after, subject.oracle(other).generate(PROMPTS, GREEDY, seed=0), f"{family}, after a push")
+        try:
+            engine.begin_weights([TensorSpec("no.such.weight", (1,), torch.float32)])
+        except UnknownWeight as error:
+            require("no.such.weight" in str(error), f"{family}: the message does not name the tensor: {error}")
+        else:
+            require(False, f"{family}: a tensor that the model does not have was announced, and not refused")
+
+
+def it_wakes_as_it_fell_asleep(subject: Subject) -> None:
+    """After sleep() and wake() it decodes as before."""
+    for family, denoiser in subject.models.items():
+        if not subject.capabilities.sleep:
+            return
+        engine = subject.make(denoiser)
+        before = engine.generate(PROMPTS, GREEDY, seed=0)
+        engine.sleep()
+        engine.wake()
+        _same(engine.generate(PROMPTS, GREEDY, seed=0), before, f"{family}, after sleep")
+
+
+def its_heart_beats(subject: Subject) -> None:
+    """heartbeat() grows with every call that decodes."""
+    for family, denoiser in subject.models.items():
+        engine = subject.make(denoiser)
+        before = engine.heartbeat()
+        engine.generate(PROMPTS[:1], GREEDY, seed=0)
+        require(engine.heartbeat() > before, f"{family}: heartbeat() is {before} before and after decoding")
+
+
 def what_does_not_fit_is_refused(subject: Subject) -> None:
     """A prompt that leaves no room for the canvas is a ValueError that names it."""
     for family, denoiser in subject.models.items():
@@ -217,5 +303,8 @@ CHECKS: tuple[Callable[[Subject], None], ...] = (
     trajectories_are_complete,
     log_probabilities_are_the_learners,
     pausing_changes_nothing,
+    weights_arrive_and_act,
+    it_wakes_as_it_fell_asleep,
+    its_heart_beats,
     what_does_not_fit_is_refused,
 )

@@ -7,24 +7,20 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dllm_rl.conformance import algorithms, engines, rewards, strategies, tasks
+from dllm_rl.conformance import algorithms, engines, rewards, strategies, tasks, transports
 from dllm_rl.conformance.violation import Violation
 from dllm_rl.registry import Kind
 
-SUBJECTS: Mapping[Kind, Callable[[str, Mapping[str, Any]], Any]] = {
-    "algorithms": algorithms.Subject,
-    "strategies": strategies.Subject,
-    "engines": engines.Subject,
-    "rewards": rewards.Subject,
-    "tasks": tasks.Subject,
+_MODULES: Mapping[Kind, Any] = {
+    "algorithms": algorithms,
+    "strategies": strategies,
+    "engines": engines,
+    "rewards": rewards,
+    "tasks": tasks,
+    "transports": transports,
 }
-CHECKS: Mapping[Kind, tuple[Callable[[Any], None], ...]] = {
-    "algorithms": algorithms.CHECKS,
-    "strategies": strategies.CHECKS,
-    "engines": engines.CHECKS,
-    "rewards": rewards.CHECKS,
-    "tasks": tasks.CHECKS,
-}
+SUBJECTS: Mapping[Kind, Callable[[str, Mapping[str, Any]], Any]] = {k: m.Subject for k, m in _MODULES.items()}
+CHECKS: Mapping[Kind, tuple[Callable[[Any], None], ...]] = {k: m.CHECKS for k, m in _MODULES.items()}
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 
+class NotChecked(Exception):
+    """A plugin that cannot be tried here; the message says what is missing."""
+
+
 class Violation(Exception):
     """A broken contract; the message is the counterexample."""
 

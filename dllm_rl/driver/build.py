@@ -27,13 +27,12 @@ from dllm_rl.errors import UserError, require_package
 from dllm_rl.models.denoiser import TransformersDenoiser
 from dllm_rl.models.from_config import model_path
 from dllm_rl.protocols.algorithm import Algorithm, Plan
-from dllm_rl.protocols.engine import RolloutEngine
+from dllm_rl.protocols.engine import EVALUATE, TRAIN, Sampler
 from dllm_rl.protocols.strategy import UnmaskingStrategy
 from dllm_rl.protocols.task import Task
 from dllm_rl.reports.progress import Progress
 from dllm_rl.reward_pool.pool import RewardPool, RewardSpec
 from dllm_rl.types import Example, Prompt, Sampling
-from dllm_rl.workers.engine_worker import EVALUATE, TRAIN
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,22 +73,22 @@ class Run:
     closing: ExitStack
 
     @property
-    def actors(self) -> list[WorkerGroup]:
+    def actors(self) -> list[WorkerGroup[Any]]:
         """Who does the work in processes of their own."""
-        groups = [self.engines.group, self.learner.group]
+        groups: list[WorkerGroup[Any]] = [self.engines.group, self.learner.group]
         return [group for group in groups if not isinstance(group, LocalWorkerGroup)]
 
     @property
-    def engine(self) -> RolloutEngine:
+    def engine(self) -> Sampler:
         """Decodes for training."""
         return self.engines.role(TRAIN)
 
     @property
-    def eval_engine(self) -> RolloutEngine:
+    def eval_engine(self) -> Sampler:
         """Decodes held-out completions, with the strategy of evaluation."""
         return self.engines.role(EVALUATE)
 
-    def expert_engine(self, plugin: Mapping[str, Any]) -> RolloutEngine:
+    def expert_engine(self, plugin: Mapping[str, Any]) -> Sampler:
         """Decodes with another strategy, given as name and options."""
         return self.engines.role(plugin)
 

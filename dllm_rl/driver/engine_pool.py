@@ -14,8 +14,9 @@ from typing import Any
 
 from dllm_rl.cluster.group import WorkerGroup, WorkerLost
 from dllm_rl.cluster.watchdog import HEARTBEAT_S, Watchdog
+from dllm_rl.protocols.engine import NO_WEIGHTS, Role
 from dllm_rl.types import Prompt, Sampling, Trajectory, WeightsVersion
-from dllm_rl.workers.engine_worker import NOTHING, Role
+from dllm_rl.workers.engine_worker import EngineWorker
 from dllm_rl.workers.packing import PackedTrajectories, pack, unpack
 
 _DEPTH = 2  # calls that an engine holds: the next one is there when it has finished one
@@ -33,7 +34,7 @@ class EnginePool:
 
     def __init__(
         self,
-        group: WorkerGroup,
+        group: WorkerGroup[EngineWorker],
         *,
         rows_per_call: int,
         hang_s: float,
@@ -44,14 +45,14 @@ class EnginePool:
         """Take over a group.
 
         Args:
-            group: of EngineWorkers.
+            group: the engines.
             rows_per_call: completions per call, fewer only where a group of samples is cut off by the end.
             hang_s: an engine that makes no forward for so long is ended.
             max_restarts: how many engines may be lost over the run.
             sleeps: engines share their devices with learners and make room for them.
             log: told when one was lost.
         """
-        self.group, self.weights, self.restarts = group, NOTHING, 0
+        self.group, self.weights, self.restarts = group, NO_WEIGHTS, 0
         self.sync_worker: Callable[[int], None] = lambda rank: None
         self._rows_per_call, self._max_restarts = rows_per_call, max_restarts
         self._sleeps, self._log = sleeps, log
@@ -72,7 +73,7 @@ class EnginePool:
         partial: Sequence[Trajectory] | None = None,
         max_blocks: int | None = None,
     ) -> list[Trajectory]:
-        """Decode on all engines; see protocols.RolloutEngine.
+        """Decode on all engines; see RolloutEngine.generate.
 
         Raises:
             WorkerLost: more engines were lost than max_restarts.
@@ -93,7 +94,9 @@ class EnginePool:
                 number = waiting.popleft()
                 load[rank] += 1
                 self._watch.begin(rank)
-                future = self.group.submit(rank, "generate", role, *calls[number], starts[number], max_blocks)
+                future = self.group.submit(
+                    rank, EngineWorker.generate, role, *calls[number], starts[number], max_blocks
+                )
                 running[future] = (number, rank)
             while answers:  # engines have work meanwhile
                 number, answer = answers.popleft()
@@ -132,14 +135,14 @@ class EnginePool:
             yield
             return
         with timer("sleep_s"):
-            self._everyone("sleep")
+            self._everyone(EngineWorker.sleep)
         try:
             yield
         finally:
             with timer("sleep_s"):
-                self._everyone("wake")
+                self._everyone(EngineWorker.wake)
 
-    def _everyone(self, method: str) -> None:
+    def _everyone(self, method: Callable[[EngineWorker], None]) -> None:
         """Call all engines. Who is lost is built anew, which ends awake; the next push equips it with the others."""
         calls = {}
         for rank in range(self.group.size):
@@ -179,7 +182,11 @@ class EnginePool:
 
 
 class PooledEngine:
-    """A protocols.RolloutEngine."""
+    """All engines in one role, to whoever decodes with them.
+
+    Attributes:
+        weights: the version that all engines hold.
+    """
 
     def __init__(self, pool: EnginePool, role: Role) -> None:
         self._pool, self._role = pool, role
@@ -190,5 +197,5 @@ class PooledEngine:
         return self._pool.weights
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, **options: Any) -> list[Trajectory]:
-        """See protocols.RolloutEngine."""
+        """Decode; the options are those of RolloutEngine.generate, without a role."""
         return self._pool.generate(self._role, prompts, sampling, **options)

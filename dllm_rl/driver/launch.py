@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import os
+import sys
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -14,8 +16,10 @@ import torch
 
 from dllm_rl.cluster.group import WorkerGroup, WorkerRank, gather
 from dllm_rl.cluster.local_group import LocalWorkerGroup
-from dllm_rl.config.plugins import build
+from dllm_rl.config.plugins import build, configure
 from dllm_rl.config.schema import Config
+from dllm_rl.config.section import Plugin
+from dllm_rl.driver.check_engine import check_engine
 from dllm_rl.driver.engine_pool import EnginePool
 from dllm_rl.driver.learner_group import LearnerGroup
 from dllm_rl.driver.weight_sync import DistributedWeightSync, InProcessWeightSync, WeightSync
@@ -24,10 +28,10 @@ from dllm_rl.models.denoiser import TransformersDenoiser
 from dllm_rl.models.from_config import load_model
 from dllm_rl.models.tokenizers import vocabulary_digest
 from dllm_rl.protocols.algorithm import Algorithm
+from dllm_rl.protocols.engine import EVALUATE, TRAIN, Capabilities, EngineSetup, RolloutEngine, SharedModel
 from dllm_rl.protocols.strategy import UnmaskingStrategy
 from dllm_rl.types import Sampling
-from dllm_rl.weight_transfer.sender import Transport
-from dllm_rl.workers.engine_worker import EVALUATE, TRAIN, EngineWorker
+from dllm_rl.workers.engine_worker import EngineWorker
 from dllm_rl.workers.learner_worker import LearnerWorker, make_learner
 
 
@@ -73,43 +77,43 @@ class WorkerSpec:
         made: Algorithm = build("algorithms", plugin.name, plugin.options)
         return made
 
+    @property
+    def strategies(self) -> dict[str, Plugin]:
+        """Unmasking strategies by role; evaluation has one only if the configuration names another."""
+        found = {TRAIN: self.config.sampling.strategy}
+        if self.config.evaluate.strategy is not None:
+            found[EVALUATE] = self.config.evaluate.strategy
+        return found
 
-def strategies(
-    config: Config, vocabulary: str, device: torch.device, *, trains_policy: bool
-) -> dict[str, UnmaskingStrategy]:
-    """The strategies of training and of evaluation, by role; one and the same if the configuration names one."""
-    plugin, other = config.sampling.strategy, config.evaluate.strategy
-    train = build("strategies", plugin.name, plugin.options)
-    train.bind(vocabulary, device, trained_here=trains_policy)
-    if other is None:
-        return {TRAIN: train, EVALUATE: train}
-    held_out = build("strategies", other.name, other.options)
-    held_out.bind(vocabulary, device, trained_here=False)
-    return {TRAIN: train, EVALUATE: held_out}
+    @property
+    def engine_capabilities(self) -> Capabilities:
+        """What the engine of the configuration can do."""
+        kind, options = configure("engines", self.config.engine.name, self.config.engine.options)
+        found: Capabilities = kind.capabilities(options)
+        return found
 
 
 def launch_local(spec: WorkerSpec) -> Workers:
-    """One engine and one learner in this process, over the same weights."""
+    """One engine and one learner in this process; an engine of ours decodes with the learner's own weights."""
     config, algorithm = spec.config, spec.algorithm
     denoiser, tokenizer = load_model(config, spec.path)
-    vocabulary, trains_policy = vocabulary_digest(tokenizer), algorithm.trains == "policy"
-    chosen = strategies(config, vocabulary, denoiser.device, trains_policy=trains_policy)
-    made: list[LearnerWorker] = []
+    check_engine(config, algorithm, denoiser, spec.engine_capabilities)
+    chosen = _bound_strategies(spec, vocabulary_digest(tokenizer), denoiser.device)
+    shared = SharedModel(denoiser=denoiser, tokenizer=tokenizer, strategies=chosen)
 
-    def learner_member(place: WorkerRank) -> LearnerWorker:
-        learner = make_learner(config, spec.folder, algorithm, chosen[TRAIN], denoiser, tokenizer, spec.sampling, place)
-        made.append(LearnerWorker(learner, place, denoiser))
-        return made[-1]
+    def learner_worker(rank: WorkerRank) -> LearnerWorker:
+        learner = make_learner(config, spec.folder, algorithm, chosen[TRAIN], denoiser, tokenizer, spec.sampling, rank)
+        return LearnerWorker(learner, rank, denoiser, merged=config.cluster.push == "merged")
 
-    learners = LocalWorkerGroup("learner", learner_member)
-    weights = dict(made[-1].learner.named_weights())
-    engines = LocalWorkerGroup(
-        "engine", lambda place: EngineWorker(config, denoiser, chosen, vocabulary, weights, place, packed=False)
-    )
+    learners = LocalWorkerGroup("learner", learner_worker)
+    engines = LocalWorkerGroup("engine", lambda rank: EngineWorker(_engine(spec, rank, shared), rank, packed=False))
     learner, pool = _views(config, learners, engines, sleeps=False, log=lambda text: None)
-    shared = InProcessWeightSync(learner, pool)
-    shared.push()
-    return Workers(denoiser=denoiser, tokenizer=tokenizer, learner=learner, engines=pool, weights=shared)
+    sync: WeightSync
+    if engines.call(EngineWorker.shares_weights) == [True]:
+        sync = InProcessWeightSync(learner, pool)
+    else:
+        sync = _distributed(config, learner, pool, "in_process", lambda text: None)
+    return Workers(denoiser=denoiser, tokenizer=tokenizer, learner=learner, engines=pool, weights=sync)
 
 
 def launch_ray(spec: WorkerSpec, stack: ExitStack, log: Callable[[str], None]) -> Workers:
@@ -124,32 +128,33 @@ def launch_ray(spec: WorkerSpec, stack: ExitStack, log: Callable[[str], None]) -
     """
     require_package("ray", "ray", "cluster.kind: ray")
     from dllm_rl.cluster.connection import cluster_has_gpus, ray_connection
-    from dllm_rl.cluster.placement import Needs, Placement
+    from dllm_rl.cluster.placement import Placement, ResourceRequest
     from dllm_rl.cluster.ray_group import RayWorkerGroup
 
     config, cluster = spec.config, spec.config.cluster
+    denoiser, tokenizer = load_model(config, spec.path, weights=False)
+    check_engine(config, spec.algorithm, denoiser, spec.engine_capabilities)
     wanted = cluster.engines * cluster.cpus_per_engine + cluster.learners * cluster.cpus_per_learner
     stack.enter_context(ray_connection(cluster.address, cluster.namespace, wanted))
     default = (0.5 if cluster.colocate else 1.0) if cluster_has_gpus() else 0.0
     engine_gpus = default if cluster.gpus_per_engine is None else cluster.gpus_per_engine
     learner_gpus = default if cluster.gpus_per_learner is None else cluster.gpus_per_learner
     placement = Placement.reserve(
-        Needs(count=cluster.engines, cpus=cluster.cpus_per_engine, gpus=engine_gpus),
-        Needs(count=cluster.learners, cpus=cluster.cpus_per_learner, gpus=learner_gpus),
+        ResourceRequest(count=cluster.engines, cpus=cluster.cpus_per_engine, gpus=engine_gpus),
+        ResourceRequest(count=cluster.learners, cpus=cluster.cpus_per_learner, gpus=learner_gpus),
         colocate=cluster.colocate,
         wait_s=cluster.wait_s,
         log=log,
     )
     stack.callback(placement.close)
-    denoiser, tokenizer = load_model(config, spec.path, weights=False)
-    learners = RayWorkerGroup(
+    learners: RayWorkerGroup[LearnerWorker] = RayWorkerGroup(
         "learner",
         functools.partial(_learner_actor, spec),
         placement.learners,
         _environment(config, cluster.cpus_per_learner),
     )
     stack.callback(learners.close)
-    engines = RayWorkerGroup(
+    engines: RayWorkerGroup[EngineWorker] = RayWorkerGroup(
         "engine",
         functools.partial(_engine_actor, spec),
         placement.engines,
@@ -160,33 +165,31 @@ def launch_ray(spec: WorkerSpec, stack: ExitStack, log: Callable[[str], None]) -
         gather([both.submit(group.restart, range(group.size)) for group in (learners, engines)])
     sleeps = cluster.sleep
     if sleeps is None:
-        sleeps = cluster.colocate and engine_gpus > 0 and not config.rollout.max_staleness
+        can_sleep = spec.engine_capabilities.sleep
+        sleeps = can_sleep and cluster.colocate and engine_gpus > 0 and not config.rollout.max_staleness
     learner, pool = _views(config, learners, engines, sleeps=sleeps, log=log)
-    transport: Transport = "collective"
+    transport = "broadcast"
     if cluster.transport != "auto":
         transport = cluster.transport
     elif learner_gpus and cluster.colocate:
         transport = "cuda_ipc" if cluster.engines <= cluster.learners else "object_store"
-    sync = DistributedWeightSync(
-        learner,
-        pool,
-        transport=transport,
-        bucket_bytes=cluster.bucket_mb << 20,
-        timeout_s=cluster.push_timeout_s,
-        keep=config.rollout.max_staleness > 0,
-        log=log,
-    )
+    sync = _distributed(config, learner, pool, transport, log)
     return Workers(denoiser=denoiser, tokenizer=tokenizer, learner=learner, engines=pool, weights=sync)
 
 
 def _views(
-    config: Config, learners: WorkerGroup, engines: WorkerGroup, *, sleeps: bool, log: Callable[[str], None]
+    config: Config,
+    learners: WorkerGroup[LearnerWorker],
+    engines: WorkerGroup[EngineWorker],
+    *,
+    sleeps: bool,
+    log: Callable[[str], None],
 ) -> tuple[LearnerGroup, EnginePool]:
     cluster = config.cluster
     learner = LearnerGroup(learners, hang_s=cluster.hang_s, max_restarts=cluster.max_restarts)
     pool = EnginePool(
         engines,
-        rows_per_call=config.engine.rows_per_call,
+        rows_per_call=config.rollout.rows_per_call,
         hang_s=cluster.hang_s,
         max_restarts=cluster.max_restarts,
         sleeps=sleeps,
@@ -195,35 +198,66 @@ def _views(
     return learner, pool
 
 
-def _environment(config: Config, cpus: float) -> Mapping[str, str]:
-    return {"OMP_NUM_THREADS": str(config.run.threads or max(1, int(cpus))), "TOKENIZERS_PARALLELISM": "false"}
-
-
-def _learner_actor(spec: WorkerSpec, place: WorkerRank) -> LearnerWorker:
-    config = spec.config
-    _use_threads(config)
-    algorithm = spec.algorithm
-    denoiser, tokenizer = load_model(config, spec.path)
-    chosen = strategies(
-        config, vocabulary_digest(tokenizer), denoiser.device, trains_policy=algorithm.trains == "policy"
-    )
-    learner = make_learner(config, spec.folder, algorithm, chosen[TRAIN], denoiser, tokenizer, spec.sampling, place)
+def _distributed(
+    config: Config, learner: LearnerGroup, pool: EnginePool, transport: str, log: Callable[[str], None]
+) -> DistributedWeightSync:
     cluster = config.cluster
-    return LearnerWorker(learner, place, denoiser, merged=cluster.push == "merged", shares=cluster.colocate)
+    return DistributedWeightSync(
+        learner,
+        pool,
+        transport=transport,
+        bucket_bytes=cluster.bucket_mb << 20,
+        timeout_s=cluster.push_timeout_s,
+        keep=cluster.kind == "ray" and config.rollout.max_staleness > 0,
+        log=log,
+    )
 
 
-def _engine_actor(spec: WorkerSpec, place: WorkerRank) -> EngineWorker:
+def _environment(config: Config, cpus: float) -> Mapping[str, str]:
+    return {
+        "OMP_NUM_THREADS": str(config.run.threads or max(1, int(cpus))),
+        "TOKENIZERS_PARALLELISM": "false",
+        # Plugins of a folder that only this process was told of are found there too.
+        "PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path),
+    }
+
+
+def _learner_actor(spec: WorkerSpec, rank: WorkerRank) -> LearnerWorker:
     config = spec.config
     _use_threads(config)
-    trains_policy = spec.algorithm.trains == "policy"
-    denoiser, tokenizer = load_model(config, spec.path, adapter=config.cluster.push == "adapter")
-    denoiser.module.requires_grad_(False)
-    vocabulary = vocabulary_digest(tokenizer)
-    chosen = strategies(config, vocabulary, denoiser.device, trains_policy=trains_policy)
-    owner = chosen[TRAIN].policy if trains_policy else denoiser.module
-    assert owner is not None, "build_run() refuses strategies without a policy"
-    weights = {name: parameter.data for name, parameter in owner.named_parameters()}
-    return EngineWorker(config, denoiser, chosen, vocabulary, weights, place, packed=True)
+    denoiser, tokenizer = load_model(config, spec.path)
+    strategy = _bound_strategies(spec, vocabulary_digest(tokenizer), denoiser.device)[TRAIN]
+    learner = make_learner(config, spec.folder, spec.algorithm, strategy, denoiser, tokenizer, spec.sampling, rank)
+    cluster = config.cluster
+    return LearnerWorker(learner, rank, denoiser, merged=cluster.push == "merged", shares=cluster.colocate)
+
+
+def _engine_actor(spec: WorkerSpec, rank: WorkerRank) -> EngineWorker:
+    _use_threads(spec.config)
+    return EngineWorker(_engine(spec, rank, shared=None), rank, packed=True)
+
+
+def _engine(spec: WorkerSpec, rank: WorkerRank, shared: SharedModel | None) -> RolloutEngine:
+    config = spec.config
+    kind, options = configure("engines", config.engine.name, config.engine.options)
+    setup = EngineSetup(
+        rank=rank.rank,
+        path=spec.path,
+        strategies={role: plugin.model_dump() for role, plugin in spec.strategies.items()},
+        trains=spec.algorithm.trains,
+        load=functools.partial(load_model, config, spec.path, adapter=config.cluster.push == "adapter"),
+        shared=shared,
+    )
+    engine: RolloutEngine = kind(options, setup)
+    return engine
+
+
+def _bound_strategies(spec: WorkerSpec, vocabulary: str, device: torch.device) -> dict[str, UnmaskingStrategy]:
+    trains_policy, made = spec.algorithm.trains == "policy", {}
+    for role, plugin in spec.strategies.items():
+        made[role] = build("strategies", plugin.name, plugin.options)
+        made[role].bind(vocabulary, device, trained_here=trains_policy and role == TRAIN)
+    return made
 
 
 def _use_threads(config: Config) -> None:

@@ -6,22 +6,24 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from pathlib import Path
-from typing import Any
+from typing import Concatenate
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from dllm_rl.cluster.group import WorkerGroup, WorkerLost, gather
+from dllm_rl.cluster.group import P, R, WorkerGroup, WorkerLost, gather
 from dllm_rl.cluster.watchdog import HEARTBEAT_S, Watchdog
 from dllm_rl.protocols.algorithm import Algorithm
+from dllm_rl.protocols.learner import Learner
 from dllm_rl.types import GlobalCounts, LikelihoodEstimate, MaskSample, Rewards, RolloutBatch, WeightsVersion
+from dllm_rl.workers.learner_worker import LearnerWorker
 
-_Call = tuple[tuple[Any, ...], Mapping[str, Any]]
 _GRACE_S = 10.0  # after a failed collective, for the news of who died
 
 
-class LearnerGroup:
-    """A protocols.Learner over a group of LearnerWorkers.
+class LearnerGroup(Learner):
+    """All learner ranks as one Learner.
 
     Attributes:
         group: the ranks.
@@ -30,11 +32,11 @@ class LearnerGroup:
         on_rebuild: told when it was.
     """
 
-    def __init__(self, group: WorkerGroup, *, hang_s: float, max_restarts: int) -> None:
+    def __init__(self, group: WorkerGroup[LearnerWorker], *, hang_s: float, max_restarts: int) -> None:
         """Take over a group.
 
         Args:
-            group: of LearnerWorkers.
+            group: the ranks.
             hang_s: a rank that makes no micro-batch for so long while it has work is ended.
             max_restarts: how often the group may be built anew over the run.
         """
@@ -43,6 +45,7 @@ class LearnerGroup:
         self._hang_s, self._max_restarts = hang_s, max_restarts
         self._watch = Watchdog(group, hang_s)
 
+    @override
     def update(
         self,
         batch: RolloutBatch,
@@ -54,65 +57,68 @@ class LearnerGroup:
         reference: LikelihoodEstimate | None,
         counts: GlobalCounts | None = None,
     ) -> Mapping[str, float]:
-        """See protocols.Learner."""
         assert counts is None, "the group holds whole batches"
-        calls: list[_Call] = []
+        submit, update = self.group.submit, LearnerWorker.update
+        calls: list[Future[Mapping[str, float]]] = []
         if self.group.size == 1:
-            calls.append(((batch, rewards, advantage, masks, algorithm), {"reference": reference}))
+            calls.append(submit(0, update, batch, rewards, advantage, masks, algorithm, reference=reference))
         else:
             whole = GlobalCounts(num_tokens=int(batch.completion.sum()), num_rows=len(batch))
-            for rows in balance_rows(batch, self.group.size):
+            for rank, rows in enumerate(balance_rows(batch, self.group.size)):
                 idle = not len(rows)
                 rows = torch.zeros(1, dtype=torch.int64) if idle else rows
                 few = (batch.select(rows), rewards.select(rows), advantage[rows], masks.select(rows), algorithm)
                 part = None if reference is None else _of_rows(reference, rows)
-                calls.append((few, {"reference": part, "counts": dataclasses.replace(whole, idle=idle)}))
-        metrics: Mapping[str, float] = self._all("update", calls)[0]
+                counts = dataclasses.replace(whole, idle=idle)
+                calls.append(submit(rank, update, *few, reference=part, counts=counts))
+        metrics = self._all(calls)[0]
         self.step += 1
         return metrics
 
+    @override
     def score(self, batch: RolloutBatch, masks: MaskSample, *, reference: bool = False) -> LikelihoodEstimate:
-        """See protocols.Learner."""
         if self.group.size == 1:
-            found: LikelihoodEstimate = self._all("score", [((batch, masks), {"reference": reference})])[0]
-            return found
+            return self._all([self.group.submit(0, LearnerWorker.score, batch, masks, reference=reference)])[0]
         dealt = balance_rows(batch, self.group.size)
         shares = [rows if len(rows) else torch.zeros(1, dtype=torch.int64) for rows in dealt]
-        run = self._all("score", [((batch.select(r), masks.select(r)), {"reference": reference}) for r in shares])
+        scored = self._all(
+            [
+                self.group.submit(rank, LearnerWorker.score, batch.select(r), masks.select(r), reference=reference)
+                for rank, r in enumerate(shares)
+            ]
+        )
         back = torch.cat(dealt).argsort()
-        used = [part for part, rows in zip(run, dealt, strict=True) if len(rows)]
+        used = [part for part, rows in zip(scored, dealt, strict=True) if len(rows)]
         return LikelihoodEstimate(
             token_logp=torch.cat([part.token_logp for part in used])[back],
             draw_logp=torch.cat([part.draw_logp for part in used], dim=1)[:, back],
         )
 
+    @override
     def skip(self) -> Mapping[str, float]:
-        """See protocols.Learner."""
-        self._same("skip")
+        self._same(LearnerWorker.skip)
         self.step += 1
         return {}
 
+    @override
     def reference_digest(self) -> str:
-        """See protocols.Learner."""
-        digest: str = self._same("reference_digest")
-        return digest
+        return self._same(LearnerWorker.reference_digest)
 
+    @override
     def drop_reference(self) -> None:
-        """See protocols.Learner."""
-        self._same("drop_reference")
+        self._same(LearnerWorker.drop_reference)
 
+    @override
     def version(self) -> WeightsVersion:
-        """See protocols.Learner."""
-        version: WeightsVersion = self._same("version")
-        return version
+        return self._same(LearnerWorker.version)
 
+    @override
     def save(self, folder: Path) -> None:
-        """See protocols.Learner."""
-        self._same("save", folder)
+        self._same(LearnerWorker.save, folder)
 
+    @override
     def load(self, folder: Path) -> None:
-        """See protocols.Learner."""
-        self.step = self._same("load", folder)
+        self.step = self._same(LearnerWorker.load, folder)
 
     def rebuild(self, lost: WorkerLost) -> None:
         """Build all ranks anew, at step 0: a collective group cannot lose one of its own.
@@ -131,16 +137,15 @@ class LearnerGroup:
                 lost = again
         raise lost
 
-    def _same(self, method: str, *arguments: Any) -> Any:
-        """The same call on every rank; the leader's answer."""
-        return self._all(method, [(arguments, {})] * self.group.size)[0]
+    def _same(self, method: Callable[Concatenate[LearnerWorker, P], R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """Call a method of every rank with the same arguments; returns the leader's answer."""
+        return self._all([self.group.submit(rank, method, *args, **kwargs) for rank in range(self.group.size)])[0]
 
-    def _all(self, method: str, calls: Sequence[_Call]) -> list[Any]:
-        """One call per rank, looked after. When a rank is lost, the others wait for it in vain and are ended."""
-        futures: dict[Future[Any], int] = {}
-        for rank, (arguments, options) in enumerate(calls):
+    def _all(self, calls: Sequence[Future[R]]) -> list[R]:
+        """Wait for one call per rank. When a rank is lost, the others wait for it in vain and are ended."""
+        futures = {future: rank for rank, future in enumerate(calls)}
+        for rank in futures.values():
             self._watch.begin(rank)
-            futures[self.group.submit(rank, method, *arguments, **options)] = rank
         left, failed = set(futures), False
         while left:
             done, left = wait(left, timeout=_GRACE_S if failed else HEARTBEAT_S, return_when=FIRST_COMPLETED)
@@ -157,7 +162,7 @@ class LearnerGroup:
         lost = next((error for error in errors if isinstance(error, WorkerLost)), None)
         if lost is not None:  # what others raised is a consequence
             raise lost
-        return gather(list(futures))
+        return gather(calls)
 
 
 def balance_rows(batch: RolloutBatch, size: int) -> list[Tensor]:

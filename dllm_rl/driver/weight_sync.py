@@ -15,15 +15,20 @@ from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from dataclasses import dataclass
 from typing import Any
 
-from dllm_rl.cluster.group import WorkerGroup, WorkerLost, gather
+from typing_extensions import override
+
+from dllm_rl import registry
+from dllm_rl.cluster.group import R, WorkerLost, gather
 from dllm_rl.driver.engine_pool import EnginePool
 from dllm_rl.driver.learner_group import LearnerGroup
+from dllm_rl.errors import PushError, PushTimeout
 from dllm_rl.models.digest import joined
 from dllm_rl.types import WeightsVersion
-from dllm_rl.weight_transfer.receiver import Layout, PushError, PushTimeout, TensorSpec, buckets, compare, size_of
-from dllm_rl.weight_transfer.sender import Transport
+from dllm_rl.weight_transfer.receiver import Layout, buckets, compare, size_of
+from dllm_rl.weight_transfer.transport import STORE
+from dllm_rl.workers.engine_worker import EngineWorker
+from dllm_rl.workers.learner_worker import LearnerWorker
 
-_Call = tuple[WorkerGroup, int, str, tuple[Any, ...], Mapping[str, Any]]
 _GRACE_S = 10.0
 _CHANGE = 1e-5  # of the largest logit; what a perturbed adapter must change at least
 
@@ -52,17 +57,19 @@ class WeightSync(ABC):
         """
         self.push(allow_older=True)
         learners, engines = self._learner.group, self._engines.group
-        before = engines.call("probe")
-        if not learners.call("perturb")[0]:
+        before = engines.call(EngineWorker.probe_logits)
+        if not learners.call(LearnerWorker.perturb)[0]:
             return
         try:
             self.push()
-            during = engines.call("probe")
+            during = engines.call(EngineWorker.probe_logits)
         finally:
-            learners.call("restore")
+            learners.call(LearnerWorker.restore)
         self.push()
-        after = engines.call("probe")
+        after = engines.call(EngineWorker.probe_logits)
         for rank, (first, second, third) in enumerate(zip(before, during, after, strict=True)):
+            if first is None or second is None or third is None:
+                continue  # this engine cannot tell
             scale = first.abs().max().item() * _CHANGE
             if (second - first).abs().max().item() <= scale:
                 raise PushError(f"engine {rank}: its logits do not change when the adapter that it is sent does")
@@ -76,7 +83,7 @@ class InProcessWeightSync(WeightSync):
     def push(self, *, allow_older: bool = False) -> WeightsVersion:
         """Tell the engines which weights they hold."""
         self._engines.weights = version = self._learner.version()
-        self._engines.group.call("activate", version)
+        self._engines.group.call(EngineWorker.activate, version)
         return version
 
 
@@ -102,7 +109,7 @@ class DistributedWeightSync(WeightSync):
         learner: LearnerGroup,
         engines: EnginePool,
         *,
-        transport: Transport,
+        transport: str,
         bucket_bytes: int,
         timeout_s: float,
         keep: bool = False,
@@ -121,7 +128,7 @@ class DistributedWeightSync(WeightSync):
         """
         super().__init__(learner, engines)
         self._learners = learner.group
-        self._transport: Transport = transport
+        self._transport = transport
         self._bucket_bytes, self._timeout_s, self._log = bucket_bytes, timeout_s, log
         self._keep, self._connected = keep, False
         self._kept: _Kept | None = None
@@ -129,8 +136,9 @@ class DistributedWeightSync(WeightSync):
         engines.sync_worker = self._sync_worker
         learner.on_rebuild = self._disconnect
 
+    @override
     def push(self, *, allow_older: bool = False) -> WeightsVersion:
-        """See WeightSync.
+        """Move the weights, and try again with a new engine in the place of one that was lost on the way.
 
         Raises:
             PushError: what went wrong, with rank, phase and tensor.
@@ -139,117 +147,127 @@ class DistributedWeightSync(WeightSync):
         while True:
             try:
                 ranks = range(self._engines.group.size)
-                if self._transport == "collective" and not self._connected:
+                if registry.load("transports", self._transport).collective and not self._connected:
                     self._connect()
-                self._engines.weights = self._push(
-                    ranks, allow_older=allow_older, transport=self._transport, step=self._learner.step
-                )
+                self._engines.weights = self._push(ranks, self._transport, self._learner.step, allow_older=allow_older)
                 return self._engines.weights
             except WorkerLost as lost:
                 self._connected = False
-                # Its successor is synced by the next attempt, with all others.
+                # Its successor gets the weights in the next attempt, with all others.
                 self._engines.replace(lost, sync_worker=False)
 
     def _sync_worker(self, rank: int) -> None:
-        """A rebuilt engine gets the weights that the others hold. Others may be decoding: no collective."""
+        """Give a rebuilt engine the weights that the others hold. Others may be decoding: no collective."""
         self._connected = False
         held = self._engines.weights
         if self._kept is None:
-            version = self._push([rank], allow_older=True, transport="object_store", step=held.step)
+            version = self._push([rank], STORE, held.step, allow_older=True)
         else:  # the learners may be at work on the next weights already
-            engines = self._engines.group
-            self._together(
-                "begin", "", [(engines, rank, "begin", (held.step, self._kept.layout), {"allow_older": True})]
-            )
+            self._begin([rank], held.step, self._kept.layout, allow_older=True)
             for number, payload in enumerate(self._kept.payloads):
-                self._together("write", "", [(engines, rank, "write", (number, payload), {})])
+                self._write(number, "", STORE, {rank: payload})
             version = self._settle([rank], held.step, self._kept.sent)
         if version != held:
             raise PushError(f"engine {rank} was given other weights than the other engines hold (step {held.step})")
 
-    def _push(self, ranks: Sequence[int], *, allow_older: bool, transport: Transport, step: int) -> WeightsVersion:
+    def _push(self, ranks: Sequence[int], transport: str, step: int, *, allow_older: bool) -> WeightsVersion:
         started = time.perf_counter()
-        entries: list[TensorSpec] = self._learners.submit(0, "entries").result(self._timeout_s)
-        layout = buckets(entries, self._bucket_bytes)
-        engines, learners = self._engines.group, range(self._learners.size)
-        self._together(
-            "begin", "", [(engines, rank, "begin", (step, layout), {"allow_older": allow_older}) for rank in ranks]
-        )
+        way = registry.load("transports", transport)
+        engines, learners, senders = self._engines.group, self._learners, range(self._learners.size)
+        specs = learners.submit(0, LearnerWorker.tensor_specs).result(self._timeout_s)
+        layout = buckets(specs, self._bucket_bytes)
+        self._begin(ranks, step, layout, allow_older=allow_older)
         stored: list[Any] = []
         for number, bucket in enumerate(layout):
             what = f"{bucket[0].name} and {len(bucket) - 1} more" if len(bucket) > 1 else bucket[0].name
-            keep = {"keep": self._keep}
-            sends: list[_Call] = [(self._learners, rank, "send", (bucket, transport), keep) for rank in learners]
-            if transport == "collective":
-                sends += [(engines, rank, "write", (number, None), {}) for rank in ranks]
-                stored.append(self._together("broadcast", what, sends)[0])
-                continue
-            payloads = self._together("send", what, sends)
-            if transport == "cuda_ipc":
-                stored.append(payloads[0][1])
-                gifts = [(rank, payloads[rank][0]) for rank in ranks]
-            else:
-                stored.append(payloads[0])
-                gifts = [(rank, payloads[0]) for rank in ranks]
-            self._together("write", what, [(engines, rank, "write", (number, gift), {}) for rank, gift in gifts])
-        finishes: list[_Call] = [(self._learners, rank, "finish", (), {}) for rank in learners]
-        sent: Mapping[str, int] = self._together("finish", "", finishes)[0]
-        version = self._settle(ranks, step, sent)
-        self._kept = _Kept(layout, stored, sent) if self._keep else None
+            calls: dict[str, Future[Any]] = {}
+            for rank in senders:
+                sent = learners.submit(rank, LearnerWorker.send, bucket, transport, keep=self._keep)
+                calls[f"{learners.name} {rank}"] = sent
+            if way.collective:  # both ends at the same time
+                for rank in ranks:
+                    calls[f"{engines.name} {rank}"] = engines.submit(
+                        rank, EngineWorker.receive, number, transport, None
+                    )
+            answers = self._together("broadcast" if way.collective else "send", what, calls)
+            if not way.collective:
+                self._write(
+                    number, what, transport, {rank: answers[rank if way.every_rank else 0][0] for rank in ranks}
+                )
+            stored.append(answers[0][1])
+        finished = {f"{learners.name} {rank}": learners.submit(rank, LearnerWorker.finish) for rank in senders}
+        digests = self._together("finish", "", finished)[0]
+        version = self._settle(ranks, step, digests)
+        self._kept = _Kept(layout, stored, digests) if self._keep else None
         self.bytes_sent, self.seconds = sum(map(size_of, layout)), time.perf_counter() - started
         return version
+
+    def _begin(self, ranks: Sequence[int], step: int, layout: Layout, *, allow_older: bool) -> None:
+        engines, begin = self._engines.group, EngineWorker.begin_push
+        calls = {f"{engines.name} {r}": engines.submit(r, begin, step, layout, allow_older=allow_older) for r in ranks}
+        self._together("begin", "", calls)
+
+    def _write(self, number: int, what: str, transport: str, payloads: Mapping[int, Any]) -> None:
+        engines, receive = self._engines.group, EngineWorker.receive
+        calls = {
+            f"{engines.name} {rank}": engines.submit(rank, receive, number, transport, payload)
+            for rank, payload in payloads.items()
+        }
+        self._together("write", what, calls)
 
     def _settle(self, ranks: Sequence[int], step: int, sent: Mapping[str, int]) -> WeightsVersion:
         """Compare what engines hold with what was sent; then they may decode."""
         engines = self._engines.group
-        held = self._together("commit", "", [(engines, rank, "commit", (step,), {}) for rank in ranks])
-        for rank, digests in zip(ranks, held, strict=True):
-            compare(f"engine {rank}", sent, digests)
+        commits = {f"{engines.name} {rank}": engines.submit(rank, EngineWorker.commit_push, step) for rank in ranks}
+        for name, held in zip(commits, self._together("commit", "", commits), strict=True):
+            compare(name, sent, held)
         version = WeightsVersion(step=step, digest=joined(sent))
-        self._together("accept", "", [(engines, rank, "activate", (version,), {}) for rank in ranks])
+        accepts = {f"{engines.name} {rank}": engines.submit(rank, EngineWorker.activate, version) for rank in ranks}
+        self._together("accept", "", accepts)
         return version
 
     def _connect(self) -> None:
-        size = 1 + self._engines.group.size
+        learners, engines, name = self._learners, self._engines.group, self._transport
+        size, limit = 1 + engines.size, self._timeout_s
         try:
-            address = self._learners.submit(0, "open", self._timeout_s).result(self._timeout_s)
-            joins: list[_Call] = [(self._learners, 0, "join", (size, self._timeout_s), {})]
-            joins += [
-                (self._engines.group, rank, "join", (address, size, self._timeout_s), {})
-                for rank in range(self._engines.group.size)
-            ]
+            address = learners.submit(0, LearnerWorker.open, name, limit).result(limit)
+            joins = {"learner 0": learners.submit(0, LearnerWorker.join, name, address, size, limit)}
+            for rank in range(engines.size):
+                joins[f"engine {rank}"] = engines.submit(rank, EngineWorker.join, name, address, size, limit)
             self._together("join", "", joins)
             self._connected = True
         except (PushTimeout, RuntimeError) as error:
             if isinstance(error, WorkerLost):
                 raise
             self._log(f"weights go through Ray's object store: no process group could be set up ({error})")
-            self._transport = "object_store"
+            self._transport = STORE
 
     def _disconnect(self) -> None:
         self._connected, self._kept = False, None  # what lost learners have stored is lost with them
 
-    def _together(self, phase: str, what: str, calls: Sequence[_Call]) -> Any:
-        """Make calls at the same time; results in order.
+    def _together(self, phase: str, what: str, calls: Mapping[str, Future[R]]) -> list[R]:
+        """Wait for calls that were made at the same time; results in order.
 
+        Args:
+            phase: of the push, for messages.
+            what: the tensors, for messages.
+            calls: by the name of the worker.
         Raises:
             WorkerLost: a worker died.
             PushTimeout: naming who did not finish.
         """
-        of: dict[Future[Any], str] = {}
-        for group, rank, method, arguments, options in calls:
-            of[group.submit(rank, method, *arguments, **options)] = f"{group.name} {rank}"
-        left = wait(of, timeout=self._timeout_s, return_when=FIRST_EXCEPTION).not_done
-        if any(future.done() and future.exception() for future in of):  # the news of a death may come a little later
+        futures = list(calls.values())
+        left = wait(futures, timeout=self._timeout_s, return_when=FIRST_EXCEPTION).not_done
+        if any(future.done() and future.exception() for future in futures):  # the news of a death may come a bit later
             left = wait(left, timeout=_GRACE_S, return_when=FIRST_EXCEPTION).not_done
-        errors = [future.exception() for future in of if future.done()]
+        errors = [future.exception() for future in futures if future.done()]
         lost = next((error for error in errors if isinstance(error, WorkerLost)), None)
         if lost is not None:  # what others raised is a consequence
             raise lost
         if left and not any(errors):
-            names = ", ".join(sorted(of[future] for future in left))
+            names = ", ".join(sorted(name for name, future in calls.items() if future in left))
             raise PushTimeout(
                 f"push of weights: {names} did not finish '{phase}'{f' of {what}' if what else ''} within "
                 f"{math.ceil(self._timeout_s)} s"
             )
-        return gather([future for future in of if future.done()])
+        return gather([future for future in futures if future.done()])

@@ -10,7 +10,7 @@ from typing import Any
 from dllm_rl.data.collate import completion_texts
 from dllm_rl.errors import UserError
 from dllm_rl.evaluation.intervals import wilson
-from dllm_rl.protocols.engine import RolloutEngine
+from dllm_rl.protocols.engine import Sampler
 from dllm_rl.reward_pool.pool import RewardPool
 from dllm_rl.reward_pool.score import judge
 from dllm_rl.types import Prompt, Sampling
@@ -62,7 +62,7 @@ class Evaluation:
 
 
 def evaluate(
-    engine: RolloutEngine,
+    engine: Sampler,
     pool: RewardPool,
     prompts: Sequence[Prompt],
     tokenizer: Any,

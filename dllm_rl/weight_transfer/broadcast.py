@@ -8,51 +8,58 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from typing_extensions import override
+
+from dllm_rl.weight_transfer.transport import Transport
 
 
-class Store:
-    """Where workers of a group find each other; in the process of rank 0."""
+class Broadcast(Transport):
+    """NCCL for buffers on GPUs, else gloo."""
 
-    def __init__(self, host: str, timeout_s: float) -> None:
-        self.host, self._timeout = host, timedelta(seconds=timeout_s)
-        self._store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=self._timeout)
+    collective = True
 
-    @property
-    def address(self) -> tuple[str, int]:
-        """(host, port) for those who join."""
-        return self.host, self._store.port
+    def __init__(self) -> None:
+        self._store: Any = None
+        self._group: Any = None
+        self._sends = self._cuda = False
 
+    @override
+    def open(self, host: str, timeout_s: float) -> tuple[str, int]:
+        self._store = dist.TCPStore(
+            host, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_s)
+        )
+        return host, self._store.port
 
-class Broadcast:
-    """Sends tensors from rank 0 to all others."""
-
-    def __init__(
-        self, address: tuple[str, int], *, rank: int, size: int, host: str, device: torch.device, timeout_s: float
-    ) -> None:
-        """Join; returns when all have.
-
-        Args:
-            address: of the Store.
-            rank: of this process, 0 = the sender.
-            size: number of processes.
-            host: address of this process's node, where others reach it.
-            device: of the tensors; "cuda" uses NCCL, else gloo.
-            timeout_s: for joining and for each broadcast.
-        """
+    @override
+    def join(self, address: Any, *, rank: int, size: int, host: str, device: torch.device, timeout_s: float) -> None:
         timeout = timedelta(seconds=timeout_s)
-        store = dist.TCPStore(*address, is_master=False, wait_for_workers=False, timeout=timeout)
-        self._cuda = device.type == "cuda"
+        leader, port = address
+        store = dist.TCPStore(leader, port, is_master=False, wait_for_workers=False, timeout=timeout)
+        self._sends, self._cuda = rank == 0, device.type == "cuda"
+        # Backends are made directly: torch.distributed.new_group would need all processes in one default group, and
+        # DeepSpeed's default group has only the learners in it.
         backend: Any = dist.ProcessGroupNCCL if self._cuda else dist.ProcessGroupGloo
         if self._cuda:
             options = backend.Options()
         else:
-            options = backend._Options()
+            options = backend._Options()  # private: the only way to choose the network interface of gloo
             options._devices = [backend.create_device(hostname=host)]
         options._timeout = timeout
         self._group = backend(store, rank, size, options)
 
-    def __call__(self, buffer: Tensor) -> None:
+    @override
+    def send(self, buffer: Tensor) -> None:
+        self._share(buffer)
+
+    @override
+    def receive(self, payload: Any, size: int, device: torch.device) -> Tensor:
+        buffer = torch.empty(size, dtype=torch.uint8, device=device)
+        self._share(buffer)
+        return buffer
+
+    def _share(self, buffer: Tensor) -> None:
         """Rank 0's buffer overwrites everybody else's. Raises RuntimeError if somebody does not take part in time."""
+        assert self._group is not None, "join() comes first"
         options = dist.BroadcastOptions()
         options.rootRank, options.rootTensor = 0, 0
         self._group.broadcast([buffer], options).wait()

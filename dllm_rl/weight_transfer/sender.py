@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dllm_rl.models.digest import tensor_digests
-from dllm_rl.weight_transfer.broadcast import Broadcast, Store
-from dllm_rl.weight_transfer.receiver import TensorSpec, fill, size_of
+from dllm_rl.protocols.engine import TensorSpec
+from dllm_rl.weight_transfer.receiver import size_of, views_of
+from dllm_rl.weight_transfer.transport import STORE, Transport, Transports
 
-Transport = Literal["collective", "object_store", "cuda_ipc"]
 Gathering = Callable[..., AbstractContextManager[None]]
 
 
@@ -34,50 +33,42 @@ class OutgoingTensor:
     make: Callable[[], Tensor]
 
     @property
-    def entry(self) -> TensorSpec:
+    def spec(self) -> TensorSpec:
         """Shape and dtype, without gathering anything: those of the first source."""
         first = self.sources[0]
         return TensorSpec(self.name, tuple(getattr(first, "ds_shape", first.shape)), first.dtype)
 
 
 class WeightSender:
-    """Of one learner rank; all ranks do the same calls in the same order, because gathering is a collective."""
+    """Sends the weights of one learner rank; all ranks make the same calls in order: gathering is a collective."""
 
-    def __init__(self, outgoing: Sequence[OutgoingTensor], gathering: Gathering, *, leader: bool, host: str) -> None:
+    def __init__(self, outgoing: Sequence[OutgoingTensor], gathering: Gathering, *, leader: bool) -> None:
         """Send nothing yet.
 
         Args:
             outgoing: what is sent.
             gathering: makes sharded parameters whole while the context lasts.
             leader: rank 0, which speaks for all.
-            host: address of this node.
         """
         self._outgoing, self._gathering = {one.name: one for one in outgoing}, gathering
-        self._leader, self._host = leader, host
-        self._store: Store | None = None
-        self._broadcast: Broadcast | None = None
+        self._leader, self._transports = leader, Transports()
         self._sent: dict[str, int] = {}
-        self._held: Tensor | None = None
 
     @property
-    def entries(self) -> list[TensorSpec]:
+    def specs(self) -> list[TensorSpec]:
         """What would be sent, in order."""
-        return [one.entry for one in self._outgoing.values()]
+        return [one.spec for one in self._outgoing.values()]
 
-    def open(self, timeout_s: float) -> tuple[str, int]:
-        """Address of a new meeting place for a process group."""
-        self._broadcast = None
-        self._store = Store(self._host, timeout_s)
-        return self._store.address
+    @property
+    def device(self) -> torch.device:
+        """Where the buffers are made."""
+        return next(iter(self._outgoing.values())).sources[0].device
 
-    def join(self, size: int, timeout_s: float) -> None:
-        """Set up the process group; engines join at the same time."""
-        assert self._store is not None, "open() comes first"
-        self._broadcast = Broadcast(
-            self._store.address, rank=0, size=size, host=self._host, device=self._device, timeout_s=timeout_s
-        )
+    def transport(self, name: str) -> Transport:
+        """This rank's end of a transport."""
+        return self._transports[name]
 
-    def send(self, bucket: Sequence[TensorSpec], transport: Transport, *, keep: bool = False) -> Any:
+    def send(self, bucket: Sequence[TensorSpec], transport: str, *, keep: bool = False) -> tuple[Any, Any]:
         """Give a bucket away.
 
         Args:
@@ -85,50 +76,25 @@ class WeightSender:
             transport: how.
             keep: put it into the object store too, for an engine that is built anew before the next push.
         Returns:
-            what engines need in order to find it; with the collective only if it is kept, else None.
+            (payload of the transport, payload in the object store), each None where there is none.
         """
-        wanted = [self._outgoing[entry.name] for entry in bucket]
+        wanted = [self._outgoing[spec.name] for spec in bucket]
         sources = [source for one in wanted for source in one.sources]
+        way = self._transports[transport]
         with torch.no_grad(), self._gathering(sources):
-            if not self._leader and transport != "cuda_ipc":
-                return None
+            if not self._leader and not way.every_rank:
+                return None, None
             values = {one.name: one.make().detach() for one in wanted}
             self._sent |= tensor_digests(values.items())
-            buffer = torch.empty(size_of(bucket), dtype=torch.uint8, device=self._device)
-            fill(buffer, bucket, values)
-        stored = None
-        if keep or transport == "object_store":
-            import ray
-
-            stored = [ray.put(buffer.cpu().numpy())] if self._leader else None  # a list: the driver must not fetch it
-        if transport == "object_store":
-            return stored
-        if transport == "cuda_ipc":
-            from torch.multiprocessing.reductions import reduce_tensor
-
-            self._held = buffer  # must outlive the receiver's copy
-            return pickle.dumps(reduce_tensor(buffer)), stored
-        assert self._broadcast is not None, "join() comes first"
-        self._broadcast(buffer)
-        return stored
+            buffer = torch.empty(size_of(bucket), dtype=torch.uint8, device=self.device)
+            for name, view in views_of(buffer, bucket).items():
+                view.copy_(values[name])
+        stored = self._transports[STORE].send(buffer) if keep and self._leader and transport != STORE else None
+        payload = way.send(buffer)
+        return payload, payload if transport == STORE else stored
 
     def finish(self) -> Mapping[str, int]:
         """Digests of what was sent since the last call."""
-        sent, self._sent, self._held = self._sent, {}, None
+        sent, self._sent = self._sent, {}
+        self._transports.release()
         return sent
-
-    @property
-    def _device(self) -> torch.device:
-        return next(iter(self._outgoing.values())).sources[0].device
-
-
-def received(payload: Any, device: torch.device) -> Tensor:
-    """A flat uint8 buffer from what WeightSender.send returned."""
-    if isinstance(payload, bytes):
-        rebuild, arguments = pickle.loads(payload)  # from our own learner, over Ray
-        buffer: Tensor = rebuild(*arguments)
-        return buffer
-    import ray
-
-    array = ray.get(payload[0])
-    return torch.frombuffer(bytearray(array) if not array.flags.writeable else array, dtype=torch.uint8).to(device)

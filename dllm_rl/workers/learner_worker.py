@@ -19,11 +19,11 @@ from dllm_rl.learner.torch_learner import TorchLearner
 from dllm_rl.models.denoiser import TransformersDenoiser
 from dllm_rl.models.lora import merged_updates
 from dllm_rl.protocols.algorithm import Algorithm
+from dllm_rl.protocols.engine import TensorSpec
 from dllm_rl.protocols.learner import Learner
 from dllm_rl.protocols.strategy import UnmaskingStrategy
-from dllm_rl.types import LikelihoodEstimate, MaskSample, RolloutBatch, Sampling, WeightsVersion
-from dllm_rl.weight_transfer.receiver import TensorSpec
-from dllm_rl.weight_transfer.sender import OutgoingTensor, Transport, WeightSender
+from dllm_rl.types import GlobalCounts, LikelihoodEstimate, MaskSample, Rewards, RolloutBatch, Sampling, WeightsVersion
+from dllm_rl.weight_transfer.sender import OutgoingTensor, WeightSender
 
 
 class LearnerRank(Learner, Protocol):
@@ -116,7 +116,8 @@ class LearnerWorker:
         else:
             outgoing = [OutgoingTensor(name, [p], functools.partial(_itself, p)) for name, p in trained.items()]
         gathering = getattr(learner, "reading", _as_they_are)
-        self._sender = WeightSender(outgoing, gathering, leader=place.rank == 0, host=place.host)
+        self._sender = WeightSender(outgoing, gathering, leader=place.rank == 0)
+        self._host = place.host
         self._gathering = gathering
         self._probe = next((p for name, p in trained.items() if ".lora_B." in name), None)
         self._kept: Tensor | None = None
@@ -126,40 +127,50 @@ class LearnerWorker:
         """Micro-batches and buckets so far; a sign of life."""
         return getattr(self.learner, "ticks", self.learner.step)
 
-    def update(self, *arguments: Any, **options: Any) -> Mapping[str, float]:
-        """See protocols.Learner."""
-        metrics = self.learner.update(*arguments, **options)
+    def update(
+        self,
+        batch: RolloutBatch,
+        rewards: Rewards,
+        advantage: Tensor,
+        masks: MaskSample,
+        algorithm: Algorithm,
+        *,
+        reference: LikelihoodEstimate | None,
+        counts: GlobalCounts | None = None,
+    ) -> Mapping[str, float]:
+        """See Learner."""
+        metrics = self.learner.update(batch, rewards, advantage, masks, algorithm, reference=reference, counts=counts)
         if self._shares:
             torch.cuda.empty_cache()  # what the backward pass needed is kept for the next one otherwise
         return metrics
 
     def score(self, batch: RolloutBatch, masks: MaskSample, *, reference: bool) -> LikelihoodEstimate:
-        """See protocols.Learner; on the CPU."""
+        """See Learner; on the CPU."""
         found = self.learner.score(batch, masks, reference=reference)
         return LikelihoodEstimate(token_logp=found.token_logp.cpu(), draw_logp=found.draw_logp.cpu())
 
     def skip(self) -> None:
-        """See protocols.Learner."""
+        """See Learner."""
         self.learner.skip()
 
     def reference_digest(self) -> str:
-        """See protocols.Learner."""
+        """See Learner."""
         return self.learner.reference_digest()
 
     def drop_reference(self) -> None:
-        """See protocols.Learner."""
+        """See Learner."""
         self.learner.drop_reference()
 
     def version(self) -> WeightsVersion:
-        """See protocols.Learner."""
+        """See Learner."""
         return self.learner.version()
 
     def save(self, folder: Path) -> None:
-        """See protocols.Learner."""
+        """See Learner."""
         self.learner.save(folder)
 
     def load(self, folder: Path) -> int:
-        """See protocols.Learner; returns the step."""
+        """See Learner; returns the step."""
         self.learner.load(folder)
         return self.learner.step
 
@@ -179,24 +190,26 @@ class LearnerWorker:
             self._probe.copy_(self._kept)
         self._kept = None
 
-    def entries(self) -> list[TensorSpec]:
-        """See WeightSender."""
-        return self._sender.entries
+    def tensor_specs(self) -> list[TensorSpec]:
+        """What would be sent, in order."""
+        return self._sender.specs
 
-    def open(self, timeout_s: float) -> tuple[str, int]:
-        """See WeightSender."""
-        return self._sender.open(timeout_s)
+    def open(self, transport: str, timeout_s: float) -> Any:
+        """Address of a new meeting place; see Transport.open."""
+        return self._sender.transport(transport).open(self._host, timeout_s)
 
-    def join(self, size: int, timeout_s: float) -> None:
-        """See WeightSender."""
-        self._sender.join(size, timeout_s)
+    def join(self, transport: str, address: Any, size: int, timeout_s: float) -> None:
+        """Enter the group of a collective transport, as the one that sends; engines join at the same time."""
+        self._sender.transport(transport).join(
+            address, rank=0, size=size, host=self._host, device=self._sender.device, timeout_s=timeout_s
+        )
 
-    def send(self, bucket: Sequence[TensorSpec], transport: Transport, *, keep: bool) -> Any:
-        """See WeightSender."""
+    def send(self, bucket: Sequence[TensorSpec], transport: str, *, keep: bool) -> tuple[Any, Any]:
+        """Give a bucket away; see WeightSender.send."""
         return self._sender.send(bucket, transport, keep=keep)
 
     def finish(self) -> Mapping[str, int]:
-        """See WeightSender."""
+        """Digests of what was sent since the last call."""
         return self._sender.finish()
 
 

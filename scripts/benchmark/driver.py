@@ -124,7 +124,7 @@ def measure(prompts: int, steps: int, *, simulated: bool, engines: int) -> dict[
             ROOT / "configs" / "tiny_sudoku_ray.yaml",
             [
                 *(f"run.output={folder}", f"run.steps={steps + 1}", f"cluster.engines={engines}"),
-                *(f"data.prompts_per_step={prompts}", "data.samples_per_prompt=8", "engine.rows_per_call=64"),
+                *(f"data.prompts_per_step={prompts}", "data.samples_per_prompt=8", "rollout.rows_per_call=64"),
                 *(f"data.task.train_puzzles={max(200, prompts)}", "cluster.address=local"),
                 *("diagnostics.every_steps=null", "cluster.cpus_per_engine=0.5", "cluster.cpus_per_learner=0.5"),
             ],
@@ -150,7 +150,7 @@ def measure(prompts: int, steps: int, *, simulated: bool, engines: int) -> dict[
                     begin = time.time()
                     one_step(run, config, prefetcher, references)
                     end = time.time()
-                    busy = [i for group in run.actors for one in group.call("intervals") for i in one]
+                    busy = [i for group in run.actors for one in group.call(Recorded.intervals) for i in one]
                     total, waited = end - begin, _covered(scored, begin, end)
                     rows.append(
                         {

@@ -32,7 +32,7 @@ def steps(name: str, folder: str, number: int, *overrides: str) -> dict[str, flo
         [
             *(f"run.output={folder}", f"run.name={name}", f"run.steps={number}", "cluster.address=local"),
             *("cluster.engines=1", "cluster.cpus_per_engine=0.5", "cluster.cpus_per_learner=0.5"),
-            *("data.prompts_per_step=32", "data.samples_per_prompt=8", "engine.rows_per_call=64"),
+            *("data.prompts_per_step=32", "data.samples_per_prompt=8", "rollout.rows_per_call=64"),
             "model.init={hidden_size: 96, num_layers: 3, num_heads: 4, max_length: 40}",
             *("evaluate.at_end=false", "checkpoint.every_steps=null", "diagnostics.every_steps=null"),
             # The same work in every step: rewards that differ within nearly every group, and weights that stay.

@@ -19,8 +19,8 @@ from dllm_rl.models.tokenizers import character_tokenizer
 from dllm_rl.protocols.denoiser import Denoiser
 from dllm_rl.seeding import generator_for
 from dllm_rl.types import Prompt, Sampling, Trajectory, WeightsVersion
-from rollouts.native import NativeEngine
-from rollouts.reference import ReferenceEngine
+from rollouts.native import NativeSampler
+from rollouts.reference import ReferenceSampler
 from rollouts.strategies.low_confidence import LowConfidence
 
 SAMPLES_PER_PROMPT = 16
@@ -55,7 +55,7 @@ class Timed:
 
 
 def measure(
-    engine_class: type[NativeEngine] | type[ReferenceEngine],
+    engine_class: type[NativeSampler] | type[ReferenceSampler],
     denoiser: Denoiser,
     prompts: list[Prompt],
     sampling: Sampling,
@@ -118,8 +118,8 @@ def main() -> None:
     for tokens_per_step in a.tokens_per_step:
         sampling = Sampling(max_new_tokens=a.canvas, tokens_per_step=tokens_per_step)
         print(f"canvas {a.canvas}, {tokens_per_step} tokens per step")
-        fast, rows = measure(NativeEngine, denoiser, prompts, sampling, SAMPLES_PER_PROMPT)
-        slow, oracle = measure(ReferenceEngine, denoiser, prompts, sampling, 1)
+        fast, rows = measure(NativeSampler, denoiser, prompts, sampling, SAMPLES_PER_PROMPT)
+        slow, oracle = measure(ReferenceSampler, denoiser, prompts, sampling, 1)
         equal = all(
             torch.equal(mine.events, theirs.events)
             for mine, theirs in zip(rows[::SAMPLES_PER_PROMPT], oracle, strict=True)

@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from dllm_rl.cluster.group import WorkerRank
-from dllm_rl.cluster.placement import Needs, Placement
+from dllm_rl.cluster.placement import Placement, ResourceRequest
 from dllm_rl.cluster.ray_group import RayWorkerGroup
 from dllm_rl.driver.engine_pool import EnginePool
 from dllm_rl.driver.learner_group import LearnerGroup
@@ -147,8 +147,8 @@ def main() -> None:
     arguments = parser.parse_args()
     ray.init(address="local", num_cpus=1 + arguments.engines, include_dashboard=False, log_to_driver=False)
     placement = Placement.reserve(
-        Needs(count=arguments.engines, cpus=1, gpus=0),
-        Needs(count=1, cpus=1, gpus=0),
+        ResourceRequest(count=arguments.engines, cpus=1, gpus=0),
+        ResourceRequest(count=1, cpus=1, gpus=0),
         colocate=False,
         wait_s=60,
         log=print,
@@ -162,7 +162,7 @@ def main() -> None:
     learner = LearnerGroup(senders, hang_s=60, max_restarts=0)
     pool = EnginePool(receivers, rows_per_call=1, hang_s=60, max_restarts=0, log=print)
     print(f"{arguments.mb} MB to {arguments.engines} engines, buckets of {arguments.bucket_mb} MB")
-    for transport in ("collective", "object_store"):
+    for transport in ("broadcast", "object_store"):
         sync = DistributedWeightSync(
             learner,
             pool,

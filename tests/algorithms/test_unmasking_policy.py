@@ -22,8 +22,8 @@ from dllm_rl.protocols.strategy import UnmaskingStrategy
 from dllm_rl.seeding import generator_for
 from dllm_rl.train import train
 from dllm_rl.types import LikelihoodEstimate, Prompt, Sampling, WeightsVersion
-from rollouts.native import NativeEngine
-from rollouts.reference import ReferenceEngine
+from rollouts.native import NativeSampler
+from rollouts.reference import ReferenceSampler
 
 WEIGHTS = WeightsVersion(step=0, digest="x")
 MODELS = {
@@ -86,7 +86,7 @@ def learner_for(strategy, denoiser, sampling, **settings):
     )
 
 
-def rollouts(denoiser, strategy, sampling, engine=NativeEngine, samples=2):
+def rollouts(denoiser, strategy, sampling, engine=NativeSampler, samples=2):
     trajectories = engine(denoiser, strategy, weights=WEIGHTS).generate(
         prompts_of(denoiser), sampling, seed=3, samples_per_prompt=samples
     )
@@ -119,7 +119,7 @@ def collate_one(denoiser, spy, sampling):
     """Rows decoded one at a time, each with the log-probabilities of its choices."""
     for prompt in prompts_of(denoiser):
         spy.logp = []
-        (trajectory,) = ReferenceEngine(denoiser, spy, weights=WEIGHTS).generate([prompt], sampling, seed=3)
+        (trajectory,) = ReferenceSampler(denoiser, spy, weights=WEIGHTS).generate([prompt], sampling, seed=3)
         batch = collate(
             [trajectory],
             pad_id=denoiser.pad_id,
@@ -138,7 +138,7 @@ def test_native_decodes_like_the_oracle(tiny_denoiser, model, distribution):
     strategy = learned(distribution=distribution)
     sampling = Sampling(max_new_tokens=12, temperature=0.0, block_size=block)
     fast, _ = rollouts(denoiser, strategy, sampling)
-    slow, _ = rollouts(denoiser, strategy, sampling, ReferenceEngine)
+    slow, _ = rollouts(denoiser, strategy, sampling, ReferenceSampler)
     for a, b in zip(fast, slow, strict=True):
         assert torch.equal(a.tokens, b.tokens) and torch.equal(a.unmask_step, b.unmask_step)
         assert torch.equal(a.order, b.order) and torch.equal(a.events, b.events)

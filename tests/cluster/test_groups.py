@@ -58,39 +58,42 @@ def session(ray_cluster):
 
 @pytest.fixture
 def placement(session):
-    from dllm_rl.cluster.placement import Needs, Placement
+    from dllm_rl.cluster.placement import Placement, ResourceRequest
 
     made = Placement.reserve(
-        Needs(count=2, cpus=1, gpus=0), Needs(count=1, cpus=1, gpus=0), colocate=False, wait_s=30, log=print
+        ResourceRequest(count=2, cpus=1, gpus=0),
+        ResourceRequest(count=1, cpus=1, gpus=0),
+        colocate=False,
+        wait_s=30,
+        log=print,
     )
     yield made
     made.close()
 
 
 def test_members_are_called_together_and_one_by_one(group):
-    assert group.call("add", 3) == [3, 4]
-    assert group.call("add", 1, times=2) == [5, 6]
-    assert group.scatter("add", [(1,), (10,)]) == [6, 16]
-    assert group.submit(1, "add", 0).result() == 16
+    assert group.call(Member.add, 3) == [3, 4]
+    assert group.call(Member.add, 1, times=2) == [5, 6]
+    assert group.submit(1, Member.add, 0).result() == 6
     assert group.heartbeat(0).result(30).ticks == 0
 
 
 def test_what_a_member_raises_comes_out_as_it_was(group):
     with pytest.raises(ValueError) as caught:
-        group.call("refuse")
+        group.call(Member.refuse)
     assert str(caught.value) == "such a number is not to be had"
-    assert group.call("add", 1) == [1, 2], "it goes on working"
+    assert group.call(Member.add, 1) == [1, 2], "it goes on working"
 
 
 def test_a_restarted_member_starts_anew_and_the_others_go_on(group):
-    group.call("add", 5)
+    group.call(Member.add, 5)
     group.restart([1])
-    assert group.call("add", 0) == [5, 1]
+    assert group.call(Member.add, 0) == [5, 1]
 
 
 def test_a_pulse_is_felt_beside_a_call(placement):
     with started(placement) as group:
-        busy = group.submit(0, "work", 3.0)
+        busy = group.submit(0, Member.work, 3.0)
         time.sleep(1.0)
         heartbeat = group.heartbeat(0).result(30)
         assert 0 < heartbeat.ticks < 60 and not busy.done()
@@ -100,26 +103,26 @@ def test_a_pulse_is_felt_beside_a_call(placement):
 def test_death_and_hanging_are_named_and_repaired(placement):
     with started(placement) as group:
         with pytest.raises(WorkerLost, match=r"engine 1 is lost: .*died") as caught:
-            group.submit(1, "die").result(60)
+            group.submit(1, Member.die).result(60)
         assert (caught.value.group, caught.value.rank) == ("engine", 1)
         with pytest.raises(WorkerLost, match="engine 1"):
-            group.call("add", 1)
-        hanging = group.submit(0, "work", 600.0)
+            group.call(Member.add, 1)
+        hanging = group.submit(0, Member.work, 600.0)
         group.end(0)
         with pytest.raises(WorkerLost, match=r"engine 0 is lost: .*no progress"):
             hanging.result(60)
         group.restart([0, 1])
-        assert group.call("add", 2) == [2, 3]
+        assert group.call(Member.add, 2) == [2, 3]
 
 
 def test_a_wish_that_the_cluster_cannot_grant_is_refused_at_once(session):
-    from dllm_rl.cluster.placement import Needs, Placement
+    from dllm_rl.cluster.placement import Placement, ResourceRequest
 
-    one = Needs(count=1, cpus=1, gpus=0)
+    one = ResourceRequest(count=1, cpus=1, gpus=0)
     with pytest.raises(ValueError, match=r"wants 901 CPUs .* has 3; lower cluster.engines"):
-        Placement.reserve(Needs(count=900, cpus=1, gpus=0), one, colocate=False, wait_s=5, log=print)
+        Placement.reserve(ResourceRequest(count=900, cpus=1, gpus=0), one, colocate=False, wait_s=5, log=print)
     with pytest.raises(ValueError, match=r"wants 1 GPUs .* has 0"):
-        Placement.reserve(one, Needs(count=1, cpus=0, gpus=1), colocate=False, wait_s=5, log=print)
+        Placement.reserve(one, ResourceRequest(count=1, cpus=0, gpus=1), colocate=False, wait_s=5, log=print)
 
 
 def test_waiting_says_what_is_wanted_and_what_is_free(placement, monkeypatch):
@@ -127,16 +130,16 @@ def test_waiting_says_what_is_wanted_and_what_is_free(placement, monkeypatch):
 
     monkeypatch.setattr(module, "SAY_EVERY_S", 1.0)
     heard = []
-    one = module.Needs(count=1, cpus=1, gpus=0)
+    one = module.ResourceRequest(count=1, cpus=1, gpus=0)
     with pytest.raises(ValueError, match=r"wait_s = 3 s: wanted 2 x \(1 CPU\); free: .* 0 CPU 0 GPU; stop other jobs"):
         module.Placement.reserve(one, one, colocate=False, wait_s=3, log=heard.append)
     assert len(heard) >= 2 and "wanted 2 x (1 CPU); free:" in heard[0]
 
 
 def test_colocated_members_share_bundles():
-    from dllm_rl.cluster.placement import Needs, _bundles
+    from dllm_rl.cluster.placement import ResourceRequest, _bundles
 
-    engine, learner = Needs(count=3, cpus=1, gpus=0.5), Needs(count=2, cpus=2, gpus=0.5)
+    engine, learner = ResourceRequest(count=3, cpus=1, gpus=0.5), ResourceRequest(count=2, cpus=2, gpus=0.5)
     bundles, at = _bundles(engine, learner, colocate=True)
     assert bundles == [{"CPU": 3, "GPU": 1.0}, {"CPU": 3, "GPU": 1.0}, {"CPU": 1, "GPU": 0.5}]
     assert at == {"engine": [0, 1, 2], "learner": [0, 1]}

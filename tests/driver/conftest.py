@@ -40,10 +40,14 @@ def more_places(ray_cluster):
 
 @contextmanager
 def reserved():
-    from dllm_rl.cluster.placement import Needs, Placement
+    from dllm_rl.cluster.placement import Placement, ResourceRequest
 
     placement = Placement.reserve(
-        Needs(count=2, cpus=0.5, gpus=0), Needs(count=1, cpus=0.5, gpus=0), colocate=False, wait_s=30, log=print
+        ResourceRequest(count=2, cpus=0.5, gpus=0),
+        ResourceRequest(count=1, cpus=0.5, gpus=0),
+        colocate=False,
+        wait_s=30,
+        log=print,
     )
     try:
         yield placement

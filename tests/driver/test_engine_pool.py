@@ -30,7 +30,7 @@ class Threads(WorkerGroup):
         with self.lock:
             self.held[rank] += 1
             self.most = max(self.most, self.held[rank])
-        return self.workers[rank].submit(self._work, rank, method, args)
+        return self.workers[rank].submit(self._work, rank, method.__name__, args)
 
     def _work(self, rank, method, args):
         try:

@@ -20,6 +20,7 @@ from dllm_rl.reports.clock import Clock
 from dllm_rl.reports.progress import Quiet
 from dllm_rl.reports.run_folder import comparable, read_rows
 from dllm_rl.train import train
+from dllm_rl.workers.engine_worker import EngineWorker
 
 TINY = Path(__file__).resolve().parents[2] / "configs" / "tiny_sudoku_ray.yaml"
 
@@ -87,7 +88,7 @@ def test_a_begun_batch_goes_on_after_a_resume(tiny, tmp_path):
             prefetcher.load(tmp_path, 0)
             assert prefetcher._partial[1].blocks == 1
             newer = dataclasses.replace(run.engines.weights, step=1)
-            run.engines.group.call("activate", newer)
+            run.engines.group.call(EngineWorker.activate, newer)
             batch = prefetcher._collect(1, prefetcher._partial[1])[0].batch
         assert torch.equal(batch.tokens, whole.batch.tokens)
         early = (torch.arange(batch.tokens.shape[1]) < batch.prompt_length[:, None] + 4) & batch.generated

@@ -7,33 +7,32 @@ import os
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
 
-from dllm_rl.cluster.group import WorkerRank
 from dllm_rl.cluster.ray_group import RayWorkerGroup
-from dllm_rl.config.load import load_config
 from dllm_rl.conformance import cases
 from dllm_rl.driver.engine_pool import EnginePool
 from dllm_rl.driver.learner_group import LearnerGroup
 from dllm_rl.driver.weight_sync import DistributedWeightSync
-from dllm_rl.models.digest import digest
-from dllm_rl.models.lora import add_lora
-from dllm_rl.types import Prompt, Sampling
-from dllm_rl.weight_transfer.receiver import (
+from dllm_rl.errors import (
     DigestMismatch,
     DroppedBucket,
     PushError,
     PushTimeout,
+    RunStopped,
     StaleVersion,
-    TensorSpec,
     UnknownWeight,
-    size_of,
 )
+from dllm_rl.models.digest import digest
+from dllm_rl.models.lora import add_lora
+from dllm_rl.protocols.engine import EngineSetup, TensorSpec
+from dllm_rl.types import Prompt, Sampling
+from dllm_rl.weight_transfer.receiver import size_of
 from dllm_rl.workers.engine_worker import EngineWorker
 from dllm_rl.workers.learner_worker import LearnerWorker
+from rollouts.native import NativeEngine
 
 PROMPT = Prompt(uid="p", token_ids=(5, 6), text="", answer="", task="")
 ENV = {"OMP_NUM_THREADS": "1"}
@@ -73,8 +72,8 @@ class Sender(LearnerWorker):
     def misbehave(self, fault):
         self.fault = fault
 
-    def entries(self):
-        found = super().entries()
+    def tensor_specs(self):
+        found = super().tensor_specs()
         if self.fault == "wrong name":
             found[0] = TensorSpec(found[0].name.replace("default", "other"), found[0].shape, found[0].dtype)
         return found
@@ -93,33 +92,53 @@ class Receiver(EngineWorker):
     def misbehave(self, fault):
         self.fault = fault
 
-    def write(self, number, payload):
+    def receive(self, number, transport, payload):
         if self.fault == "dropped bucket" and number == 1:
-            if payload is None:
-                self._broadcast(torch.empty(size_of(self._layout[number]), dtype=torch.uint8))
+            size = size_of(self._receiver.layout[number])
+            self._transports[transport].receive(payload, size, self.engine.device)
             return
-        super().write(number, payload)
+        super().receive(number, transport, payload)
         if self.fault == "corrupted byte" and number == 1:
-            name = self._layout[1][0].name
-            self._receiver._parameters[name].view(-1).view(torch.uint8)[5] ^= 1
+            name = self._receiver.layout[1][0].name
+            self.engine._parameters[name].view(-1).view(torch.uint8)[5] ^= 1
 
 
-def sender(lora, place):
+class Detached(NativeEngine):
+    """Writes weights into copies that nothing decodes with: the bug that the first act is there for."""
+
+    def __init__(self, config, setup):
+        super().__init__(config, setup)
+        self._parameters = {name: value.clone() for name, value in self._parameters.items()}
+
+
+def sender(lora, rank):
     denoiser = cases.denoiser("tiny")
     if lora:
         add_lora(denoiser, rank=4, alpha=8.0, seed=1)
-    return Sender(Weights(denoiser), place, denoiser, merged=lora == "merged")
+    return Sender(Weights(denoiser), rank, denoiser, merged=lora == "merged")
 
 
-def receiver(lora, config, place):
+def model(lora):
     denoiser = cases.denoiser("tiny")
-    if lora == "adapter":
+    if lora in ("adapter", "detached"):
         add_lora(denoiser, rank=4, alpha=8.0, seed=1)
-    named = {name: p.data for name, p in denoiser.module.named_parameters()}
-    if lora == "detached":  # a sampler that keeps its own copy: the bug that the first act is there for
-        add_lora(denoiser, rank=4, alpha=8.0, seed=1)
-        named = {name: p.data.clone() for name, p in denoiser.module.named_parameters()}
-    return Receiver(config, denoiser, {}, "", named, place, packed=True)
+    return denoiser, cases.tokenizer()
+
+
+def engine(lora, rank=0):
+    kind = Detached if lora == "detached" else NativeEngine
+    setup = EngineSetup(
+        rank=rank,
+        path="",
+        strategies={"train": {"name": "low_confidence"}},
+        trains="model",
+        load=functools.partial(model, lora),
+    )
+    return kind(kind.Config(), setup)
+
+
+def receiver(lora, rank):
+    return Receiver(engine(lora, rank.rank), rank, packed=True)
 
 
 class Pair:
@@ -127,7 +146,7 @@ class Pair:
 
     def __init__(self, places, lora):
         self.senders = RayWorkerGroup("learner", functools.partial(sender, lora), places.learners, ENV)
-        self.receivers = RayWorkerGroup("engine", functools.partial(receiver, lora, CONFIG), places.engines, ENV)
+        self.receivers = RayWorkerGroup("engine", functools.partial(receiver, lora), places.engines, ENV)
         with ThreadPoolExecutor(2) as both:
             for started in [both.submit(g.restart, range(g.size)) for g in (self.senders, self.receivers)]:
                 started.result()
@@ -150,9 +169,6 @@ class Pair:
         self.receivers.close()
 
 
-CONFIG = load_config(Path(__file__).resolve().parents[2] / "configs" / "tiny_sudoku_ray.yaml", [])
-
-
 @pytest.fixture(scope="module")
 def pair(places):
     made = Pair(places, "adapter")
@@ -165,33 +181,32 @@ def well(pair):
     """The pair, behaving; afterwards it behaves again and its engines hold what the learner has."""
     yield pair
     for group in (pair.senders, pair.receivers):
-        group.call("misbehave", "")
+        group.call(Sender.misbehave, "")
     pair.sync("object_store").push(allow_older=True)
 
 
-@pytest.mark.parametrize("transport", ["collective", "object_store"])
+@pytest.mark.parametrize("transport", ["broadcast", "object_store"])
 def test_engines_decode_with_what_was_pushed_and_say_which_version(well, transport):
     sync = well.sync(transport)
     sync.verify()
-    before = well.receivers.call("probe")
-    well.senders.call("shake", 7)
-    assert torch.equal(well.receivers.call("probe")[0], before[0]), "nothing has been pushed yet"
+    before = well.receivers.call(Receiver.probe_logits)
+    well.senders.call(Sender.shake, 7)
+    assert torch.equal(well.receivers.call(Receiver.probe_logits)[0], before[0]), "nothing has been pushed yet"
     version = sync.push()
-    after = well.receivers.call("probe")
-    local = receiver("adapter", CONFIG, WorkerRank())
-    lora = {name: p for name, p in local._denoiser.module.named_parameters() if ".lora_" in name}
+    after = well.receivers.call(Receiver.probe_logits)
+    lora = {name: p for name, p in model("adapter")[0].module.named_parameters() if ".lora_" in name}
     assert sync.bytes_sent >= sum(p.nbytes for p in lora.values()), "all of the adapter"
     assert sync.bytes_sent < 2 * sum(p.nbytes for p in lora.values()), "and the adapter alone"
     assert not torch.allclose(after[0], before[0]) and torch.equal(after[0], after[1])
-    assert well.pool.weights == version and version.digest == well.senders.call("version_now")[0]
+    assert well.pool.weights == version and version.digest == well.senders.call(Sender.version_now)[0]
     assert not well.said
 
 
 def test_two_pushes_of_the_same_weights_have_the_same_digest(well):
-    assert well.sync("collective").push() == well.sync("object_store").push()
+    assert well.sync("broadcast").push() == well.sync("object_store").push()
 
 
-@pytest.mark.parametrize("transport", ["collective", "object_store"])
+@pytest.mark.parametrize("transport", ["broadcast", "object_store"])
 @pytest.mark.parametrize(
     ("who", "fault", "error", "message"),
     [
@@ -208,12 +223,12 @@ def test_two_pushes_of_the_same_weights_have_the_same_digest(well):
 def test_a_push_that_goes_wrong_is_named_and_the_engine_gets_no_prompt(well, transport, who, fault, error, message):
     sync = well.sync(transport)
     sync.push()
-    getattr(well, who).call("misbehave", fault)
+    getattr(well, who).call(Sender.misbehave, fault)
     with pytest.raises(error, match=message):
         sync.push()
     if who == "receivers":
         sampling = Sampling(max_new_tokens=4)
-        with pytest.raises(RuntimeError, match="holds an unfinished push of weights and decodes nothing"):
+        with pytest.raises(RunStopped, match="holds an unfinished push of weights and decodes nothing"):
             well.pool.generate("train", [PROMPT], sampling, seed=0)
 
 
@@ -229,20 +244,20 @@ def test_stale_weights_are_refused(well):
 
 def test_who_does_not_take_part_is_named_with_phase_and_tensor(well):
     sync = well.sync("object_store", timeout_s=1.0)
-    well.senders.call("misbehave", "hang")
+    well.senders.call(Sender.misbehave, "hang")
     with pytest.raises(PushTimeout, match=r"learner 0 did not finish 'send' of .*lora_A.* within 1 s"):
         sync.push()
 
 
 def test_an_engine_that_is_killed_in_a_push_is_replaced_and_served(well):
-    sync = well.sync("collective")
+    sync = well.sync("broadcast")
     sync.push()
     os.kill(well.receivers.pids()[1], signal.SIGKILL)
-    well.senders.call("shake", 3)
+    well.senders.call(Sender.shake, 3)
     version = sync.push()
-    first, second = well.receivers.call("probe")
+    first, second = well.receivers.call(Receiver.probe_logits)
     assert torch.equal(first, second) and well.pool.restarts == 1
-    assert version.digest == well.senders.call("version_now")[0]
+    assert version.digest == well.senders.call(Sender.version_now)[0]
     assert "engine 1 is lost" in well.said[0]
     well.said.clear()
 
@@ -251,7 +266,7 @@ def test_a_sampler_that_does_not_look_at_the_adapter_is_found_out(more_places):
     made = Pair(more_places, "detached")
     try:
         with pytest.raises(PushError, match="its logits do not change when the adapter that it is sent does"):
-            made.sync("collective").verify()
+            made.sync("broadcast").verify()
     finally:
         made.close()
 
@@ -259,14 +274,16 @@ def test_a_sampler_that_does_not_look_at_the_adapter_is_found_out(more_places):
 def test_merged_layers_make_a_plain_engine_compute_what_the_adapted_learner_does(more_places):
     made = Pair(more_places, "merged")
     try:
-        sync = made.sync("collective")
+        sync = made.sync("broadcast")
         sync.verify()
-        made.senders.call("shake", 1)
+        made.senders.call(Sender.shake, 1)
         sync.push()
         adapted = cases.denoiser("tiny")
         add_lora(adapted, rank=4, alpha=8.0, seed=1)
         shake(adapted.module, 1)
-        wanted = EngineWorker(CONFIG, adapted, {}, "", {}, WorkerRank(), packed=True).probe()
-        torch.testing.assert_close(made.receivers.call("probe")[0], wanted, rtol=1e-4, atol=1e-4)
+        adapter = engine("adapter")
+        adapter.denoiser = adapted
+        wanted = adapter.probe_logits()
+        torch.testing.assert_close(made.receivers.call(Receiver.probe_logits)[0], wanted, rtol=1e-4, atol=1e-4)
     finally:
         made.close()

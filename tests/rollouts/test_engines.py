@@ -12,8 +12,8 @@ from dllm_rl.diffusion import likelihood, masking
 from dllm_rl.diffusion.layout import block_index
 from dllm_rl.protocols.strategy import UnmaskingStrategy
 from dllm_rl.types import GIVEN, Prompt, RolloutBatch, Sampling, Trajectory, WeightsVersion
-from rollouts.native import NativeEngine
-from rollouts.reference import ReferenceEngine
+from rollouts.native import NativeSampler
+from rollouts.reference import ReferenceSampler
 
 ATOL_F32 = 1e-5
 WEIGHTS = WeightsVersion(step=0, digest="x")
@@ -76,8 +76,8 @@ def test_native_equals_the_oracle(tiny_denoiser, model, sampling):
     denoiser = build(tiny_denoiser, model)
     settings = fit(denoiser, SAMPLINGS[sampling])
     for name in STRATEGIES:
-        oracle = ReferenceEngine(denoiser, strategy(name), weights=WEIGHTS)
-        native = NativeEngine(denoiser, strategy(name), weights=WEIGHTS)
+        oracle = ReferenceSampler(denoiser, strategy(name), weights=WEIGHTS)
+        native = NativeSampler(denoiser, strategy(name), weights=WEIGHTS)
         prompts = prompts_of(denoiser, injected=((0, 5), (4, 7)), every=2)
         for a, b in zip(
             native.generate(prompts, settings, seed=3), oracle.generate(prompts, settings, seed=3), strict=True
@@ -88,7 +88,7 @@ def test_native_equals_the_oracle(tiny_denoiser, model, sampling):
 def ending(tiny_denoiser, model):
     """A model that samples EOS now and then: the token nearest to 8% of its samples is declared to be it."""
     denoiser = build(tiny_denoiser, model)
-    engine = NativeEngine(denoiser, strategy("random"), weights=WEIGHTS)
+    engine = NativeSampler(denoiser, strategy("random"), weights=WEIGHTS)
     rows = engine.generate(prompts_of(denoiser), BLOCKS_OF_FOUR, seed=0, samples_per_prompt=4)
     drawn = torch.cat([t.events[:, 2] for t in rows])
     denoiser.eos_id = int((drawn.bincount() / len(drawn) - 0.08).abs().argmin())
@@ -109,7 +109,7 @@ def test_rows_end_at_eos_like_the_oracle(tiny_denoiser, model, name):
         engine(denoiser, strategy(name), weights=WEIGHTS).generate(
             prompts, BLOCKS_OF_FOUR, seed=1, samples_per_prompt=4
         )
-        for engine in (NativeEngine, ReferenceEngine)
+        for engine in (NativeSampler, ReferenceSampler)
     )
     assert [(t.prompt_uid, t.sample) for t in got] == [(p.uid, s) for p in prompts for s in range(4)]
     for a, b in zip(got, want, strict=True):
@@ -153,7 +153,7 @@ def test_no_work_is_done_that_no_row_needs(tiny_denoiser, model):
     """Finished rows leave, equal states are computed once, only hidden positions of the active block are unembedded."""
     denoiser = Recorded(ending(tiny_denoiser, model))
     chunk = 3 * denoiser.vocab_size
-    engine = NativeEngine(denoiser, strategy("confidence_threshold"), weights=WEIGHTS, chunk_elements=chunk)
+    engine = NativeSampler(denoiser, strategy("confidence_threshold"), weights=WEIGHTS, chunk_elements=chunk)
     rows = engine.generate(prompts_of(denoiser), BLOCKS_OF_FOUR, seed=2, samples_per_prompt=8)
     assert len({t.num_forwards for t in rows}) > 1, "the test needs rows that end at different times"
     needed, per_block = 0, []
@@ -184,7 +184,7 @@ def test_no_work_is_done_that_no_row_needs(tiny_denoiser, model):
 @pytest.mark.parametrize("limit", [10, 59, 10_000])
 def test_a_forward_holds_at_most_max_batch_tokens(tiny_denoiser, limit):
     denoiser = Recorded(build(tiny_denoiser, "tiny"))
-    engine = NativeEngine(denoiser, strategy("low_confidence"), weights=WEIGHTS, max_batch_tokens=limit)
+    engine = NativeSampler(denoiser, strategy("low_confidence"), weights=WEIGHTS, max_batch_tokens=limit)
     settings = Sampling(max_new_tokens=10, temperature=1.0, tokens_per_step=5)
     prompts = [
         dataclasses.replace(prompts_of(denoiser)[0], uid=str(i), token_ids=(3 + i % 4, 3 + i // 4)) for i in range(12)
@@ -199,18 +199,18 @@ def test_a_row_does_not_depend_on_its_batch(tiny_denoiser, model):
     denoiser = build(tiny_denoiser, model)
     settings = fit(denoiser, SAMPLINGS["sampled"])
     prompts = prompts_of(denoiser)
-    engine = NativeEngine(denoiser, strategy("low_confidence"), weights=WEIGHTS)
+    engine = NativeSampler(denoiser, strategy("low_confidence"), weights=WEIGHTS)
     want = {(t.prompt_uid, t.sample): t for t in engine.generate(prompts, settings, seed=5, samples_per_prompt=2)}
     alone = [t for p in prompts for t in engine.generate([p], settings, seed=5, samples_per_prompt=2)]
     mixed = engine.generate([prompts[3], prompts[0], prompts[4]], settings, seed=5)
-    narrow = NativeEngine(denoiser, strategy("low_confidence"), weights=WEIGHTS, max_batch_tokens=40)
+    narrow = NativeSampler(denoiser, strategy("low_confidence"), weights=WEIGHTS, max_batch_tokens=40)
     for t in [*alone, *mixed, *narrow.generate(prompts, settings, seed=5, samples_per_prompt=2)]:
         same(t, want[t.prompt_uid, t.sample])
     other = engine.generate(prompts, settings, seed=6)
     assert any(not torch.equal(t.tokens, want[t.prompt_uid, t.sample].tokens) for t in other)
 
 
-@pytest.mark.parametrize("engine", [NativeEngine, ReferenceEngine])
+@pytest.mark.parametrize("engine", [NativeSampler, ReferenceSampler])
 @pytest.mark.parametrize("model", MODELS)
 def test_trajectories_replay_to_their_own_log_probabilities(tiny_denoiser, model, engine):
     """tokens + unmask_step determine every state: the learner's estimator gives back what the engine saw."""
@@ -250,7 +250,7 @@ def test_trajectories_replay_to_their_own_log_probabilities(tiny_denoiser, model
 def test_every_position_is_committed_once_in_order(tiny_denoiser, model):
     denoiser = build(tiny_denoiser, model)
     settings = fit(denoiser, SAMPLINGS["sampled"])
-    for t in NativeEngine(denoiser, strategy("margin"), weights=WEIGHTS).generate(
+    for t in NativeSampler(denoiser, strategy("margin"), weights=WEIGHTS).generate(
         prompts_of(denoiser), settings, seed=0
     ):
         forwards, positions, tokens = t.events.T
@@ -268,7 +268,7 @@ def test_training_mode_is_left_as_it_was(tiny_denoiser):
     denoiser = tiny_denoiser()
     for training in (True, False):
         denoiser.module.train(training)
-        for engine in (NativeEngine, ReferenceEngine):
+        for engine in (NativeSampler, ReferenceSampler):
             engine(denoiser, strategy("random"), weights=WEIGHTS).generate(
                 prompts_of(denoiser), SAMPLINGS["greedy"], seed=0
             )
@@ -290,7 +290,7 @@ class VisibleSelected(UnmaskingStrategy):
         return torch.ones_like(candidates.eligible)
 
 
-@pytest.mark.parametrize("engine", [NativeEngine, ReferenceEngine])
+@pytest.mark.parametrize("engine", [NativeSampler, ReferenceSampler])
 @pytest.mark.parametrize("model", ["tiny", "sdar, blocks from the sequence"])
 def test_a_strategy_that_breaks_its_contract_is_named(tiny_denoiser, engine, model):
     denoiser = build(tiny_denoiser, model)
@@ -308,7 +308,7 @@ def test_a_fully_injected_canvas_needs_no_forward(tiny_denoiser):
     for model in ("tiny", "sdar, blocks from the sequence"):
         denoiser = build(tiny_denoiser, model)
         prompts = prompts_of(denoiser, injected=tuple((i, 5) for i in range(10)))
-        for engine in (NativeEngine, ReferenceEngine):
+        for engine in (NativeSampler, ReferenceSampler):
             for t in engine(denoiser, strategy("random"), weights=WEIGHTS).generate(
                 prompts, Sampling(max_new_tokens=10), seed=0
             ):
@@ -327,6 +327,6 @@ def test_a_fully_injected_canvas_needs_no_forward(tiny_denoiser):
 def test_what_cannot_be_decoded_is_refused(tiny_denoiser, model, sampling, prompt, words):
     denoiser = build(tiny_denoiser, model)
     one = Prompt(**({"uid": "p", "token_ids": (3, 4), "text": "", "answer": "", "task": "t"} | prompt))
-    for engine in (NativeEngine, ReferenceEngine):
+    for engine in (NativeSampler, ReferenceSampler):
         with pytest.raises(ValueError, match=words):
             engine(denoiser, strategy("random"), weights=WEIGHTS).generate([one], sampling, seed=0)

@@ -11,8 +11,8 @@ from torch import nn
 from dllm_rl import registry
 from dllm_rl.protocols.strategy import Candidates
 from dllm_rl.types import Prompt, Sampling, WeightsVersion
-from rollouts.native import NativeEngine
-from rollouts.reference import ReferenceEngine
+from rollouts.native import NativeSampler
+from rollouts.reference import ReferenceSampler
 
 CANDIDATES = Candidates(
     eligible=torch.tensor([[True, True, True, True, False]]),
@@ -81,7 +81,7 @@ class Table(nn.Module):
         return rows
 
 
-@pytest.mark.parametrize("engine", [ReferenceEngine, NativeEngine])
+@pytest.mark.parametrize("engine", [ReferenceSampler, NativeSampler])
 def test_a_table_model_is_decoded_in_the_order_of_its_confidences(engine):
     prompt = Prompt(uid="a", token_ids=(2, 3), text="", answer="", task="")
     weights = WeightsVersion(step=0, digest="")

@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch import nn
 
-from dllm_rl.workers.offload import Offloader
+from dllm_rl.models.offload import Offloader
 
 
 def test_tensors_are_away_and_come_back_in_place():
