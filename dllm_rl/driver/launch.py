@@ -93,8 +93,13 @@ class WorkerSpec:
         return found
 
 
-def launch_local(spec: WorkerSpec) -> Workers:
-    """One engine and one learner in this process; an engine of ours decodes with the learner's own weights."""
+def launch_local(spec: WorkerSpec, stack: ExitStack) -> Workers:
+    """One engine and one learner in this process; an engine of ours decodes with the learner's own weights.
+
+    Args:
+        spec: what to build.
+        stack: closes them.
+    """
     config, algorithm = spec.config, spec.algorithm
     denoiser, tokenizer = load_model(config, spec.path)
     check_engine(config, algorithm, denoiser, spec.engine_capabilities)
@@ -107,6 +112,7 @@ def launch_local(spec: WorkerSpec) -> Workers:
 
     learners = LocalWorkerGroup("learner", learner_worker)
     engines = LocalWorkerGroup("engine", lambda rank: EngineWorker(_engine(spec, rank, shared), rank, packed=False))
+    stack.callback(engines.close)
     learner, pool = _views(config, learners, engines, sleeps=False, log=lambda text: None)
     sync: WeightSync
     if engines.call(EngineWorker.shares_weights) == [True]:

@@ -32,5 +32,5 @@ def test_mypy_sees_misspelt_methods_and_wrong_arguments(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     found = dict.fromkeys(int(line.split(":")[1]) for line in done.stdout.splitlines() if ": error:" in line)
     assert list(found) == [10, 11, 12, 13, 14, 15], done.stdout + done.stderr
-    assert '"EngineWorker" has no attribute "slep"' in done.stdout
+    assert '"type[EngineWorker]" has no attribute "slep"' in done.stdout
     assert 'incompatible type "int"; expected "WeightsVersion"' in done.stdout
