@@ -11,7 +11,7 @@ the expert is one more sampler keeps their ratios bounded where the policy would
 Source: Learning unmasking policies, arXiv:2512.09106. An additive reward (right - alpha T/C) collapses to committing
 everything at once there, since a fast wrong row beats a slow wrong one.
 Deviations: expert steering for every group, not for the first prompt of a batch; a forward that commits nothing cannot
-happen (diffusion/choices.py).
+happen (rollouts/choices.py).
 """
 
 from __future__ import annotations

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dllm_rl.diffusion.choices import numbered
 from dllm_rl.errors import UserError
 from dllm_rl.protocols.denoiser import Denoiser
 from dllm_rl.protocols.strategy import Candidates, UnmaskingStrategy
 from dllm_rl.seeding import derive
 from dllm_rl.types import GIVEN, Prompt, Sampling, Trajectory, WeightsVersion
+from rollouts.choices import numbered
 
 
 @dataclass(frozen=True, slots=True)

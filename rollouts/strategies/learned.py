@@ -1,6 +1,6 @@
 """Commit the positions that a trained network chooses from the model's confidences.
 
-Source: Learning unmasking policies, arXiv:2512.09106; the network is described in dllm_rl/models/unmasking.py.
+Source: Learning unmasking policies, arXiv:2512.09106; the network is described in rollouts/policy_network.py.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from dllm_rl.diffusion import choices
 from dllm_rl.errors import UserError
-from dllm_rl.models.unmasking import UnmaskingPolicy, load_policy, save_policy
 from dllm_rl.protocols.strategy import Candidates, UnmaskingStrategy
+from rollouts import choices
+from rollouts.policy_network import UnmaskingPolicy, load_policy, save_policy
 
 
 class Learned(UnmaskingStrategy):

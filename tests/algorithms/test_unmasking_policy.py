@@ -17,12 +17,12 @@ from dllm_rl.conformance.algorithms import Subject
 from dllm_rl.data.collate import collate
 from dllm_rl.diffusion import advantage
 from dllm_rl.learner.policy_learner import PolicyLearner
-from dllm_rl.models.unmasking import UnmaskingPolicy, load_policy, save_policy
 from dllm_rl.protocols.strategy import UnmaskingStrategy
 from dllm_rl.seeding import generator_for
 from dllm_rl.train import train
 from dllm_rl.types import LikelihoodEstimate, Prompt, Sampling, WeightsVersion
 from rollouts.native import NativeSampler
+from rollouts.policy_network import UnmaskingPolicy, load_policy, save_policy
 from rollouts.reference import ReferenceSampler
 
 WEIGHTS = WeightsVersion(step=0, digest="x")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dllm_rl.models.unmasking import UnmaskingPolicy, save_policy
+from rollouts.policy_network import UnmaskingPolicy, save_policy
 
 
 def rows(path: Path, *lines: Any) -> str:

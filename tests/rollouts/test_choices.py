@@ -8,8 +8,8 @@ import math
 import pytest
 import torch
 
-from dllm_rl.diffusion import choices
 from dllm_rl.seeding import generator_for
+from rollouts import choices
 
 WIDTH = 4
 UTILITY = torch.tensor([0.3, -1.2, 0.9, -0.1], dtype=torch.float64)
