@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dllm_rl.conformance import algorithms, engines, rewards, strategies, tasks
+from dllm_rl.conformance import algorithms, engines, families, rewards, strategies, tasks
 from dllm_rl.conformance.violation import Violation
 from dllm_rl.registry import Kind
 
@@ -17,6 +17,7 @@ SUBJECTS: Mapping[Kind, Callable[[str, Mapping[str, Any]], Any]] = {
     "engines": engines.Subject,
     "rewards": rewards.Subject,
     "tasks": tasks.Subject,
+    "families": families.Subject,
 }
 CHECKS: Mapping[Kind, tuple[Callable[[Any], None], ...]] = {
     "algorithms": algorithms.CHECKS,
@@ -24,6 +25,7 @@ CHECKS: Mapping[Kind, tuple[Callable[[Any], None], ...]] = {
     "engines": engines.CHECKS,
     "rewards": rewards.CHECKS,
     "tasks": tasks.CHECKS,
+    "families": families.CHECKS,
 }
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import os
+import sys
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -196,7 +198,12 @@ def _views(
 
 
 def _environment(config: Config, cpus: float) -> Mapping[str, str]:
-    return {"OMP_NUM_THREADS": str(config.run.threads or max(1, int(cpus))), "TOKENIZERS_PARALLELISM": "false"}
+    return {
+        "OMP_NUM_THREADS": str(config.run.threads or max(1, int(cpus))),
+        "TOKENIZERS_PARALLELISM": "false",
+        # Plugins of a folder that only this process was told of are found there too.
+        "PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path),
+    }
 
 
 def _learner_actor(spec: WorkerSpec, place: WorkerRank) -> LearnerWorker:

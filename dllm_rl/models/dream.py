@@ -35,7 +35,8 @@ SIZES = (
 
 def to_transformers(config: Mapping[str, Any]) -> dict[str, Any]:
     """Qwen2 configuration of a Dream config.json."""
-    require(config, "dream", {"use_sliding_window": (False, False), "use_mrope": (False, False)})
+    fixed = {"use_sliding_window": (False, False), "use_mrope": (False, False)}
+    require(config, "dream", {**fixed, "block_size": (None, None), "num_experts": (None, None)})
     return {
         **pick(config, "dream", SIZES),
         "tie_word_embeddings": config.get("tie_word_embeddings", False),
@@ -61,6 +62,8 @@ def new_config(shape: Shape) -> dict[str, Any]:
 DREAM = Family(
     name="dream",
     model_type="Dream",
+    architectures=("DreamModel",),
+    absent_keys=("block_size", "head_dim"),  # DreamReasoner: Qwen3 equations, block-causal, no shift
     module_class=Qwen2ForCausalLM,
     to_transformers=to_transformers,
     new_config=new_config,

@@ -16,7 +16,7 @@ from dllm_rl.models.family import Family, Shape, pick, require, rope
 
 def to_transformers(config: Mapping[str, Any]) -> dict[str, Any]:
     """Qwen3 configuration of an SDAR config.json."""
-    require(config, "sdar", {"use_sliding_window": (False, False)})
+    require(config, "sdar", {"use_sliding_window": (False, False), "num_experts": (None, None)})
     return {
         **pick(config, "sdar", SIZES),
         "head_dim": config.get("head_dim", 128),
@@ -46,6 +46,8 @@ def new_config(shape: Shape) -> dict[str, Any]:
 SDAR = Family(
     name="sdar",
     model_type="sdar",
+    architectures=("SDARForCausalLM",),
+    absent_keys=("num_experts",),
     module_class=Qwen3ForCausalLM,
     to_transformers=to_transformers,
     new_config=new_config,
