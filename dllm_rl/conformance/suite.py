@@ -11,22 +11,16 @@ from dllm_rl.conformance import algorithms, engines, families, rewards, strategi
 from dllm_rl.conformance.violation import Violation
 from dllm_rl.registry import Kind
 
-SUBJECTS: Mapping[Kind, Callable[[str, Mapping[str, Any]], Any]] = {
-    "algorithms": algorithms.Subject,
-    "strategies": strategies.Subject,
-    "engines": engines.Subject,
-    "rewards": rewards.Subject,
-    "tasks": tasks.Subject,
-    "families": families.Subject,
+_MODULES: Mapping[Kind, Any] = {
+    "algorithms": algorithms,
+    "strategies": strategies,
+    "engines": engines,
+    "rewards": rewards,
+    "tasks": tasks,
+    "families": families,
 }
-CHECKS: Mapping[Kind, tuple[Callable[[Any], None], ...]] = {
-    "algorithms": algorithms.CHECKS,
-    "strategies": strategies.CHECKS,
-    "engines": engines.CHECKS,
-    "rewards": rewards.CHECKS,
-    "tasks": tasks.CHECKS,
-    "families": families.CHECKS,
-}
+SUBJECTS: Mapping[Kind, Callable[[str, Mapping[str, Any]], Any]] = {k: m.Subject for k, m in _MODULES.items()}
+CHECKS: Mapping[Kind, tuple[Callable[[Any], None], ...]] = {k: m.CHECKS for k, m in _MODULES.items()}
 
 
 @dataclass(frozen=True, slots=True)

@@ -95,10 +95,6 @@ class TransformersDenoiser:
         device: torch.device = self.module.get_input_embeddings().weight.device
         return device
 
-    @property
-    def _backbone(self) -> Any:
-        return self.module.base_model
-
     def hidden_states(self, tokens: Tensor, mask: Tensor, valid: Tensor, block_ids: Tensor | None = None) -> Tensor:
         """Final hidden states whose unembedding predicts each position; see protocols.Denoiser."""
         length = tokens.shape[1]
@@ -155,7 +151,7 @@ class TransformersDenoiser:
 
     def _run(self, tokens: Tensor, positions: Tensor, attention: Tensor, cache: BlockCache | None = None) -> Tensor:
         self.forwards += 1
-        hidden: Tensor = self._backbone(
+        hidden: Tensor = self.module.base_model(
             input_ids=tokens,
             position_ids=positions,
             attention_mask=attention,

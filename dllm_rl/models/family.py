@@ -16,6 +16,21 @@ from dllm_rl.models.rotary import FLOAT32_ROTARY, Float32Rotary
 
 _LAYER = "{i}"  # stands for a layer number in a pair of names
 
+# Linear layers and config.json keys that Llama, Qwen2 and Qwen3 share.
+LINEAR_LAYERS = {
+    **{f"{name}_proj": f"self_attn.{name}_proj" for name in ("q", "k", "v", "o")},
+    **{f"{name}_proj": f"mlp.{name}_proj" for name in ("gate", "up", "down")},
+}
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
@@ -219,3 +234,15 @@ def rope(config: Mapping[str, Any], default_theta: float = 10000.0) -> dict[str,
     scaling = dict(config.get("rope_scaling") or {})
     kind = scaling.pop("type", None) or scaling.pop("rope_type", None) or "default"
     return {"rope_type": kind, "rope_theta": float(config.get("rope_theta", default_theta)), **scaling}
+
+
+def hugging_face_options(config: Mapping[str, Any], family: str) -> dict[str, Any]:
+    """Options of a LlamaConfig, Qwen2Config or Qwen3Config from the keys that Shape.hugging_face_keys writes."""
+    return {
+        **pick(config, family, SIZES),
+        "tie_word_embeddings": config.get("tie_word_embeddings", False),
+        "rope_parameters": rope(config),
+        "rms_norm_eps": config.get("rms_norm_eps", 1e-6),
+        "hidden_act": config.get("hidden_act", "silu"),
+        "attention_dropout": config.get("attention_dropout", 0.0),
+    }
