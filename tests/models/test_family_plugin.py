@@ -187,11 +187,20 @@ def test_it_keeps_the_contract(zoo, name):
     assert {f.check: f.problem for f in check_plugin("families", NAMES[name], {}) if f.problem is not None} == {}
 
 
+def test_the_documented_example_keeps_the_contract(tmp_path, monkeypatch):
+    text = (ROOT / "docs" / "plugins.md").read_text()
+    code = text[text.index("# my_package/families.py") :].partition("```")[0]
+    (tmp_path / "heron_families.py").write_text(code)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    problems = [f.problem for f in check_plugin("families", "heron_families:HERON", {}) if f.problem is not None]
+    assert problems == []
+
+
 def test_entry_points_of_a_package_are_found(zoo, tokenizer, tmp_path):
     assert registry.names("families") == ["dream", "llada", "ox", "sdar", "tiny", "zebra"]
     assert family_of({"model_type": "zebra", "architectures": ["ZebraLM"]}, "x").name == "zebra"
     assert family_of({"model_type": "gpt_neox", "objective": "masks"}, "x") is family_named("zoo.animals:OX")
-    with pytest.raises(ValueError, match="unknown model family, model_type = 'gpt_neox'.*ox .gpt_neox.; .*zebra"):
+    with pytest.raises(ValueError, match=r"unknown model family, model_type = 'gpt_neox'.*ox .gpt_neox.; .*zebra"):
         family_of({"model_type": "gpt_neox"}, "x")
     made = create_denoiser("zebra", tokenizer, hidden_size=16, num_layers=1, num_heads=2, max_length=16, seed=0)
     save_denoiser(made, tokenizer, tmp_path / "saved")
