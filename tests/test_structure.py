@@ -6,6 +6,7 @@ import ast
 import graphlib
 import inspect
 import io
+import re
 import subprocess
 import sys
 import tokenize
@@ -235,8 +236,27 @@ def test_entry_points_resolve_to_their_kind(kind, name, value):
         assert callable(getattr(plugin, {"engines": "generate", "rewards": "__call__"}[kind]))
 
 
+def family_branches(text: str) -> list[str]:
+    """Comparisons with the name of a registered family."""
+    families = set(registry.names("families"))
+    nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Compare | ast.MatchValue)]
+    constants = [(n, c) for n in nodes for c in ast.walk(n) if isinstance(c, ast.Constant) and isinstance(c.value, str)]
+    return [ast.unparse(node) for node, constant in constants if constant.value in families]
+
+
+def test_only_models_know_families_by_name():
+    for path in sources(*PROJECT):
+        if not path.is_relative_to(ROOT / "dllm_rl" / "models"):
+            found = family_branches(path.read_text())
+            assert not found, f"{path}: '{found[0]}'; let the Family declare what differs"
+    assert family_branches("size = 4 if family == 'sdar' else None") == ["family == 'sdar'"]
+
+
 def test_every_plugin_file_is_registered():
     registered = {value.split(":")[0] for _, _, value in entry_points()}
+    declared = re.compile(r"^[A-Z]+ = Family[(]", re.M)
+    for path in (ROOT / "dllm_rl" / "models").glob("*.py"):
+        assert not declared.search(path.read_text()) or module_name(path) in registered, f"{path} has no entry point"
     files = [*sources("algorithms"), *(ROOT / "rollouts" / "strategies").glob("*.py"), *sources("rewards")]
     for path in files:
         assert path.name == "__init__.py" or module_name(path) in registered, f"{path} has no entry point"

@@ -171,12 +171,19 @@ class Family:
 
 
 def finish(module: PreTrainedModel, device: torch.device | str) -> None:
-    """Fill in what checkpoints do not hold: tied embeddings and rotary frequencies (float32 in every dtype)."""
+    """Fill in what checkpoints do not hold: tied embeddings and rotary frequencies (float32 in every dtype).
+
+    Raises:
+        UserError: a module with other buffers, which would stay undefined.
+    """
     backbone = module.base_model
     if module.config.tie_word_embeddings:
         module.get_output_embeddings().weight = module.get_input_embeddings().weight
     if hasattr(backbone, "rotary_emb"):
         backbone.rotary_emb = type(backbone.rotary_emb)(config=module.config).to(device)
+    others = [name for name, _ in module.named_buffers() if "rotary_emb" not in name]
+    if others:
+        raise UserError(f"{type(module).__name__}: buffer {others[0]} is neither a weight nor a rotary frequency")
 
 
 def _norms_in_native_precision(module: nn.Module) -> None:

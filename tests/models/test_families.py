@@ -2,9 +2,11 @@ import dataclasses
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 from dllm_rl import registry
 from dllm_rl.errors import UserError
+from dllm_rl.models.create import create_denoiser
 from dllm_rl.models.families import family_named, family_of
 
 # config.json of the published checkpoints (the keys that matter), and their number of parameters.
@@ -208,6 +210,19 @@ def test_several_families_that_match_are_named(monkeypatch):
     monkeypatch.setattr(registry, "load", lambda kind, name: found[name])
     with pytest.raises(UserError, match=r"x: several model families match .*: dream, other; set model.family to one"):
         family_of(DREAM_7B, "x")
+
+
+class Biased(LlamaForCausalLM):
+    def __init__(self, config):
+        super().__init__(config)
+        self.register_buffer("expert_bias", torch.ones(2))
+
+
+def test_a_buffer_that_nothing_would_fill_is_refused(tokenizer, monkeypatch):
+    biased = dataclasses.replace(family_named("tiny"), module_class=Biased)
+    monkeypatch.setattr("dllm_rl.models.create.family_named", lambda name: biased)
+    with pytest.raises(UserError, match="Biased: buffer expert_bias is neither a weight nor"):
+        create_denoiser("tiny", tokenizer, hidden_size=16, num_layers=1, num_heads=2, max_length=8, seed=0)
 
 
 def test_what_is_no_family_is_refused():
