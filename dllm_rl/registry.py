@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 
 from dllm_rl.errors import UserError
 
-Kind = Literal["algorithms", "engines", "strategies", "rewards", "tasks", "transports"]
+Kind = Literal["algorithms", "engines", "strategies", "rewards", "tasks", "families", "transports"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 OWNER = "dllm-rl"
 _OWNED_PACKAGES = ("algorithms", "rollouts", "rewards")
@@ -77,4 +77,4 @@ def _check_owner(module_name: str) -> None:
 
 
 def _singular(kind: Kind) -> str:
-    return {"strategies": "strategy"}.get(kind, kind[:-1])
+    return {"strategies": "strategy", "families": "model family"}.get(kind, kind[:-1])

@@ -60,7 +60,7 @@ def _line(label: str, finding: Finding) -> str:
 
 def _kind(text: str) -> Kind:
     for kind in get_args(Kind):
-        if text in (kind, kind[:-1], "strategy" if kind == "strategies" else kind):
+        if text in (kind, kind[:-1], kind.removesuffix("ies") + "y"):
             found: Kind = kind
             return found
     raise UserError(f"unknown kind '{text}'; one of {', '.join(get_args(Kind))}")

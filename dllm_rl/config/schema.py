@@ -89,7 +89,7 @@ class ModelSection(Section):
     init: InitSection | None = None
     """Make a small model from scratch."""
     family: str | None = None
-    """Model family (llada, dream, sdar, tiny); null = detected from the checkpoint. Needed with ``init``."""
+    """Model family, by entry point or "package.module:Name"; null = by config.json. Needed with ``init``."""
     revision: str | None = None
     """Hub revision."""
     trust_remote_code: bool = False

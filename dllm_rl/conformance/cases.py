@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from dllm_rl.diffusion.layout import block_index
 from dllm_rl.models.create import create_denoiser
 from dllm_rl.models.denoiser import TransformersDenoiser
+from dllm_rl.models.families import family_named
 from dllm_rl.models.tokenizers import character_tokenizer
 from dllm_rl.seeding import generator_for
 from dllm_rl.types import GIVEN, Experience, LikelihoodEstimate, MaskSample, Rewards, RolloutBatch
@@ -150,7 +151,7 @@ def denoiser(family: str, seed: int = 0) -> TransformersDenoiser:
         num_kv_heads=2,
         intermediate_size=48,
         max_length=64,
-        block_size=BLOCK if family == "sdar" else None,
+        block_size=BLOCK if family_named(family).block_causal else None,
         seed=seed,
     )
     with torch.no_grad():

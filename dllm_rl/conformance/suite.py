@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dllm_rl.conformance import algorithms, engines, rewards, strategies, tasks, transports
+from dllm_rl.conformance import algorithms, engines, families, rewards, strategies, tasks, transports
 from dllm_rl.conformance.violation import Violation
 from dllm_rl.registry import Kind
 
@@ -18,6 +18,7 @@ _MODULES: Mapping[Kind, Any] = {
     "rewards": rewards,
     "tasks": tasks,
     "transports": transports,
+    "families": families,
 }
 SUBJECTS: Mapping[Kind, Callable[[str, Mapping[str, Any]], Any]] = {k: m.Subject for k, m in _MODULES.items()}
 CHECKS: Mapping[Kind, tuple[Callable[[Any], None], ...]] = {k: m.CHECKS for k, m in _MODULES.items()}

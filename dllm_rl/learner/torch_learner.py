@@ -304,7 +304,7 @@ class TorchLearner:
             self._values.load_state_dict(torch.load(folder / "values.pt", weights_only=True, map_location="cpu"))
 
     def _load_model(self, folder: Path) -> None:
-        family, dtype = self.denoiser.family.name, next(self.denoiser.module.parameters()).dtype
+        family, dtype = self.denoiser.family, next(self.denoiser.module.parameters()).dtype
         saved = dict(load_denoiser(folder, family=family, dtype=dtype)[0].module.named_parameters())
         own = dict(self.denoiser.module.named_parameters())
         odd = sorted(

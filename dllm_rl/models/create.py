@@ -40,7 +40,7 @@ def create_denoiser(
     The weights depend on seed and shape alone: no global generator is read or moved.
 
     Args:
-        family: llada, dream, sdar or tiny.
+        family: its entry point, or "package.module:Name".
         tokenizer: gives the vocabulary size and the mask, eos and pad tokens.
         hidden_size: width D; divisible by 2 * num_heads.
         num_layers: layers.
@@ -109,10 +109,10 @@ def create_denoiser(
 @torch.no_grad()
 def _initialise(module: torch.nn.Module, family: Family, seed: int) -> None:
     for name, parameter in module.named_parameters():
-        if name.endswith("norm.weight"):
-            parameter.fill_(1.0)
-        elif name.endswith("bias"):
+        if name.endswith("bias"):
             parameter.zero_()
+        elif parameter.dim() == 1:  # of a norm
+            parameter.fill_(1.0)
         else:
             generator = generator_for(seed, "weights", family.to_original_name(name))
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * INIT_STD)

@@ -19,7 +19,7 @@ from dllm_rl.types import BlockOrigin
 
 
 class TransformersDenoiser:
-    """A protocols.Denoiser over LlamaForCausalLM, Qwen2ForCausalLM or Qwen3ForCausalLM.
+    """A protocols.Denoiser over a causal language model of transformers, such as LlamaForCausalLM.
 
     Attention patterns reach the module as boolean 4D masks (True = may attend), which transformers hands to
     scaled_dot_product_attention unaltered. Logits of whole sequences are never built.
@@ -92,12 +92,8 @@ class TransformersDenoiser:
     @property
     def device(self) -> torch.device:
         """Device of the parameters."""
-        device: torch.device = self._backbone.embed_tokens.weight.device
+        device: torch.device = self.module.get_input_embeddings().weight.device
         return device
-
-    @property
-    def _backbone(self) -> Any:
-        return self.module.model
 
     def hidden_states(self, tokens: Tensor, mask: Tensor, valid: Tensor, block_ids: Tensor | None = None) -> Tensor:
         """Final hidden states whose unembedding predicts each position; see protocols.Denoiser."""
@@ -125,7 +121,7 @@ class TransformersDenoiser:
 
     def unembed(self, rows: Tensor) -> Tensor:
         """Logits (M, V) of hidden states (M, D)."""
-        logits: Tensor = self.module.lm_head(rows)
+        logits: Tensor = self.module.get_output_embeddings()(rows)
         return logits
 
     @torch.no_grad()
@@ -134,7 +130,7 @@ class TransformersDenoiser:
         self._require_blocks("prefill")
         length = tokens.shape[1]
         self._check_length(length)
-        cache = BlockCache(len(self._backbone.layers), valid[:, :0])
+        cache = BlockCache(self.module.config.num_hidden_layers, valid[:, :0])
         if length:
             with _evaluating(self.module):
                 self._run(tokens, self._positions(length), block_causal(block_ids, valid)[:, None], cache)
@@ -155,7 +151,7 @@ class TransformersDenoiser:
 
     def _run(self, tokens: Tensor, positions: Tensor, attention: Tensor, cache: BlockCache | None = None) -> Tensor:
         self.forwards += 1
-        hidden: Tensor = self._backbone(
+        hidden: Tensor = self.module.base_model(
             input_ids=tokens,
             position_ids=positions,
             attention_mask=attention,

@@ -10,40 +10,14 @@ from typing import Any
 
 from transformers import Qwen2ForCausalLM
 
-from dllm_rl.models.family import Family, Shape, pick, require, rope
-
-LINEAR_LAYERS = {
-    "q_proj": "self_attn.q_proj",
-    "k_proj": "self_attn.k_proj",
-    "v_proj": "self_attn.v_proj",
-    "o_proj": "self_attn.o_proj",
-    "gate_proj": "mlp.gate_proj",
-    "up_proj": "mlp.up_proj",
-    "down_proj": "mlp.down_proj",
-}
-
-SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "max_position_embeddings",
-)
+from dllm_rl.models.family import LINEAR_LAYERS, Family, Shape, hugging_face_options, require
 
 
 def to_transformers(config: Mapping[str, Any]) -> dict[str, Any]:
     """Qwen2 configuration of a Dream config.json."""
-    require(config, "dream", {"use_sliding_window": (False, False), "use_mrope": (False, False)})
-    return {
-        **pick(config, "dream", SIZES),
-        "tie_word_embeddings": config.get("tie_word_embeddings", False),
-        "rope_parameters": rope(config),
-        "rms_norm_eps": config.get("rms_norm_eps", 1e-6),
-        "hidden_act": config.get("hidden_act", "silu"),
-        "attention_dropout": config.get("attention_dropout", 0.0),
-    }
+    fixed = {"use_sliding_window": (False, False), "use_mrope": (False, False)}
+    require(config, "dream", {**fixed, "block_size": (None, None), "num_experts": (None, None)})
+    return hugging_face_options(config, "dream")
 
 
 def new_config(shape: Shape) -> dict[str, Any]:
@@ -61,6 +35,8 @@ def new_config(shape: Shape) -> dict[str, Any]:
 DREAM = Family(
     name="dream",
     model_type="Dream",
+    architectures=("DreamModel",),
+    absent_keys=("block_size", "head_dim"),  # DreamReasoner: Qwen3 equations, block-causal, no shift
     module_class=Qwen2ForCausalLM,
     to_transformers=to_transformers,
     new_config=new_config,

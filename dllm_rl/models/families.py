@@ -1,43 +1,49 @@
-"""The families that can be loaded."""
+"""Which family a checkpoint is of."""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from typing import Any
 
+from dllm_rl import registry
 from dllm_rl.errors import UserError
-from dllm_rl.models.dream import DREAM
 from dllm_rl.models.family import Family
-from dllm_rl.models.llada import LLADA
-from dllm_rl.models.sdar import SDAR
-from dllm_rl.models.tiny import TINY
-
-FAMILIES: Mapping[str, Family] = {family.name: family for family in (LLADA, DREAM, SDAR, TINY)}
 
 
 def family_named(name: str) -> Family:
-    """The family with this name.
+    """The family with this entry-point name or at this "package.module:Name".
 
     Raises:
-        UserError: unknown name.
+        UserError: unknown name, or something else than a Family.
     """
-    if name not in FAMILIES:
-        near = difflib.get_close_matches(name, FAMILIES, n=1)
-        hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(FAMILIES)}"
-        raise UserError(f"unknown model family '{name}'; {hint}")
-    return FAMILIES[name]
+    found = registry.load("families", name)
+    if not isinstance(found, Family):
+        raise UserError(f"model family '{name}' is a {type(found).__name__}, expected a dllm_rl.models.family.Family")
+    return found
 
 
 def family_of(config: Mapping[str, Any], where: str) -> Family:
-    """The family that a config.json belongs to, by its model_type.
+    """The one registered family that a config.json matches.
 
     Raises:
-        UserError: a model_type that no family has.
+        UserError: none matches, or several do.
     """
-    model_type = config.get("model_type")
-    for family in FAMILIES.values():
-        if family.model_type == model_type:
-            return family
-    known = ", ".join(f"{family.model_type!r} ({family.name})" for family in FAMILIES.values())
-    raise UserError(f"{where}: unknown model family, model_type = {model_type!r} in config.json; known: {known}")
+    families = {name: family_named(name) for name in registry.names("families")}
+    matching = [name for name, family in families.items() if family.matches(config)]
+    if len(matching) == 1:
+        return families[matching[0]]
+    says = f"model_type = {config.get('model_type')!r}, architectures = {config.get('architectures')!r} in config.json"
+    if matching:
+        raise UserError(f"{where}: several model families match {says}: {', '.join(matching)}; set model.family to one")
+    known = "; ".join(f"{name} ({_signature(family)})" for name, family in families.items())
+    raise UserError(
+        f"{where}: unknown model family, {says}; set model.family if one of them computes the same, or to your own "
+        f"'package.module:Name'; known: {known}"
+    )
+
+
+def _signature(family: Family) -> str:
+    required = [f"with {key}" for key in family.required_keys]
+    return " ".join(
+        (family.model_type, *family.architectures, *required, *(f"without {key}" for key in family.absent_keys))
+    )

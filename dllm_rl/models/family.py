@@ -16,6 +16,21 @@ from dllm_rl.models.rotary import FLOAT32_ROTARY, Float32Rotary
 
 _LAYER = "{i}"  # stands for a layer number in a pair of names
 
+# Linear layers and config.json keys that Llama, Qwen2 and Qwen3 share.
+LINEAR_LAYERS = {
+    **{f"{name}_proj": f"self_attn.{name}_proj" for name in ("q", "k", "v", "o")},
+    **{f"{name}_proj": f"mlp.{name}_proj" for name in ("gate", "up", "down")},
+}
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
@@ -79,14 +94,20 @@ class Shape:
 class Family:
     """An adapter: how checkpoints of a family map onto one of transformers' own modules.
 
+    A plugin of kind "families" is an instance. Checkpoints whose config.json it matches are loaded with it; others, and
+    new models, when model.family names it.
+
     Attributes:
-        name: how users call the family.
+        name: how messages call the family; the name of its entry point, if it has one.
         model_type: ``model_type`` in the family's config.json.
-        module_class: the transformers module with the same equations.
-        to_transformers: config.json -> keyword arguments of the module's configuration; raises ValueError for
+        module_class: the transformers module with the same equations: a causal language model whose backbone is its
+            ``base_model`` and takes boolean 4D masks, positions and a cache.
+        to_transformers: config.json -> keyword arguments of the module's configuration; raises UserError for
             options that the module does not compute.
         new_config: Shape -> config.json in the family's own keys.
-        tie_key: config.json key that says whether the embeddings are tied.
+        architectures: of them config.json's ``architectures`` must hold one, where it has any.
+        required_keys: config.json keys that tell the family from others of its model_type; null, false or 0 is absent.
+        absent_keys: keys that such others have.
         max_length_key: config.json key of the longest sequence.
         lora_targets: linear layers by the family's own name -> name of the layer in the module.
         names: (original, transformers) module names that differ; "{i}" stands for a layer number.
@@ -102,13 +123,25 @@ class Family:
     to_transformers: Callable[[Mapping[str, Any]], dict[str, Any]]
     new_config: Callable[[Shape], dict[str, Any]]
     lora_targets: Mapping[str, str]
-    tie_key: str = "tie_word_embeddings"
+    architectures: tuple[str, ...] = ()
+    required_keys: tuple[str, ...] = ()
+    absent_keys: tuple[str, ...] = ()
     max_length_key: str = "max_position_embeddings"
     names: tuple[tuple[str, str], ...] = ()
     mask_token: str = "<|MASK|>"
     shift: bool = False
     block_causal: bool = False
     tokenizer_substitutes: Mapping[str, str] = field(default_factory=dict)
+
+    def matches(self, config: Mapping[str, Any]) -> bool:
+        """Whether a config.json is of this family; override it where names and keys do not tell."""
+        declared = config.get("architectures") or self.architectures
+        return (
+            config.get("model_type") == self.model_type
+            and (not self.architectures or not set(self.architectures).isdisjoint(declared))
+            and all(config.get(key) for key in self.required_keys)
+            and not any(config.get(key) for key in self.absent_keys)
+        )
 
     def to_module_name(self, name: str) -> str:
         """Name in the transformers module of a weight or module named as in the family's checkpoints."""
@@ -131,18 +164,26 @@ class Family:
         with torch.device("meta"):
             module = self.module_class(settings).to(dtype)
             if options["attn_implementation"] == FLOAT32_ROTARY:
-                module.model.rotary_emb = Float32Rotary(settings)
+                module.base_model.rotary_emb = Float32Rotary(settings)
             if dtype == torch.float64:
                 _norms_in_native_precision(module)
         return module.eval()
 
 
 def finish(module: PreTrainedModel, device: torch.device | str) -> None:
-    """Fill in what checkpoints do not hold: tied embeddings and rotary frequencies (float32 in every dtype)."""
-    backbone = module.model
+    """Fill in what checkpoints do not hold: tied embeddings and rotary frequencies (float32 in every dtype).
+
+    Raises:
+        UserError: a module with other buffers, which would stay undefined.
+    """
+    backbone = module.base_model
     if module.config.tie_word_embeddings:
-        module.lm_head.weight = backbone.embed_tokens.weight
-    backbone.rotary_emb = type(backbone.rotary_emb)(config=module.config).to(device)
+        module.get_output_embeddings().weight = module.get_input_embeddings().weight
+    if hasattr(backbone, "rotary_emb"):
+        backbone.rotary_emb = type(backbone.rotary_emb)(config=module.config).to(device)
+    others = [name for name, _ in module.named_buffers() if "rotary_emb" not in name]
+    if others:
+        raise UserError(f"{type(module).__name__}: buffer {others[0]} is neither a weight nor a rotary frequency")
 
 
 def _norms_in_native_precision(module: nn.Module) -> None:
@@ -200,3 +241,15 @@ def rope(config: Mapping[str, Any], default_theta: float = 10000.0) -> dict[str,
     scaling = dict(config.get("rope_scaling") or {})
     kind = scaling.pop("type", None) or scaling.pop("rope_type", None) or "default"
     return {"rope_type": kind, "rope_theta": float(config.get("rope_theta", default_theta)), **scaling}
+
+
+def hugging_face_options(config: Mapping[str, Any], family: str) -> dict[str, Any]:
+    """Options of a LlamaConfig, Qwen2Config or Qwen3Config from the keys that Shape.hugging_face_keys writes."""
+    return {
+        **pick(config, family, SIZES),
+        "tie_word_embeddings": config.get("tie_word_embeddings", False),
+        "rope_parameters": rope(config),
+        "rms_norm_eps": config.get("rms_norm_eps", 1e-6),
+        "hidden_act": config.get("hidden_act", "silu"),
+        "attention_dropout": config.get("attention_dropout", 0.0),
+    }

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from dllm_rl import seeding
+from dllm_rl import registry, seeding
 from dllm_rl.config.schema import Config
 from dllm_rl.errors import UserError
 from dllm_rl.models.create import create_denoiser
@@ -39,7 +39,7 @@ def model_path(config: Config, folder: Path, task: Task, examples: Sequence[Exam
     initial = folder / "initial"
     if not initial.exists():
         if m.family is None:
-            raise UserError("model.init needs model.family: llada, dream, sdar or tiny")
+            raise UserError(f"model.init needs model.family: one of {', '.join(registry.names('families'))}")
         tokenizer = _tokenizer(m.init.tokenizer, m.init.vocab_size, task, examples)
         made = create_denoiser(
             m.family,

@@ -46,7 +46,7 @@ _FIXED = {
 
 def to_transformers(config: Mapping[str, Any]) -> dict[str, Any]:
     """Llama configuration of a LLaDA config.json."""
-    require(config, "llada", _FIXED)
+    require(config, "llada", {"num_experts": (None, None), **_FIXED})
     size = pick(config, "llada", ("d_model", "n_heads", "n_layers", "vocab_size", "max_sequence_length"))
     kv_heads = config.get("n_kv_heads") or (1 if config.get("multi_query_attention") else size["n_heads"])
     return {
@@ -100,10 +100,12 @@ def new_config(shape: Shape) -> dict[str, Any]:
 LLADA = Family(
     name="llada",
     model_type="llada",
+    architectures=("LLaDAModelLM",),
+    required_keys=("d_model",),  # the language model of LLaDA-V has Llama's keys
+    absent_keys=("num_experts",),  # LLaDA-MoE
     module_class=LlamaForCausalLM,
     to_transformers=to_transformers,
     new_config=new_config,
-    tie_key="weight_tying",
     max_length_key="max_sequence_length",
     lora_targets=_TARGETS,
     names=(

@@ -21,7 +21,6 @@ from dllm_rl.models.family import Family, finish
 from dllm_rl.models.lora import merged_weights
 from dllm_rl.types import BlockOrigin
 
-_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _SHOWN = 4  # names listed in an error message
 _HUB_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.py"]
 
@@ -29,7 +28,7 @@ _HUB_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.py"]
 def load_denoiser(
     path: str | Path,
     *,
-    family: str | None = None,
+    family: str | Family | None = None,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     revision: str | None = None,
@@ -44,7 +43,7 @@ def load_denoiser(
 
     Args:
         path: local folder, or hub name "owner/model".
-        family: llada, dream, sdar or tiny; None reads it from config.json.
+        family: the family, its entry point, or "package.module:Name"; None finds the one that matches config.json.
         dtype: parameter type.
         device: where the parameters live; "meta" reads no weights, for callers who want shapes and token ids.
         revision: branch, tag or commit of a hub model.
@@ -59,7 +58,8 @@ def load_denoiser(
     """
     folder = _resolve(path, revision)
     config = _read_config(folder)
-    chosen = family_of(config, str(path)) if family is None else family_named(family)
+    named = family_named(family) if isinstance(family, str) else family
+    chosen = family_of(config, str(path)) if named is None else named
     tokenizer = _load_tokenizer(folder, chosen, trust_remote_code)
     module = chosen.skeleton(config, dtype)
     if torch.device(device).type != "meta":
@@ -97,14 +97,14 @@ def save_denoiser(denoiser: TransformersDenoiser, tokenizer: Any, folder: str | 
     folder.mkdir(parents=True, exist_ok=True)
     family = denoiser.family
     network = denoiser.module
-    skipped = {_HEAD} if network.config.tie_word_embeddings else set()
+    skipped = {_ends(network)[1]} if network.config.tie_word_embeddings else set()
     write_weights(
         folder,
         ((family.to_original_name(name), value) for name, value in merged_weights(denoiser) if name not in skipped),
     )
     config = dict(denoiser.config)
     dtype_key = "dtype" if "dtype" in config else "torch_dtype"
-    config[dtype_key] = str(network.model.embed_tokens.weight.dtype).removeprefix("torch.")
+    config[dtype_key] = str(network.get_input_embeddings().weight.dtype).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     tokenizer.save_pretrained(folder)
     for name, content in denoiser.companions.items():
@@ -233,13 +233,20 @@ def _fill(
 
 def _check_tie(module: PreTrainedModel, folder: Path, missing: dict[str, Any]) -> None:
     """One matrix under either name is enough; two different ones contradict config.json."""
-    if _EMBEDDING in missing and _HEAD not in missing:
-        module.model.embed_tokens.weight = module.lm_head.weight
-        del missing[_EMBEDDING]
-    elif _HEAD in missing:
-        del missing[_HEAD]
-    elif not torch.equal(module.lm_head.weight, module.model.embed_tokens.weight):
+    embedding, head = _ends(module)
+    if embedding in missing and head not in missing:
+        module.get_input_embeddings().weight = module.get_output_embeddings().weight
+        del missing[embedding]
+    elif head in missing:
+        del missing[head]
+    elif not torch.equal(module.get_output_embeddings().weight, module.get_input_embeddings().weight):
         raise UserError(f"{folder}: config.json ties the embeddings, the weights hold two different matrices")
+
+
+def _ends(module: PreTrainedModel) -> tuple[str, str]:
+    """Names of the two matrices that a config.json may tie."""
+    names = {layer: f"{path}.weight" for path, layer in module.named_modules()}
+    return names[module.get_input_embeddings()], names[module.get_output_embeddings()]
 
 
 def _listed(kind: str, names: list[str]) -> str:

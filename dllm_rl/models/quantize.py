@@ -34,7 +34,8 @@ def quantize(denoiser: TransformersDenoiser, device: torch.device) -> int:
     import bitsandbytes
 
     network = denoiser.module
-    linear = [(path, m) for path, m in network.model.layers.named_modules() if isinstance(m, nn.Linear)]
+    head = network.get_output_embeddings()
+    linear = [(path, m) for path, m in network.named_modules() if isinstance(m, nn.Linear) and m is not head]
     for path, layer in linear:
         dtype = layer.weight.dtype
         if dtype not in DTYPES:
@@ -45,7 +46,7 @@ def quantize(denoiser: TransformersDenoiser, device: torch.device) -> int:
         small.weight = bitsandbytes.nn.Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4")
         small.bias = layer.bias
         parent, _, leaf = path.rpartition(".")
-        setattr(network.model.layers.get_submodule(parent), leaf, small.to(device))  # the move quantises
+        setattr(network.get_submodule(parent), leaf, small.to(device))  # the move quantises
     network.to(device)
     network.is_loaded_in_4bit = True  # peft asks
     return len(linear)

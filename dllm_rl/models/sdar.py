@@ -10,22 +10,16 @@ from typing import Any
 
 from transformers import Qwen3ForCausalLM
 
-from dllm_rl.models.dream import LINEAR_LAYERS, SIZES
-from dllm_rl.models.family import Family, Shape, pick, require, rope
+from dllm_rl.models.family import LINEAR_LAYERS, Family, Shape, hugging_face_options, require
 
 
 def to_transformers(config: Mapping[str, Any]) -> dict[str, Any]:
     """Qwen3 configuration of an SDAR config.json."""
-    require(config, "sdar", {"use_sliding_window": (False, False)})
+    require(config, "sdar", {"use_sliding_window": (False, False), "num_experts": (None, None)})
     return {
-        **pick(config, "sdar", SIZES),
+        **hugging_face_options(config, "sdar"),
         "head_dim": config.get("head_dim", 128),
         "attention_bias": config.get("attention_bias", False),
-        "tie_word_embeddings": config.get("tie_word_embeddings", False),
-        "rope_parameters": rope(config),
-        "rms_norm_eps": config.get("rms_norm_eps", 1e-6),
-        "hidden_act": config.get("hidden_act", "silu"),
-        "attention_dropout": config.get("attention_dropout", 0.0),
     }
 
 
@@ -46,6 +40,8 @@ def new_config(shape: Shape) -> dict[str, Any]:
 SDAR = Family(
     name="sdar",
     model_type="sdar",
+    architectures=("SDARForCausalLM",),
+    absent_keys=("num_experts",),
     module_class=Qwen3ForCausalLM,
     to_transformers=to_transformers,
     new_config=new_config,

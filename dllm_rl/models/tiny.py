@@ -7,16 +7,12 @@ from typing import Any
 
 from transformers import LlamaForCausalLM
 
-from dllm_rl.models.dream import LINEAR_LAYERS, SIZES
-from dllm_rl.models.family import Family, Shape, pick, rope
+from dllm_rl.models.family import LINEAR_LAYERS, Family, Shape, hugging_face_options
 
 
 def to_transformers(config: Mapping[str, Any]) -> dict[str, Any]:
     """Llama configuration of our config.json."""
-    return {
-        **pick(config, "tiny", (*SIZES, "rms_norm_eps", "tie_word_embeddings")),
-        "rope_parameters": rope(config),
-    }
+    return hugging_face_options(config, "tiny")
 
 
 def new_config(shape: Shape) -> dict[str, Any]:

@@ -2,14 +2,14 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from dllm_rl import registry
 from dllm_rl.models.create import INIT_STD, create_denoiser
-from dllm_rl.models.families import FAMILIES
 
 SIZES = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "max_length": 32}
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", registry.names("families"))
 def test_weights_are_a_function_of_the_seed(tokenizer, family, tied):
     options = SIZES | {"tie_embeddings": tied, "block_size": 4 if family == "sdar" else None}
     before = torch.get_rng_state()

@@ -7,11 +7,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
+from dllm_rl import registry
 from dllm_rl.models import checkpoint
-from dllm_rl.models.families import FAMILIES
 from dllm_rl.models.loading import load_denoiser, save_denoiser
 
-ALL = sorted(FAMILIES)
+ALL = registry.names("families")
 
 # The names of the published checkpoints, one layer.
 PUBLISHED_NAMES = {
@@ -162,7 +162,7 @@ BAD_FOLDERS = {
     "list config": (lambda f: (f / "config.json").write_text("[]"), "must hold a JSON object"),
     "unknown family": (lambda f: edit_config(f, model_type="gpt2"), "unknown model family, model_type = 'gpt2'.*llada"),
     "no family": (lambda f: edit_config(f, model_type="absent"), "unknown model family, model_type = None"),
-    "config key absent": (lambda f: edit_config(f, d_model="absent"), "lacks d_model"),
+    "config key absent": (lambda f: edit_config(f, n_heads="absent"), "lacks n_heads"),
     "unsupported": (lambda f: edit_config(f, block_type="sequential"), "block_type = 'sequential' is not supported"),
     "no mask token": (mask_token_gone, "no mask token"),
     "mask token outside": (lambda f: edit_config(f, mask_token_id=126336), "mask_id = 126336 is outside"),

@@ -5,11 +5,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dllm_rl.models.families import FAMILIES
+from dllm_rl import registry
+from dllm_rl.models.families import family_named
 from dllm_rl.models.loading import load_denoiser, save_denoiser
 from dllm_rl.models.lora import add_lora, load_adapter, merged_weights, reference_weights, save_adapter
 
-ALL = sorted(FAMILIES)
+ALL = registry.names("families")
 NUM_TARGETS = 7
 
 
@@ -31,7 +32,7 @@ def test_adapter_off_is_the_base_to_the_bit_and_on_is_not(make, family, hidden_o
 
 @pytest.mark.parametrize("family", ALL)
 def test_every_name_of_the_table_reaches_its_layers(make, family):
-    for name, suffix in FAMILIES[family].lora_targets.items():
+    for name, suffix in family_named(family).lora_targets.items():
         denoiser = make(family)
         assert add_lora(denoiser, rank=2, alpha=2, targets=[name], seed=0) == 2
         adapted = {n.split(".lora_A")[0] for n, _ in denoiser.module.named_parameters() if "lora_A" in n}
@@ -56,7 +57,7 @@ def test_saving_merges_without_touching_the_live_model(make, tokenizer, tmp_path
 @pytest.mark.parametrize("family", ALL)
 def test_adapter_files_carry_the_original_names_and_load_again(make, tmp_path, family, hidden_of, train_a_little):
     denoiser = make(family)
-    add_lora(denoiser, rank=3, alpha=6, targets=list(FAMILIES[family].lora_targets)[-1:], seed=0)
+    add_lora(denoiser, rank=3, alpha=6, targets=list(family_named(family).lora_targets)[-1:], seed=0)
     train_a_little(denoiser)
     save_adapter(denoiser, tmp_path)
     names = set(load_file(tmp_path / "adapter_model.safetensors"))

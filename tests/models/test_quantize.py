@@ -5,7 +5,7 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from safetensors.torch import load_file
 
-from dllm_rl.models.families import FAMILIES
+from dllm_rl import registry
 from dllm_rl.models.loading import load_denoiser, save_denoiser
 from dllm_rl.models.lora import add_lora, load_adapter, merged_weights, reference_weights, save_adapter
 from dllm_rl.models.quantize import quantize, whole
@@ -26,7 +26,7 @@ def in_4_bits(make, family):
     return denoiser
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", registry.names("families"))
 def test_layers_compute_with_their_unpacked_weights(make, family, hidden_of):
     exact, small = make(family, **SIZES), in_4_bits(make, family)
     packed = 0
@@ -50,7 +50,7 @@ def test_layers_compute_with_their_unpacked_weights(make, family, hidden_of):
     assert torch.allclose(hidden_of(small), hidden_of(exact), atol=1e-4)
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", registry.names("families"))
 def test_an_adapter_trains_above_them_and_is_saved(make, tokenizer, tmp_path, family, hidden_of, train_a_little):
     denoiser = in_4_bits(make, family)
     base = hidden_of(denoiser)
