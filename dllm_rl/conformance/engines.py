@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 
-from dllm_rl import registry
-from dllm_rl.config.plugins import build
+from dllm_rl.config.plugins import build, engine_class
 from dllm_rl.conformance import cases
 from dllm_rl.conformance.violation import require
 from dllm_rl.data.collate import collate
@@ -32,7 +31,7 @@ class Subject:
     def __init__(self, name: str, options: Mapping[str, Any]) -> None:
         if options:
             raise UserError(f"engine '{name}' takes no options here, got {', '.join(options)}")
-        self.engine = registry.load("engines", name)
+        self.engine = engine_class(name)
         self.models = {family: cases.denoiser(family) for family in FAMILIES}
         for denoiser in self.models.values():
             # A random model hardly ever says EOS: call a digit that it likes so, and rows end early.
@@ -50,7 +49,7 @@ class Subject:
 
     def oracle(self, denoiser: TransformersDenoiser, strategy: str = "low_confidence") -> RolloutEngine:
         """The reference engine."""
-        kind = registry.load("engines", "reference")
+        kind = engine_class("reference")
         made: RolloutEngine = kind(denoiser, build("strategies", strategy, {}), weights=WEIGHTS)
         return made
 

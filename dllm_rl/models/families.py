@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from dllm_rl.errors import UserError
+from dllm_rl.errors import UserError, nearest
 from dllm_rl.models.dream import DREAM
 from dllm_rl.models.family import Family
 from dllm_rl.models.llada import LLADA
@@ -23,9 +22,7 @@ def family_named(name: str) -> Family:
         UserError: unknown name.
     """
     if name not in FAMILIES:
-        near = difflib.get_close_matches(name, FAMILIES, n=1)
-        hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(FAMILIES)}"
-        raise UserError(f"unknown model family '{name}'; {hint}")
+        raise UserError(f"unknown model family '{name}'{nearest(name, FAMILIES)}")
     return FAMILIES[name]
 
 

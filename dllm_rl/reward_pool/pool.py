@@ -49,7 +49,7 @@ class Failure:
     message: str
 
     def __str__(self) -> str:
-        return f"{self.reward}: {self.status}: {self.message} (completion {self.completion[:60]!r})"
+        return f"reward '{self.reward}': {self.message} (completion {self.completion[:60]!r})"
 
 
 class _Worker:

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dllm_rl import registry
 from dllm_rl.cluster.group import WorkerRank
-from dllm_rl.config.plugins import build
+from dllm_rl.config.plugins import build, engine_class
 from dllm_rl.config.schema import Config
 from dllm_rl.config.section import Plugin
 from dllm_rl.diffusion.layout import block_index
@@ -57,7 +56,7 @@ class EngineWorker:
             place: of this engine.
             packed: answer with parcels, for the way to another process.
         """
-        kind = registry.load("engines", config.engine.name)
+        kind = engine_class(config.engine.name)
         self._make = functools.partial(kind, denoiser, max_batch_tokens=config.engine.max_batch_tokens)
         self._denoiser, self._vocabulary, self._place, self._packed = denoiser, vocabulary, place, packed
         self._weights = NOTHING

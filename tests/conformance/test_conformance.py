@@ -355,7 +355,7 @@ def test_command_line(here, capsys, tmp_path):
     out = capsys.readouterr().out
     assert "FAIL strategies/test_conformance:Certain: every row moves on" in out and "would decode forever" in out
     assert main(["check-plugin", "strategies", "entropi"]) == 2
-    assert "did you mean 'entropy'" in capsys.readouterr().err
+    assert "nearest is 'entropy'" in capsys.readouterr().err
     assert main(["check-plugin", "colours", "red"]) == 2
     assert "unknown kind 'colours'" in capsys.readouterr().err
     assert main(["check-plugin", "strategies", "confidence_threshold", "threshold=7"]) == 2
