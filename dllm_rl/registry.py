@@ -70,11 +70,9 @@ def blame(kind: Kind, name: str, clause: str, module_name: str) -> Iterator[None
     """
     try:
         yield
-    except (UserError, RunStopped, MemoryError):
-        raise
     except Exception as error:
-        out_of_memory = getattr(sys.modules.get("torch"), "OutOfMemoryError", ())  # reward workers have no torch
-        if isinstance(error, out_of_memory) or is_ours(module_name):
+        out_of_memory = getattr(sys.modules.get("torch"), "OutOfMemoryError", MemoryError)  # reward workers lack torch
+        if isinstance(error, UserError | RunStopped | MemoryError | out_of_memory) or is_ours(module_name):
             raise
         raise UserError(
             f"{label(kind, name)}: {clause} raised {type(error).__name__}: {' '.join(str(error).split())}; "

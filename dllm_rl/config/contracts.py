@@ -42,7 +42,9 @@ def guard(kind: Kind, name: str, plugin: Any) -> Any:
     if not isinstance(plugin, type) or base not in (None, *plugin.__mro__):
         wanted = "a class" if base is None else f"a subclass of {base.__module__}.{base.__name__}"
         raise UserError(f"{who} must be {wanted}")
-    clauses, where = _clauses(base), plugin.__module__
+    where = plugin.__module__
+    # What the class lacks stays an AttributeError: isinstance() asks for the members of optional protocols.
+    clauses = frozenset(clause for clause in _clauses(base) if hasattr(plugin, clause))
 
     def call(clause: str, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         wanted, holds = _RULES.get(clause, ("", lambda *_: True))
@@ -82,14 +84,14 @@ def _unpickled(kind: Kind, name: str, plugin: Any) -> Any:
     return kept.__new__(kept)
 
 
-def _clauses(base: type | None) -> frozenset[str]:
+def _clauses(base: type | None) -> Sequence[str]:
     """Public methods and properties of a contract: of its base class, and of optional protocols beside it."""
     if base is None:
-        return frozenset({"generate"})
+        return ["generate"]
     module = sys.modules[base.__module__]
     classes = [kind for kind in vars(module).values() if getattr(kind, "__module__", None) == module.__name__]
     members = [item for kind in classes for item in vars(kind).items()]
-    return frozenset(n for n, m in members if n[0] != "_" and (inspect.isfunction(m) or isinstance(m, property)))
+    return [n for n, m in members if n[0] != "_" and (inspect.isfunction(m) or isinstance(m, property))]
 
 
 def _sizes(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, int]:
@@ -137,12 +139,12 @@ def _all(value: Any, kind: type, container: Any = Sequence) -> bool:
 _RULES: Mapping[str, tuple[str, Callable[[Any, int, int], bool]]] = {
     "advantages": (
         "a float tensor (N,), (N, L) or (K, N, L)",
-        lambda v, n, length: _tensor(v, _FLOAT, (n,), (n, length), (0, n, length)),
+        lambda v, n, w: _tensor(v, _FLOAT, (n,), (n, w), (0, n, w)),
     ),
     "masks": ("MaskSample of a bool mask and a float weight, both (K, N, L)", _masks),
     "loss": ("Loss of scalar float tensors, its value differentiable in new.token_logp", _loss),
     "keep": ("a bool tensor (N,)", lambda v, n, _: _tensor(v, _BOOL, (n,))),
-    "select": ("a bool or int64 tensor (N, W)", lambda v, n, width: _tensor(v, (*_BOOL, torch.int64), (n, width))),
+    "select": ("a bool or int64 tensor (N, W)", lambda v, n, w: _tensor(v, (*_BOOL, torch.int64), (n, w))),
     "examples": ("a sequence of Example", lambda v, *_: _all(v, Example)),
     "self_test": ("two texts, (gold, wrong)", lambda v, *_: _all(v, str, tuple) and len(v) == 2),
     "generate": ("a list of Trajectory, N in all", lambda v, n, _: _all(v, Trajectory, list) and len(v) == n),

@@ -12,20 +12,15 @@ from dllm_rl.conformance.violation import Violation
 from dllm_rl.errors import UserError
 from dllm_rl.registry import Kind
 
-SUBJECTS: Mapping[Kind, Callable[[str, Mapping[str, Any]], Any]] = {
-    "algorithms": algorithms.Subject,
-    "strategies": strategies.Subject,
-    "engines": engines.Subject,
-    "rewards": rewards.Subject,
-    "tasks": tasks.Subject,
+_MODULES: Mapping[Kind, Any] = {
+    "algorithms": algorithms,
+    "strategies": strategies,
+    "engines": engines,
+    "rewards": rewards,
+    "tasks": tasks,
 }
-CHECKS: Mapping[Kind, tuple[Callable[[Any], None], ...]] = {
-    "algorithms": algorithms.CHECKS,
-    "strategies": strategies.CHECKS,
-    "engines": engines.CHECKS,
-    "rewards": rewards.CHECKS,
-    "tasks": tasks.CHECKS,
-}
+SUBJECTS: Mapping[Kind, Callable[[str, Mapping[str, Any]], Any]] = {kind: m.Subject for kind, m in _MODULES.items()}
+CHECKS: Mapping[Kind, tuple[Callable[[Any], None], ...]] = {kind: m.CHECKS for kind, m in _MODULES.items()}
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,12 +6,14 @@ import copy
 import pickle
 import sys
 import time
+from typing import Protocol, runtime_checkable
 
 import pytest
 import torch
 from ray import cloudpickle
 
 from dllm_rl import registry
+from dllm_rl.config import contracts
 from dllm_rl.config.plugins import build
 from dllm_rl.conformance.cases import MIXED, batch, rewards
 from dllm_rl.errors import RunStopped, UserError
@@ -106,6 +108,31 @@ def test_errors_that_are_not_its_own_pass(mine, error):
     with pytest.raises(type(error)) as caught:
         mine.loss(None, None)
     assert caught.value is error
+
+
+def test_what_it_lacks_is_an_attribute_error(monkeypatch):
+    """isinstance() asks for the members of optional protocols."""
+    monkeypatch.setattr(contracts, "_clauses", lambda base: ["loss", "optional"])
+    contracts.guard.cache_clear()
+    made = build("algorithms", "mine:Mine", {})
+    contracts.guard.cache_clear()
+    assert not hasattr(made, "optional") and getattr(made, "optional", 3) == 3
+
+
+def test_members_of_optional_protocols_are_clauses(monkeypatch):
+    @runtime_checkable
+    class Optional(Protocol):
+        def improved(self) -> None: ...
+
+    Optional.__module__ = Algorithm.__module__
+    monkeypatch.setattr(sys.modules[Algorithm.__module__], "Optional", Optional, raising=False)
+    monkeypatch.setattr(Mine, "improved", lambda self: [][0], raising=False)
+    contracts.guard.cache_clear()
+    made = build("algorithms", "mine:Mine", {})
+    contracts.guard.cache_clear()
+    assert isinstance(made, Optional)
+    with pytest.raises(UserError, match=r"'mine:Mine': improved\(\) raised IndexError"):
+        made.improved()
 
 
 def test_the_cause_is_kept(mine):
