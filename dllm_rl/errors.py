@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
+from collections.abc import Iterable
 
 
 class UserError(ValueError):
@@ -35,6 +37,22 @@ class DigestMismatch(PushError):
 
 class PushTimeout(PushError):
     """A worker did not finish its part in time."""
+
+
+def nearest(name: str, known: Iterable[str], *, where: str = "", list_known: bool = True) -> str:
+    """A hint for an unknown name: "; nearest is 'x'", or else what is known.
+
+    Args:
+        name: the unknown one.
+        known: the right ones.
+        where: put before each of them, "learner." for example.
+        list_known: say all of them if none is near; else nothing.
+    """
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    if near:
+        return f"; nearest is '{where}{near[0]}'"
+    return f"; known: {', '.join(where + one for one in known) or 'none'}" if list_known else ""
 
 
 def require_package(package: str, extra: str, what: str) -> None:

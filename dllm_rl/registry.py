@@ -1,15 +1,18 @@
-"""Finds plugins by entry-point name or by "package.module:Attribute". The only place that imports them."""
+"""Finds plugins by entry-point name or by "package.module:Attribute". The only place that imports them.
+
+What a plugin of other people raises becomes a UserError that names it; our own keep their traceback.
+"""
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import entry_points
-from types import ModuleType
 from typing import Any, Literal, get_args
 
-from dllm_rl.errors import UserError
+from dllm_rl.errors import RunStopped, UserError, nearest
 
 Kind = Literal["algorithms", "engines", "strategies", "rewards", "tasks", "families", "transports"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -39,42 +42,65 @@ def load(kind: Kind, name: str) -> Any:
             if point.dist is not None and point.dist.name == OWNER:
                 _check_owner(point.value.split(":")[0])
             return _load_path(kind, point.value)
-    known = names(kind)
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known)}"
-    raise UserError(f"unknown {_singular(kind)} '{name}'; {hint} Your own: 'package.module:Name'")
+    raise UserError(f"unknown {label(kind, name)}{nearest(name, names(kind))}; your own: 'package.module:Name'")
+
+
+def label(kind: Kind, name: str) -> str:
+    """What error messages call a plugin: "strategy 'entropy'"."""
+    singular = {"strategies": "strategy", "families": "model family"}.get(kind, kind[:-1])
+    return f"{singular} '{name}'"
+
+
+def is_ours(module_name: str) -> bool:
+    """Whether a module that has been imported is part of this distribution."""
+    root = module_name.split(".")[0]
+    return root == "dllm_rl" or (root in _OWNED_PACKAGES and getattr(sys.modules.get(root), "OWNER", None) == OWNER)
+
+
+@contextmanager
+def plugin_boundary(kind: Kind, name: str, clause: str, module_name: str) -> Iterator[None]:
+    """Call other people's code: what it raises becomes a UserError that names the plugin and the clause.
+
+    Running out of memory is nobody's fault and passes, as do errors that are in one line already.
+
+    Args:
+        kind: of the plugin.
+        name: of the plugin, as the user wrote it.
+        clause: what is called, "loss()" for example.
+        module_name: where the plugin is defined; what our own raise passes.
+    """
+    try:
+        yield
+    except Exception as error:
+        out_of_memory = getattr(sys.modules.get("torch"), "OutOfMemoryError", MemoryError)  # reward workers lack torch
+        if isinstance(error, UserError | RunStopped | MemoryError | out_of_memory) or is_ours(module_name):
+            raise
+        raise UserError(
+            f"{label(kind, name)}: {clause} raised {type(error).__name__}: {' '.join(str(error).split())}; "
+            f"DLLM_RL_DEBUG=1 shows the traceback"
+        ) from error
 
 
 def _load_path(kind: Kind, path: str) -> Any:
     module_name, _, attribute = path.partition(":")
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name and not (module_name == error.name or module_name.startswith(error.name + ".")):
-            raise  # the plugin exists and misses a dependency of its own: show its own traceback
-        raise UserError(
-            f"{_singular(kind)} '{path}': no module '{error.name}'; is its folder on PYTHONPATH?"
-        ) from error
+    with plugin_boundary(kind, path, f"importing '{module_name}'", module_name):
+        try:
+            module = importlib.import_module(module_name)
+        except ModuleNotFoundError as error:
+            if error.name and not (module_name == error.name or module_name.startswith(error.name + ".")):
+                raise  # the plugin is there and misses a dependency of its own
+            raise UserError(f"{label(kind, path)}: no module '{error.name}'; is its folder on PYTHONPATH?") from error
     if not hasattr(module, attribute):
-        near = difflib.get_close_matches(attribute, vars(module), n=1)
-        hint = f"; did you mean '{near[0]}'?" if near else ""
-        raise UserError(f"{_singular(kind)} '{path}': module '{module_name}' has no '{attribute}'{hint}")
+        hint = nearest(attribute, vars(module), list_known=False)
+        raise UserError(f"{label(kind, path)}: module '{module_name}' has no '{attribute}'{hint}")
     return getattr(module, attribute)
 
 
 def _check_owner(module_name: str) -> None:
     root = module_name.split(".")[0]
-    if root not in _OWNED_PACKAGES:
-        return
-    package: ModuleType | None = sys.modules.get(root)
-    if package is None:
-        package = importlib.import_module(root)
-    if getattr(package, "OWNER", None) != OWNER:
+    package = importlib.import_module(root)
+    if not is_ours(module_name):
         where = list(getattr(package, "__path__", [])) or [getattr(package, "__file__", "?")]
         raise UserError(
             f"the folder '{where[0]}' shadows dllm-rl's own package '{root}'; rename it, or run from another directory"
         )
-
-
-def _singular(kind: Kind) -> str:
-    return {"strategies": "strategy", "families": "model family"}.get(kind, kind[:-1])

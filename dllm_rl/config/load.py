@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import UnionType
-from typing import Any, Union
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from dllm_rl.config.schema import Config
-from dllm_rl.errors import UserError
+from dllm_rl.config.section import flatten
+from dllm_rl.errors import UserError, nearest
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -58,7 +57,7 @@ def resumable(stored: Path, config: Config) -> list[str]:
     Raises:
         UserError: a changed key that decides what the checkpoint holds.
     """
-    old, new = (_flat(c.model_dump(mode="json")) for c in (load_config(stored), config))
+    old, new = (flatten(c.model_dump(mode="json")) for c in (load_config(stored), config))
     changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
     changed = [key for key in changed if not key.startswith(("provenance", "run.output", "run.steps", "model.device"))]
     texts = {key: f"{key} {old.get(key)!r} -> {new.get(key)!r}" for key in changed}
@@ -66,13 +65,6 @@ def resumable(stored: Path, config: Config) -> list[str]:
     if fixed:
         raise UserError(f"a resumed run keeps its model and seed, but {'; '.join(fixed)}; set another run.name instead")
     return list(texts.values())
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {prefix: value}
-    nested = [_flat(inner, f"{prefix}.{key}" if prefix else str(key)) for key, inner in value.items()]
-    return {key: inner for part in nested for key, inner in part.items()}
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -105,8 +97,8 @@ def _parse(text: str, where: str) -> Any:
 
 def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if not path.is_file():
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
-        hint = f"; did you mean '{path.parent / near[0]}'?" if near else ""
+        others = [p.name for p in path.parent.glob("*.yaml")]
+        hint = nearest(path.name, others, where=f"{path.parent}/", list_known=False)
         raise UserError(f"no configuration file '{path}'{hint}")
     if path.resolve() in seen:
         raise UserError(f"'{path}' extends itself, by way of {' -> '.join(p.name for p in seen)}")
@@ -172,10 +164,8 @@ def _explain(error: dict[str, Any]) -> str:
     location = [str(part) for part in error["loc"]]
     key = ".".join(location)
     if error["type"] == "extra_forbidden":
-        known = [f"{'.'.join([*location[:-1], name])}" for name in _keys_at(location[:-1])]
-        near = difflib.get_close_matches(location[-1], [k.split(".")[-1] for k in known], n=1, cutoff=0.5)
-        nearest = ".".join([*location[:-1], *near])
-        return f"unknown key '{key}'; " + (f"nearest is '{nearest}'" if near else f"allowed: {', '.join(known)}")
+        where = "".join(f"{part}." for part in location[:-1])
+        return f"unknown key '{key}'{nearest(location[-1], _keys_at(location[:-1]), where=where)}"
     if error["type"] == "missing":
         return f"missing key '{key}'"
     message = str(error["msg"]).removeprefix("Value error, ")
@@ -187,17 +177,12 @@ def _explain(error: dict[str, Any]) -> str:
 def _keys_at(location: Sequence[str]) -> list[str]:
     model: Any = Config
     for part in location:
-        if part.isdigit():
-            continue
-        model = _model_in(model.model_fields[part].annotation) if part in model.model_fields else None
-        if model is None:
-            return []
+        if not part.isdigit():
+            model = _model_in(model.model_fields[part].annotation)
     return list(model.model_fields)
 
 
 def _model_in(annotation: Any) -> type[BaseModel] | None:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    if typing.get_origin(annotation) in (Union, UnionType, list):
-        return next((m for m in map(_model_in, typing.get_args(annotation)) if m is not None), None)
-    return None
+    return next((m for m in map(_model_in, typing.get_args(annotation)) if m is not None), None)

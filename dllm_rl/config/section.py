@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
@@ -25,3 +26,11 @@ class Plugin(BaseModel):
     def options(self) -> dict[str, Any]:
         """The keys beside ``name``."""
         return dict(self.model_extra or {})
+
+
+def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as "section.key": value."""
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        found |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return found

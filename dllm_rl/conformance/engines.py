@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from dllm_rl.config.plugins import build, configure
+from dllm_rl.config.plugins import build, engine_class
 from dllm_rl.conformance import cases
 from dllm_rl.conformance.violation import require
 from dllm_rl.data.collate import collate
@@ -33,7 +33,7 @@ class Subject:
     """An engine class and the prompts it decodes."""
 
     def __init__(self, name: str, options: Mapping[str, Any]) -> None:
-        self.engine, self.options = configure("engines", name, options)
+        self.engine, self.options = engine_class(name, options)
         self.capabilities: Capabilities = self.engine.capabilities(self.options)
         self.folder = tempfile.TemporaryDirectory()
         self.models: dict[str, TransformersDenoiser] = {}
@@ -73,7 +73,7 @@ class Subject:
 
     def oracle(self, denoiser: TransformersDenoiser, strategy: str = "low_confidence") -> RolloutEngine:
         """The reference engine, over the very network."""
-        kind, options = configure("engines", "reference", {})
+        kind, options = engine_class("reference", {})
         shared = SharedModel(
             denoiser=denoiser, tokenizer=cases.tokenizer(), strategies={TRAIN: build("strategies", strategy, {})}
         )

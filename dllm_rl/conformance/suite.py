@@ -9,6 +9,7 @@ from typing import Any
 
 from dllm_rl.conformance import algorithms, engines, families, rewards, strategies, tasks, transports
 from dllm_rl.conformance.violation import Violation
+from dllm_rl.errors import UserError
 from dllm_rl.registry import Kind
 
 _MODULES: Mapping[Kind, Any] = {
@@ -58,7 +59,8 @@ def check_plugin(kind: Kind, name: str, options: Mapping[str, Any]) -> Iterator[
             except Violation as violation:
                 yield Finding(check.__name__, law, str(violation))
             except Exception as error:  # a plugin may fail in any way; that is what the suite is there to report
-                yield Finding(check.__name__, law, f"raised {type(error).__name__}: {error}")
+                raised = "" if isinstance(error, UserError) else f"raised {type(error).__name__}: "
+                yield Finding(check.__name__, law, f"{raised}{error}")
             else:
                 yield Finding(check.__name__, law, None)
     finally:

@@ -14,10 +14,9 @@ from dllm_rl import seeding
 from dllm_rl.config.schema import Config
 from dllm_rl.data.collate import collate, completion_texts, supervised
 from dllm_rl.driver.build import Run
-from dllm_rl.errors import RunStopped
 from dllm_rl.protocols.algorithm import ExtraRollout
 from dllm_rl.reports.measure import rollout_metrics
-from dllm_rl.reward_pool.score import judge
+from dllm_rl.reward_pool.score import judge, require_scored
 from dllm_rl.types import Prompt, Rewards, RewardStatus, RolloutBatch, Trajectory
 
 
@@ -96,18 +95,13 @@ def collect(
     """Judge what was decoded; then decode and judge further completions that the algorithm asks for.
 
     Raises:
-        RunStopped: more than reward_pool.max_failure_fraction of the rows could not be scored.
+        UserError, RunStopped: more than reward_pool.max_failure_fraction of the rows could not be scored.
     """
     seed, size = config.run.seed, config.data.samples_per_prompt
     wanted = [ExtraRollout(group=number, prompt=prompt) for number, prompt in enumerate(prompts) for _ in range(size)]
     drawn = _judged(run, wanted, trajectories, timer)
-    failed = 1 - drawn.rewards.included.float().mean().item()
-    if failed > config.reward_pool.max_failure_fraction:
-        assert run.reward_pool is not None, "it has just scored"
-        raise RunStopped(
-            f"step {step}: {failed:.0%} of the completions could not be scored (reward_pool.max_failure_fraction = "
-            f"{config.reward_pool.max_failure_fraction}); last failure: {run.reward_pool.failures[-1]}"
-        )
+    assert run.reward_pool is not None, "it has just scored"
+    require_scored(run.reward_pool, drawn.rewards, limit=config.reward_pool.max_failure_fraction, step=step)
     batch, rewards = _collate(run, drawn), drawn.rewards
     metrics = rollout_metrics(batch, rewards)
     rows = list(range(len(batch)))

@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 
+from dllm_rl import registry
 from dllm_rl.cluster.group import WorkerGroup, WorkerRank, gather
 from dllm_rl.cluster.local_group import LocalWorkerGroup
-from dllm_rl.config.plugins import build, configure
+from dllm_rl.config.plugins import build, engine_class
 from dllm_rl.config.schema import Config
 from dllm_rl.config.section import Plugin
 from dllm_rl.driver.check_engine import check_engine
@@ -88,8 +89,10 @@ class WorkerSpec:
     @property
     def engine_capabilities(self) -> Capabilities:
         """What the engine of the configuration can do."""
-        kind, options = configure("engines", self.config.engine.name, self.config.engine.options)
-        found: Capabilities = kind.capabilities(options)
+        name = self.config.engine.name
+        kind, options = engine_class(name, self.config.engine.options)
+        with registry.plugin_boundary("engines", name, "capabilities()", kind.__module__):
+            found: Capabilities = kind.capabilities(options)
         return found
 
 
@@ -245,7 +248,7 @@ def _engine_actor(spec: WorkerSpec, rank: WorkerRank) -> EngineWorker:
 
 def _engine(spec: WorkerSpec, rank: WorkerRank, shared: SharedModel | None) -> RolloutEngine:
     config = spec.config
-    kind, options = configure("engines", config.engine.name, config.engine.options)
+    kind, options = engine_class(config.engine.name, config.engine.options)
     setup = EngineSetup(
         rank=rank.rank,
         path=spec.path,

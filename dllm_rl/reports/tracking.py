@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dllm_rl.config.section import flatten
 from dllm_rl.errors import require_package
 
 PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow", "trackio": "trackio"}
@@ -74,7 +75,7 @@ class Trackers:
         }
         tracker = kind(**options[name])
         tracker.start()
-        tracker.store_init_configuration(_flat(settings))
+        tracker.store_init_configuration(_plain(settings))
         self._live[name] = tracker
 
     def _try(self, name: str, action: Callable[..., Any], *arguments: Any, **options: Any) -> None:
@@ -86,12 +87,7 @@ class Trackers:
             self._log(f"tracker '{name}' failed and is left out from now on ({type(error).__name__}: {reason})")
 
 
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as section.key: value, with values that every tracker takes."""
-    found: dict[str, Any] = {}
-    for key, value in settings.items():
-        if isinstance(value, Mapping):
-            found |= _flat(value, f"{prefix}{key}.")
-        elif value is not None:
-            found[f"{prefix}{key}"] = value if isinstance(value, bool | int | float | str) else str(value)
-    return found
+def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """As section.key: value, with values that every tracker takes."""
+    found = {key: value for key, value in flatten(settings).items() if value is not None}
+    return {key: value if isinstance(value, bool | int | float | str) else str(value) for key, value in found.items()}

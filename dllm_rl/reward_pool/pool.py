@@ -49,7 +49,7 @@ class Failure:
     message: str
 
     def __str__(self) -> str:
-        return f"{self.reward}: {self.status}: {self.message} (completion {self.completion[:60]!r})"
+        return f"reward '{self.reward}': {self.message} (completion {self.completion[:60]!r})"
 
 
 class _Worker:
@@ -120,7 +120,7 @@ class RewardPool:
             configure("rewards", spec.name, spec.options)  # here, so that a typing error costs no model load
         self.failures: deque[Failure] = deque(maxlen=20)
         self._specs, self._success = tuple(specs), success
-        self._blamed: set[tuple[int, int]] = set()  # (reward, row) over which a worker has died once
+        self._suspects: set[tuple[int, int]] = set()  # (reward, row) over which a worker has died once
         self._workers = [_Worker(self._specs) for _ in range(num_workers)]
 
     def __enter__(self) -> Self:
@@ -192,7 +192,7 @@ class RewardPool:
             for begin in range(0, len(rows), size)
         )
         left = len(rows) * len(self._specs)
-        self._blamed = set()
+        self._suspects = set()
         while left:
             for worker in list(self._workers):
                 if waiting and worker.ready and not worker.rows and self._hand_over(worker, *waiting[0], rows):
@@ -252,8 +252,11 @@ class RewardPool:
         if not worker.ready:
             raise RunStopped(f"a reward worker ended at start-up with exit code {code}; its messages are above")
         self._replace(worker)
-        if (worker.reward, worker.rows[0]) not in self._blamed:  # it may have been killed from outside, for memory say
-            self._blamed.add((worker.reward, worker.rows[0]))
+        if (
+            worker.reward,
+            worker.rows[0],
+        ) not in self._suspects:  # it may have been killed from outside, for memory say
+            self._suspects.add((worker.reward, worker.rows[0]))
             return None
         return worker.rows.popleft(), "error", None, f"the verifier ended its process (exit code {code})"
 

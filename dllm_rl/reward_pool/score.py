@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from dllm_rl import registry
+from dllm_rl.errors import RunStopped, UserError
 from dllm_rl.reward_pool.pool import RewardPool
-from dllm_rl.types import Prompt, Rewards
+from dllm_rl.types import Example, Prompt, Rewards
 
 
 def judge(pool: RewardPool, prompts: Sequence[Prompt], texts: Sequence[str], lengths: Sequence[int]) -> Rewards:
@@ -20,8 +22,33 @@ def judge(pool: RewardPool, prompts: Sequence[Prompt], texts: Sequence[str], len
     Returns:
         Rewards of the rows; verifiers receive the columns ``answer``, ``completion_tokens`` and the task's own.
     """
-    names = sorted({name for prompt in prompts for name in prompt.columns})
-    columns: dict[str, list[Any]] = {name: [prompt.columns.get(name) for prompt in prompts] for name in names}
-    columns["answer"] = [prompt.answer for prompt in prompts]
-    columns["completion_tokens"] = list(lengths)
-    return pool.score([prompt.text for prompt in prompts], list(texts), columns)
+    return pool.score([prompt.text for prompt in prompts], list(texts), columns_of(prompts, lengths))
+
+
+def columns_of(rows: Sequence[Prompt | Example], lengths: Sequence[int]) -> dict[str, list[Any]]:
+    """What verifiers are given beside prompts and completions."""
+    names = sorted({name for row in rows for name in row.columns})
+    columns: dict[str, list[Any]] = {name: [row.columns.get(name) for row in rows] for name in names}
+    return columns | {"answer": [row.answer for row in rows], "completion_tokens": list(lengths)}
+
+
+def require_scored(pool: RewardPool, rewards: Rewards, *, limit: float, step: int) -> None:
+    """Stop a run whose rewards fail.
+
+    Args:
+        pool: that gave the rewards.
+        rewards: of a step.
+        limit: share of the rows that may fail, reward_pool.max_failure_fraction.
+        step: of the run.
+    Raises:
+        UserError: more failed, the last one by a reward function of the user's that broke its contract.
+        RunStopped: more failed otherwise.
+    """
+    failed = 1 - rewards.included.float().mean().item()
+    if failed > limit:
+        last = pool.failures[-1]
+        theirs = last.status == "error" and not registry.is_ours(registry.load("rewards", last.reward).__module__)
+        raise (UserError if theirs else RunStopped)(
+            f"step {step}: {failed:.0%} of the completions could not be scored (reward_pool.max_failure_fraction = "
+            f"{limit}); last failure: {last}"
+        )

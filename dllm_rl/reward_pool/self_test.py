@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dllm_rl.errors import UserError
 from dllm_rl.protocols.task import Task
 from dllm_rl.reward_pool.pool import RewardPool
+from dllm_rl.reward_pool.score import columns_of
 from dllm_rl.types import Example
 
 
@@ -33,12 +34,9 @@ def run_self_test(pool: RewardPool, task: Task, examples: Sequence[Example]) -> 
     if not examples:
         return
     pairs = [task.self_test(example) for example in examples]
-    names = sorted({name for example in examples for name in example.columns})
-    columns = {name: [e.columns.get(name) for e in examples for _ in range(2)] for name in names}
-    columns["answer"] = [e.answer for e in examples for _ in range(2)]
-    columns["completion_tokens"] = [1] * (2 * len(examples))
+    twice = [example for example in examples for _ in range(2)]
     texts = [text for pair in pairs for text in pair]
-    rewards = pool.score([str(e.prompt) for e in examples for _ in range(2)], texts, columns)
+    rewards = pool.score([str(e.prompt) for e in twice], texts, columns_of(twice, [1] * len(twice)))
     success = rewards.components[task.success]
     for row, text in enumerate(texts):
         example, gold = examples[row // 2], row % 2 == 0

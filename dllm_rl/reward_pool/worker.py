@@ -11,11 +11,12 @@ import numbers
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
 from dllm_rl.config.plugins import build
+from dllm_rl.errors import UserError
 
 _PR_SET_PDEATHSIG = 1
 MAX_MESSAGE = 500  # characters of an exception that travel to the parent
@@ -33,16 +34,16 @@ def _judge_one(reward: Callable[..., Sequence[Any]], row: dict[str, Any]) -> tup
     """(status, value, message) of one completion."""
     columns = {name: [value] for name, value in row["columns"].items()}
     try:
-        values = list(reward([row["prompt"]], [row["completion"]], **columns))
+        returned: Any = reward([row["prompt"]], [row["completion"]], **columns)
+        values = list(returned) if isinstance(returned, Iterable) else []
     except BaseException as error:  # whatever it raises, SystemExit too, means that it failed, not 0
-        return "error", None, f"{type(error).__name__}: {error}"[:MAX_MESSAGE]
-    if len(values) != 1:
-        return "error", None, f"returned {len(values)} values for 1 completion"
-    value = values[0]
+        return "error", None, f"__call__() raised {type(error).__name__}: {error}"[:MAX_MESSAGE]
+    value = values[0] if len(values) == 1 else math.nan
     if value is None:
         return "ok", None, ""
     if not isinstance(value, numbers.Real) or not math.isfinite(value):
-        return "error", None, f"returned {value!r:.100}, expected a finite number or None"
+        wanted = "one finite number or None per completion"
+        return "error", None, f"__call__() must return {wanted}, returned {returned!r:.100} for one"
     return ("invalid" if getattr(value, "status", "ok") == "invalid" else "ok"), float(value), ""
 
 
@@ -58,7 +59,7 @@ def main(read: int, write: int, parent: int) -> None:
     replies, requests = Connection(read, writable=False), Connection(write, readable=False)
     try:
         rewards = [build("rewards", name, options) for name, options in replies.recv()]
-    except (ValueError, ImportError) as error:
+    except UserError as error:
         requests.send(("refused", str(error)))
         return
     requests.send(("ready", None))

@@ -67,7 +67,7 @@ def test_resolved_configuration_is_a_valid_input(base):
 BAD = {
     "unknown key": (["learner.lrr=1"], "unknown key 'learner.lrr'; nearest is 'learner.lr'"),
     "unknown section": (["lerner.lr=1"], "unknown key 'lerner'; nearest is 'learner'"),
-    "unknown key without a neighbour": (["run.zzz=1"], "unknown key 'run.zzz'; allowed: run.name, run.seed"),
+    "unknown key without a neighbour": (["run.zzz=1"], "unknown key 'run.zzz'; known: run.name, run.seed"),
     "nested key": (["model.init.hiden_size=8"], "nearest is 'model.init.hidden_size'"),
     "type": (["learner.lr=fast"], "learner.lr = 'fast': input should be a valid number"),
     "range": (["run.steps=0"], "run.steps = 0: input should be greater than or equal to 1"),
@@ -111,5 +111,5 @@ def test_bad_files_say_where_and_what(base, text, words):
 
 
 def test_a_missing_file_names_its_neighbour(base):
-    with pytest.raises(ValueError, match=r"did you mean .*base\.yaml"):
+    with pytest.raises(ValueError, match=r"nearest is .*base\.yaml"):
         load_config(base.with_name("bse.yaml"))

@@ -428,7 +428,7 @@ def test_command_line(here, capsys, tmp_path):
     assert main(["check-plugin", "families", "tiny", "depth=3"]) == 2
     assert "takes no options, got depth" in capsys.readouterr().err
     assert main(["check-plugin", "strategies", "entropi"]) == 2
-    assert "did you mean 'entropy'" in capsys.readouterr().err
+    assert "nearest is 'entropy'" in capsys.readouterr().err
     assert main(["check-plugin", "colours", "red"]) == 2
     assert "unknown kind 'colours'" in capsys.readouterr().err
     assert main(["check-plugin", "strategies", "confidence_threshold", "threshold=7"]) == 2

@@ -119,7 +119,7 @@ def test_scaled_rotary_embeddings_keep_their_type():
 
 
 def test_an_unknown_family_names_the_nearest():
-    with pytest.raises(ValueError, match="unknown model family 'lada'; did you mean 'llada'"):
+    with pytest.raises(ValueError, match="unknown model family 'lada'; nearest is 'llada'"):
         family_named("lada")
     with pytest.raises(ValueError, match="known: dream, llada, sdar, tiny"):
         family_named("gpt")

@@ -44,7 +44,7 @@ def test_every_task_passes_with_its_own_rewards(tmp_path):
     [
         ("naughty:always_one", "wrong completion '' of example .* scored 1 .* expected less than 1"),
         ("naughty:always_zero", r"gold completion '\\\\boxed\{4\}' of example .* scored 0 .* expected at least 1"),
-        ("naughty:crashes", "could not be scored: naughty:crashes: error: ZeroDivisionError"),
+        ("naughty:crashes", r"could not be scored: reward .naughty:crashes.: __call__\(\) raised ZeroDivisionError"),
         ("naughty:none", "gold completion .* scored nan"),
     ],
 )
