@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 
 from dllm_rl.errors import UserError
 
-Kind = Literal["algorithms", "engines", "strategies", "rewards", "tasks"]
+Kind = Literal["algorithms", "engines", "strategies", "rewards", "tasks", "rollouters"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 OWNER = "dllm-rl"
 _OWNED_PACKAGES = ("algorithms", "rollouts", "rewards")

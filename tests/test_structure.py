@@ -18,6 +18,7 @@ import pytest
 from dllm_rl import registry
 from dllm_rl.config.load import load_config
 from dllm_rl.protocols.algorithm import Algorithm
+from dllm_rl.protocols.rollouter import Rollouter
 from dllm_rl.protocols.strategy import UnmaskingStrategy
 from dllm_rl.protocols.task import Task
 
@@ -224,7 +225,7 @@ def entry_points() -> list[tuple[str, str, str]]:
 def test_entry_points_resolve_to_their_kind(kind, name, value):
     plugin = registry.load(kind, name)
     assert f"{plugin.__module__}:{plugin.__qualname__}" == value
-    base = {"algorithms": Algorithm, "strategies": UnmaskingStrategy, "tasks": Task}
+    base = {"algorithms": Algorithm, "strategies": UnmaskingStrategy, "tasks": Task, "rollouters": Rollouter}
     if kind in base:
         assert issubclass(plugin, base[kind])
     else:

@@ -28,6 +28,7 @@ from dllm_rl.models.denoiser import TransformersDenoiser
 from dllm_rl.models.from_config import model_path
 from dllm_rl.protocols.algorithm import Algorithm, Plan
 from dllm_rl.protocols.engine import RolloutEngine
+from dllm_rl.protocols.rollouter import Rollouter
 from dllm_rl.protocols.strategy import UnmaskingStrategy
 from dllm_rl.protocols.task import Task
 from dllm_rl.reports.progress import Progress
@@ -45,6 +46,7 @@ class Run:
         tokenizer: of the model.
         engines: decode.
         algorithm: the method.
+        rollouter: makes the samples that it learns from.
         denoiser: the model of this process; on a cluster without weights, for shapes and token ids.
         learner: owns the trained weights, of the model or of the unmasking policy.
         weights: from the learner to the engines.
@@ -62,6 +64,7 @@ class Run:
     tokenizer: Any
     engines: EnginePool
     algorithm: Algorithm
+    rollouter: Rollouter
     denoiser: TransformersDenoiser
     learner: LearnerGroup
     weights: WeightSync
@@ -121,7 +124,9 @@ def _build_run(config: Config, folder: Path, progress: Progress, stack: ExitStac
     algorithm: Algorithm = build("algorithms", config.algorithm.name, config.algorithm.options)
     strategy = build("strategies", config.sampling.strategy.name, config.sampling.strategy.options)
     task: Task = build("tasks", config.data.task.name, config.data.task.options)
+    rollouter: Rollouter = build("rollouters", config.rollout.rollouter.name, config.rollout.rollouter.options)
     _check_source(config, algorithm, strategy, task)
+    _check_rollouter(config, algorithm, rollouter)
     other = config.evaluate.strategy
     if other is not None:  # refused here rather than by an engine
         build("strategies", other.name, other.options)
@@ -194,6 +199,7 @@ def _build_run(config: Config, folder: Path, progress: Progress, stack: ExitStac
         tokenizer=tokenizer,
         engines=workers.engines,
         algorithm=algorithm,
+        rollouter=rollouter,
         denoiser=denoiser,
         learner=workers.learner,
         weights=workers.weights,
@@ -247,6 +253,17 @@ def _check_source(config: Config, algorithm: Algorithm, strategy: UnmaskingStrat
         raise UserError(
             "sampling.temperature = 0 makes all samples of a prompt the same and every advantage 0; "
             "set sampling.temperature to 1.0"
+        )
+
+
+def _check_rollouter(config: Config, algorithm: Algorithm, rollouter: Rollouter) -> None:
+    why = "asks for further completions of single prompts" if algorithm.asks_further else None
+    if algorithm.source != "rollouts":
+        why = f"trains on {algorithm.source}, which no rollouter makes"
+    if why is not None and rollouter.multi_turn:
+        raise UserError(
+            f"algorithm '{config.algorithm.name}' {why}; set rollout.rollouter to {{name: single_turn}}, or choose "
+            f"another algorithm than for '{config.rollout.rollouter.name}'"
         )
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
+import torch
+
+from dllm_rl.protocols.rollouter import Turn
 from dllm_rl.reward_pool.pool import RewardPool
 from dllm_rl.types import Prompt, Rewards
 
@@ -25,3 +29,39 @@ def judge(pool: RewardPool, prompts: Sequence[Prompt], texts: Sequence[str], len
     columns["answer"] = [prompt.answer for prompt in prompts]
     columns["completion_tokens"] = list(lengths)
     return pool.score([prompt.text for prompt in prompts], list(texts), columns)
+
+
+def score_turns(
+    pool: RewardPool, turns: Sequence[Turn], texts: Sequence[str], rewarded: Literal["episode", "turn"]
+) -> Rewards:
+    """Score the turns of a batch.
+
+    Args:
+        pool: reward workers.
+        turns: the rows; those of an episode in their order.
+        texts: their completions without EOS.
+        rewarded: see protocols.Rollouter.
+    Returns:
+        Rewards of the rows. An episode is excluded as a whole: what its other turns would be compared with has failed.
+    """
+    last = {turn.episode: row for row, turn in enumerate(turns)}
+    scored = sorted(last.values()) if rewarded == "episode" else list(range(len(turns)))
+    lengths = [turns[row].trajectory.completion_length for row in scored]
+    rewards = judge(pool, [turns[row].prompt for row in scored], [texts[row] for row in scored], lengths)
+    if rewarded == "episode":
+        place = {row: number for number, row in enumerate(scored)}
+        rewards = rewards.select(torch.tensor([place[last[turn.episode]] for turn in turns]))
+    if any(turn.reward is not None for turn in turns):
+        given = torch.tensor([float("nan") if turn.reward is None else turn.reward for turn in turns])
+        total = rewards.total + given.nan_to_num(0.0)
+        rewards = dataclasses.replace(rewards, components={**rewards.components, "environment": given}, total=total)
+    rows = zip(turns, rewards.status, rewards.included.tolist(), strict=True)
+    failed = {turn.episode: status for turn, status, included in rows if not included}
+    included = torch.tensor([turn.episode not in failed for turn in turns])
+    return dataclasses.replace(
+        rewards,
+        total=rewards.total.masked_fill(~included, 0.0),
+        included=included,
+        solved=rewards.solved & included,
+        status=tuple(failed.get(turn.episode, status) for turn, status in zip(turns, rewards.status, strict=True)),
+    )
