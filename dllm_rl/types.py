@@ -262,11 +262,6 @@ class RolloutBatch:
         if not bool(self.completion.any(-1).all()):
             row = int((~self.completion.any(-1)).nonzero()[0])
             raise ValueError(f"RolloutBatch row {row} has no completion token")
-        episodes = self.episode.tolist()
-        if len(set(zip(episodes, self.turn.tolist(), strict=True))) < n:
-            raise ValueError("RolloutBatch.turn has a number twice in an episode")
-        if len(set(zip(episodes, self.group.tolist(), strict=True))) > len(set(episodes)):
-            raise ValueError("RolloutBatch.group differs within an episode")
         return self
 
     def select(self, rows: Tensor) -> RolloutBatch:

@@ -126,7 +126,11 @@ def _build_run(config: Config, folder: Path, progress: Progress, stack: ExitStac
     task: Task = build("tasks", config.data.task.name, config.data.task.options)
     rollouter: Rollouter = build("rollouters", config.rollout.rollouter.name, config.rollout.rollouter.options)
     _check_source(config, algorithm, strategy, task)
-    _check_rollouter(config, algorithm, rollouter)
+    if rollouter.multi_turn and (algorithm.source != "rollouts" or algorithm.asks_further):
+        raise UserError(
+            f"algorithm '{config.algorithm.name}' needs rollout.rollouter: {{name: single_turn}}, since it "
+            + ("asks for further completions of prompts" if algorithm.asks_further else f"trains on {algorithm.source}")
+        )
     other = config.evaluate.strategy
     if other is not None:  # refused here rather than by an engine
         build("strategies", other.name, other.options)
@@ -253,17 +257,6 @@ def _check_source(config: Config, algorithm: Algorithm, strategy: UnmaskingStrat
         raise UserError(
             "sampling.temperature = 0 makes all samples of a prompt the same and every advantage 0; "
             "set sampling.temperature to 1.0"
-        )
-
-
-def _check_rollouter(config: Config, algorithm: Algorithm, rollouter: Rollouter) -> None:
-    why = "asks for further completions of single prompts" if algorithm.asks_further else None
-    if algorithm.source != "rollouts":
-        why = f"trains on {algorithm.source}, which no rollouter makes"
-    if why is not None and rollouter.multi_turn:
-        raise UserError(
-            f"algorithm '{config.algorithm.name}' {why}; set rollout.rollouter to {{name: single_turn}}, or choose "
-            f"another algorithm than for '{config.rollout.rollouter.name}'"
         )
 
 

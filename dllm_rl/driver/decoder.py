@@ -58,9 +58,10 @@ class BatchDecoder:
         """See protocols.Decoder."""
         partial, begin = self._partial, self._taken
         self._taken += len(prompts) * samples_per_prompt
-        known = partial.trajectories[begin : self._taken]
-        found: list[Trajectory] | None = known
-        if not _complete(known, [prompt for prompt in prompts for _ in range(samples_per_prompt)]):
+        found: list[Trajectory] | None = partial.trajectories[begin : self._taken]
+        known = [(t.prompt_uid, t.tokens[: t.prompt_length].tolist()) for t in found or ()]
+        # After a resume, a tool may have answered otherwise than before: completions of other prompts are of no use.
+        if known != [(p.uid, list(p.token_ids)) for p in prompts for _ in range(samples_per_prompt)]:
             del partial.trajectories[begin:]
             found, partial.blocks = None, 0
         while found is None or any(t.finish == "paused" for t in found):
@@ -76,11 +77,3 @@ class BatchDecoder:
                 )
                 partial.trajectories[begin:], partial.blocks = found, blocks or 0
         return found
-
-
-def _complete(found: Sequence[Trajectory], prompts: Sequence[Prompt]) -> bool:
-    """Whether trajectories are of these prompts: after a resume, a tool may have answered otherwise than before."""
-    return len(found) == len(prompts) and all(
-        t.prompt_uid == prompt.uid and t.tokens[: t.prompt_length].tolist() == list(prompt.token_ids)
-        for t, prompt in zip(found, prompts, strict=True)
-    )

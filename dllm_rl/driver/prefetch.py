@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from dllm_rl.driver.build import Run
 from dllm_rl.driver.collect import Collected, collect, decode, demonstrate
 from dllm_rl.driver.decoder import BatchDecoder, PartialBatch
 from dllm_rl.driver.fair_lock import FairLock
-from dllm_rl.driver.plain import from_plain, to_plain
+from dllm_rl.driver.restored import restored
 from dllm_rl.errors import UserError
 from dllm_rl.reports.clock import Clock
 from dllm_rl.types import GIVEN
@@ -83,8 +84,8 @@ class RolloutPrefetcher:
     def save(self, folder: Path) -> None:
         """Write the batches that wait or are begun, decoded with weights that a resumed run no longer has."""
         with self.engines_idle():
-            waiting = {step: to_plain(future.result()) for step, future in self._batches.items() if future.done()}
-            begun = {step: to_plain(one) for step, one in self._partial.items() if one.trajectories}
+            waiting = {step: asdict(future.result()) for step, future in self._batches.items() if future.done()}
+            begun = {step: asdict(one) for step, one in self._partial.items() if one.trajectories}
         if waiting or begun:
             torch.save({"waiting": waiting, "partial": begun}, folder / FILE)
 
@@ -99,8 +100,8 @@ class RolloutPrefetcher:
             return
         saved = torch.load(folder / FILE, weights_only=True)
         try:
-            waiting = {number: from_plain(Collected, values) for number, values in saved["waiting"].items()}
-            begun = {number: from_plain(PartialBatch, values) for number, values in saved["partial"].items()}
+            waiting = {number: restored(Collected, values) for number, values in saved["waiting"].items()}
+            begun = {number: restored(PartialBatch, values) for number, values in saved["partial"].items()}
         except (KeyError, TypeError) as error:
             raise UserError(
                 f"'{folder / FILE}' holds batches of another version of dllm-rl ({error}); resume with the version "

@@ -13,7 +13,6 @@ only the row's own completion is.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,7 +30,7 @@ class Turn:
         trajectory: how it was decoded.
         prompt: what it completes; reward functions see its text, answer and columns.
         group: number of the batch's prompt that the episode began with.
-        episode: number of the episode, from 0 over the whole batch.
+        episode: number of the episode, another one for each of the batch.
         turn: number of the turn within the episode, from 0.
         reward: what the rollouter itself gives for this turn, added to the reward functions' total and logged as the
             component "environment"; None = nothing.
@@ -124,28 +123,22 @@ def check_turns(turns: Sequence[Turn], prompts: Sequence[Prompt], *, samples_per
         samples_per_prompt: likewise.
         multi_turn: what the rollouter says.
     Raises:
-        UserError: naming the episode that is off.
+        UserError: naming what is off.
     """
-    episodes: dict[int, list[Turn]] = {}
+    seen: dict[int, list[Turn]] = {}
     for turn in turns:
-        episodes.setdefault(turn.episode, []).append(turn)
-        t, where = turn.trajectory, f"the rollouter's episode {turn.episode}, turn {turn.turn}"
-        if t.tokens[: t.prompt_length].tolist() != list(turn.prompt.token_ids):
-            raise UserError(f"{where}: its trajectory completes another prompt than the turn's")
-        if turn.reward is not None and not math.isfinite(turn.reward):
-            raise UserError(f"{where}: reward = {turn.reward}: must be finite")
-        if not multi_turn and (turn.turn or turn.reward is not None):
-            raise UserError(f"{where}: several turns and rewards of its own need multi_turn = True")
-    for number, rows in episodes.items():
-        if [row.turn for row in rows] != list(range(len(rows))) or len({row.group for row in rows}) > 1:
+        t, before = turn.trajectory, seen.setdefault(turn.episode, [])
+        fits = t.tokens[: t.prompt_length].tolist() == list(turn.prompt.token_ids)
+        fits &= turn.turn == len(before) and turn.group == (before or [turn])[0].group
+        if not fits or (not multi_turn and (before or turn.reward is not None)):
             raise UserError(
-                f"the rollouter's episode {number} has the turns {[row.turn for row in rows]} in the groups "
-                f"{[row.group for row in rows]}; turns count from 0, in one group"
+                f"the rollouter's turn {turn.turn} of episode {turn.episode}, group {turn.group}: turns count from 0 "
+                f"in one group, with their prompt's trajectory; a second one, or a reward, needs multi_turn = True"
             )
-    sizes = Counter(rows[0].group for rows in episodes.values())
-    wanted = dict.fromkeys(range(len(prompts)), samples_per_prompt)
-    if sorted(episodes) != list(range(len(episodes))) or sizes != wanted:
+        before.append(turn)
+    sizes = Counter(rows[0].group for rows in seen.values())
+    if sizes != dict.fromkeys(range(len(prompts)), samples_per_prompt):
         raise UserError(
-            f"the rollouter's groups have {dict(sizes)} episodes, numbered {sorted(episodes)}; {len(prompts)} groups "
-            f"of data.samples_per_prompt = {samples_per_prompt} are wanted, numbered from 0"
+            f"the rollouter's groups have {dict(sizes)} episodes: must be {samples_per_prompt} "
+            f"(data.samples_per_prompt) for each of the {len(prompts)} prompts"
         )

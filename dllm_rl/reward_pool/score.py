@@ -45,23 +45,22 @@ def score_turns(
         Rewards of the rows. An episode is excluded as a whole: what its other turns would be compared with has failed.
     """
     last = {turn.episode: row for row, turn in enumerate(turns)}
-    scored = sorted(last.values()) if rewarded == "episode" else list(range(len(turns)))
-    lengths = [turns[row].trajectory.completion_length for row in scored]
-    rewards = judge(pool, [turns[row].prompt for row in scored], [texts[row] for row in scored], lengths)
-    if rewarded == "episode":
-        place = {row: number for number, row in enumerate(scored)}
-        rewards = rewards.select(torch.tensor([place[last[turn.episode]] for turn in turns]))
+    row_of = [last[turn.episode] if rewarded == "episode" else row for row, turn in enumerate(turns)]
+    rows = sorted(set(row_of))
+    lengths = [turns[row].trajectory.completion_length for row in rows]
+    scored = judge(pool, [turns[row].prompt for row in rows], [texts[row] for row in rows], lengths)
+    rewards = scored.select(torch.searchsorted(torch.tensor(rows), torch.tensor(row_of)))
     if any(turn.reward is not None for turn in turns):
         given = torch.tensor([float("nan") if turn.reward is None else turn.reward for turn in turns])
         total = rewards.total + given.nan_to_num(0.0)
         rewards = dataclasses.replace(rewards, components={**rewards.components, "environment": given}, total=total)
-    rows = zip(turns, rewards.status, rewards.included.tolist(), strict=True)
-    failed = {turn.episode: status for turn, status, included in rows if not included}
+    every = list(zip(turns, rewards.status, rewards.included.tolist(), strict=True))
+    failed = {turn.episode: status for turn, status, ok in every if not ok}
     included = torch.tensor([turn.episode not in failed for turn in turns])
     return dataclasses.replace(
         rewards,
         total=rewards.total.masked_fill(~included, 0.0),
         included=included,
         solved=rewards.solved & included,
-        status=tuple(failed.get(turn.episode, status) for turn, status in zip(turns, rewards.status, strict=True)),
+        status=tuple(failed.get(turn.episode, status) for turn, status, _ in every),
     )
