@@ -60,7 +60,7 @@ class CoupledGRPO(Algorithm):
 
     def advantages(self, rewards: Rewards, batch: RolloutBatch) -> Tensor:
         """Leave-one-out, not divided by the deviation."""
-        return advantage.leave_one_out(rewards.total, batch.group, rewards.included)
+        return advantage.leave_one_out(rewards.total, batch.group, rewards.included, batch.episode)
 
     def masks(self, batch: RolloutBatch, generator: torch.Generator) -> MaskSample:
         """Each token is scored once per pair, in the view that hides it."""

@@ -50,7 +50,7 @@ class DiffuGRPO(Algorithm):
 
     def advantages(self, rewards: Rewards, batch: RolloutBatch) -> Tensor:
         """A = R - mean of the group, not divided by the deviation."""
-        return advantage.group_mean(rewards.total, batch.group, rewards.included)
+        return advantage.group_mean(rewards.total, batch.group, rewards.included, batch.episode)
 
     def masks(self, batch: RolloutBatch, generator: torch.Generator) -> MaskSample:
         """One view: the completion masked, and some of the prompt."""

@@ -53,7 +53,7 @@ class GDPO(Algorithm):
 
     def advantages(self, rewards: Rewards, batch: RolloutBatch) -> Tensor:
         """A = R - mean of the group, not divided by the deviation."""
-        return advantage.group_mean(rewards.total, batch.group, rewards.included)
+        return advantage.group_mean(rewards.total, batch.group, rewards.included, batch.episode)
 
     def masks(self, batch: RolloutBatch, generator: torch.Generator) -> MaskSample:
         """One view per node and draw."""

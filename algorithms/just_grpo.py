@@ -56,7 +56,7 @@ class JustGRPO(Algorithm):
 
     def advantages(self, rewards: Rewards, batch: RolloutBatch) -> Tensor:
         """Normalised within the group; groups of equal rewards give 0."""
-        return advantage.z_score(rewards.total, batch.group, rewards.included)
+        return advantage.z_score(rewards.total, batch.group, rewards.included, batch.episode)
 
     def masks(self, batch: RolloutBatch, generator: torch.Generator) -> MaskSample:
         """One draw per token; for block-causal models one draw holds a token of every block."""

@@ -59,16 +59,16 @@ class LightningRL(Algorithm):
         """Groups that have something to imitate, and speeds to choose from."""
         ok = rewards.included
         solved = advantage.any_of_group(rewards.solved & ok, batch.group)
-        spread = advantage.spread_of_group(batch.tokens_per_forward, batch.group, ok)
+        spread = advantage.spread_of_group(batch.tokens_per_forward, batch.group, ok, batch.episode)
         return ok & solved & (spread >= self.config.min_spread)
 
     def advantages(self, rewards: Rewards, batch: RolloutBatch) -> Tensor:
         """The sum of two z-scores, so that neither reward drowns the other."""
         components = {"reward": rewards.total, "speed": batch.tokens_per_forward}
         weights = {"reward": 1.0, "speed": self.config.speed}
-        value = advantage.per_component(components, weights, batch.group, rewards.included)
+        value = advantage.per_component(components, weights, batch.group, rewards.included, batch.episode)
         if self.config.paper_exact:
-            value = advantage.z_score(value, torch.zeros_like(batch.group), self.keep(rewards, batch))
+            value = advantage.z_score(value, torch.zeros_like(batch.group), self.keep(rewards, batch), batch.episode)
         return value
 
     def masks(self, batch: RolloutBatch, generator: torch.Generator) -> MaskSample:

@@ -80,7 +80,7 @@ class TraceRL(Algorithm):
     def advantages(self, rewards: Rewards, batch: RolloutBatch) -> Tensor:
         """Normalised within the group; groups of equal rewards give 0."""
         normalise = advantage.z_score if self.config.advantage == "z_score" else advantage.group_mean
-        return normalise(rewards.total, batch.group, rewards.included)
+        return normalise(rewards.total, batch.group, rewards.included, batch.episode)
 
     def masks(self, batch: RolloutBatch, generator: torch.Generator) -> MaskSample:
         """One draw per decoding step; for block-causal models one draw holds a step of every block."""

@@ -112,7 +112,7 @@ class UnmaskingPolicy(Algorithm):
         canvas = (batch.completion | batch.tail).sum(-1)
         speed = (canvas - batch.num_forwards.minimum(canvas) + 1) / canvas
         value = rewards.solved * speed**self.config.alpha
-        return advantage.group_mean(value.float(), batch.group, rewards.included)
+        return advantage.group_mean(value.float(), batch.group, rewards.included, batch.episode)
 
     def masks(self, batch: RolloutBatch, generator: torch.Generator) -> MaskSample:
         """None: no token is scored."""

@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 
 from dllm_rl.errors import RunStopped, UserError, nearest
 
-Kind = Literal["algorithms", "engines", "strategies", "rewards", "tasks", "families", "transports"]
+Kind = Literal["algorithms", "engines", "strategies", "rewards", "tasks", "rollouters", "families", "transports"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 OWNER = "dllm-rl"
 _OWNED_PACKAGES = ("algorithms", "rollouts", "rewards")

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dllm_rl.errors import UserError
 
+_EACH_ROW = torch.empty(0, dtype=torch.int64)  # default of RolloutBatch.episode and turn
 GIVEN = -1  # unmask_step of a position that was given (prompt, injected token, padding), not generated
 
 Finish = Literal["eos", "length", "paused"]
@@ -188,6 +189,8 @@ class RolloutBatch:
         behaviour_logp: (N, L) float32 nats.
         prompt_length: (N,) int64.
         group: (N,) int64; rows of one prompt share a number.
+        episode: (N,) int64; rows that are turns of one sample share a number, within a group. Default: none do.
+        turn: (N,) int64; number of the turn within its episode, from 0; earlier turns are part of its prompt.
         num_forwards: (N,) int64.
         weights_step: (N, L) int64; optimiser step of the weights that committed the token, GIVEN where none did.
         block_ids: (N, L) int64 block numbers (diffusion.layout.block_index) for block-causal models, else None.
@@ -213,6 +216,15 @@ class RolloutBatch:
     order: Tensor | None = None
     confidence: Tensor | None = None
     expert: Tensor | None = None
+    episode: Tensor = _EACH_ROW
+    turn: Tensor = _EACH_ROW
+
+    def __post_init__(self) -> None:
+        """Without episodes every row is one of its own."""
+        if len(self.episode) < len(self):
+            object.__setattr__(self, "episode", torch.arange(len(self), device=self.tokens.device))
+        if len(self.turn) < len(self):
+            object.__setattr__(self, "turn", torch.zeros_like(self.episode))
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
@@ -365,7 +377,8 @@ class Experience:
         entropy: (N, L) float32 nats; the old policy's predictive entropy at scored positions, averaged over the draws
             that score them, or None if the algorithm needs none.
         num_tokens: scored tokens over the whole global batch (all ranks); losses divide by it, never by a local count.
-        num_rows: rows over the whole global batch.
+        num_rows: rows over the whole global batch. A row is a turn: in a loss, an episode weighs as many rows as it has
+            turns; only within the baselines of advantages does it count once.
     """
 
     batch: RolloutBatch
@@ -385,7 +398,7 @@ class GlobalCounts:
 
     Attributes:
         num_tokens: scored tokens of the whole batch.
-        num_rows: rows of the whole batch.
+        num_rows: rows of the whole batch, each turn of an episode being one.
         idle: the rank has no rows of its own; the one it is given only lets it keep step with the others.
     """
 

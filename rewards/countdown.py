@@ -54,9 +54,9 @@ class Countdown:
         The expression is the last <answer>...</answer>, or without one the last non-empty line; "= value" after it is
         ignored, the value is computed.
         """
-        return [self._judge(*row) for row in zip(completions, numbers, target, strict=True)]
+        return [self._score(*row) for row in zip(completions, numbers, target, strict=True)]
 
-    def _judge(self, completion: str, numbers: Sequence[int], target: int) -> Verdict:
+    def _score(self, completion: str, numbers: Sequence[int], target: int) -> Verdict:
         text = _expression(completion)
         try:
             value, used = parse(text)

@@ -41,9 +41,9 @@ class MathAnswer:
         Raises:
             UserError: a row without a reference answer: it cannot be scored.
         """
-        return [self._judge(*row) for row in zip(completions, answer, strict=True)]
+        return [self._score(*row) for row in zip(completions, answer, strict=True)]
 
-    def _judge(self, completion: str, answer: str) -> Verdict:
+    def _score(self, completion: str, answer: str) -> Verdict:
         if not answer.strip():
             raise UserError("the row has no reference answer")
         boxed = last_boxed(completion)

@@ -27,9 +27,9 @@ class Sudoku:
         self, prompts: list[Any], completions: list[str], *, puzzle: list[str], answer: list[str], **columns: list[Any]
     ) -> list[Verdict]:
         """One verdict per completion; "invalid" unless it is 16 digits 1..4."""
-        return [self._judge(*row) for row in zip(completions, puzzle, answer, strict=True)]
+        return [self._score(*row) for row in zip(completions, puzzle, answer, strict=True)]
 
-    def _judge(self, completion: str, puzzle: str, answer: str) -> Verdict:
+    def _score(self, completion: str, puzzle: str, answer: str) -> Verdict:
         filled = "".join(completion.split())
         if len(filled) != len(answer) or set(filled) - set("1234"):
             return Verdict(0.0, "invalid")

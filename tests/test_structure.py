@@ -21,6 +21,7 @@ from dllm_rl.config.load import load_config
 from dllm_rl.models.family import Family
 from dllm_rl.protocols.algorithm import Algorithm
 from dllm_rl.protocols.engine import RolloutEngine
+from dllm_rl.protocols.rollouter import Rollouter
 from dllm_rl.protocols.strategy import UnmaskingStrategy
 from dllm_rl.protocols.task import Task
 from dllm_rl.weight_transfer.transport import Transport
@@ -129,7 +130,7 @@ def test_no_import_goes_in_a_circle():
         ("algorithms/x.py", "from algorithms.trace_rl import TraceRL"),
         ("algorithms/x.py", "from dllm_rl.learner import checkpoint"),
         ("rollouts/x.py", "import algorithms"),
-        ("rewards/x.py", "from dllm_rl.reward_pool.score import judge"),
+        ("rewards/x.py", "from dllm_rl.reward_pool.score import score_completions"),
     ],
 )
 def test_a_wrong_import_is_seen(tmp_path, monkeypatch, name, line):
@@ -221,6 +222,7 @@ def test_randomness_comes_from_one_module():
 BASES = {
     "algorithms": Algorithm,
     "engines": RolloutEngine,
+    "rollouters": Rollouter,
     "strategies": UnmaskingStrategy,
     "tasks": Task,
     "transports": Transport,

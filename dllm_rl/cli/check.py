@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import yaml
 from rich.console import Console
@@ -14,7 +14,7 @@ from rich.markup import escape
 from dllm_rl import registry
 from dllm_rl.cli.output import write_json
 from dllm_rl.conformance.rewards import reads_files
-from dllm_rl.conformance.suite import Finding, check_plugin
+from dllm_rl.conformance.suite import CHECKS, Finding, check_plugin
 from dllm_rl.conformance.violation import NotChecked
 from dllm_rl.errors import UserError
 from dllm_rl.registry import Kind
@@ -27,7 +27,7 @@ def run_checks(kind: str | None, name: str | None, options: Sequence[str], json_
         UserError: an unknown kind or plugin, or an option it does not take.
     """
     console = Console(soft_wrap=True, highlight=False)
-    chosen = [_kind(kind)] if kind is not None else list(get_args(Kind))
+    chosen = [_kind(kind)] if kind is not None else list(CHECKS)
     results: list[dict[str, Any]] = []
     unchecked: dict[str, str] = {}
     for one in chosen:
@@ -59,11 +59,10 @@ def _line(label: str, finding: Finding) -> str:
 
 
 def _kind(text: str) -> Kind:
-    for kind in get_args(Kind):
+    for kind in CHECKS:
         if text in (kind, kind[:-1], kind.removesuffix("ies") + "y"):
-            found: Kind = kind
-            return found
-    raise UserError(f"unknown kind '{text}'; one of {', '.join(get_args(Kind))}")
+            return kind
+    raise UserError(f"unknown kind '{text}'; one of {', '.join(CHECKS)}")
 
 
 def _options(texts: Sequence[str]) -> dict[str, Any]:

@@ -6,13 +6,15 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from dllm_rl.config.section import Section
+from dllm_rl.config.section import Plugin, Section
 from dllm_rl.errors import UserError
 
 
 class RolloutSection(Section):
-    """How far decoding may be ahead of learning."""
+    """What a sample is, and how far decoding may be ahead of learning."""
 
+    rollouter: Plugin = Plugin(name="single_turn")
+    """Makes the samples of a prompt: one completion each, or episodes of several turns."""
     max_staleness: int = Field(default=0, ge=0)
     """Optimiser steps by which the weights that decode a batch may be older than those that learn from it; 0 = strictly
     on-policy; from 1 on, decoding and learning run at the same time (cluster.kind: ray)."""

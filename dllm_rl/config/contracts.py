@@ -19,6 +19,7 @@ from dllm_rl import registry
 from dllm_rl.errors import UserError
 from dllm_rl.protocols.algorithm import Algorithm
 from dllm_rl.protocols.engine import RolloutEngine
+from dllm_rl.protocols.rollouter import Rollouter, Turn
 from dllm_rl.protocols.strategy import Candidates, UnmaskingStrategy
 from dllm_rl.protocols.task import Task
 from dllm_rl.registry import Kind
@@ -29,6 +30,7 @@ _BASES: Mapping[Kind, type] = {
     "strategies": UnmaskingStrategy,
     "tasks": Task,
     "engines": RolloutEngine,
+    "rollouters": Rollouter,
 }
 _FLOAT, _BOOL = (torch.float32, torch.float64, torch.bfloat16, torch.float16), (torch.bool,)
 
@@ -150,5 +152,6 @@ _RULES: Mapping[str, tuple[str, Callable[[Any, int, int], bool]]] = {
     "select": ("a bool or int64 tensor (N, W)", lambda v, n, w: _tensor(v, (*_BOOL, torch.int64), (n, w))),
     "examples": ("a sequence of Example", lambda v, *_: _all(v, Example)),
     "self_test": ("two texts, (gold, wrong)", lambda v, *_: _all(v, str, tuple) and len(v) == 2),
+    "roll_out": ("a list of Turn", lambda v, *_: _all(v, Turn, list)),
     "generate": ("a list of Trajectory, N in all", lambda v, n, _: _all(v, Trajectory, list) and len(v) == n),
 }

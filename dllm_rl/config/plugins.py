@@ -19,6 +19,7 @@ _SECTIONS: Mapping[Kind, str] = {
     "strategies": "sampling.strategy",
     "rewards": "rewards.{name}",
     "tasks": "data.task",
+    "rollouters": "rollout.rollouter",
 }
 
 

@@ -31,7 +31,7 @@ TIMEOUT_S = 5.0
 
 
 class Subject:
-    """A reward function in a pool of two workers, and rows to judge."""
+    """A reward function in a pool of two workers, and rows to score."""
 
     def __init__(self, name: str, options: Mapping[str, Any]) -> None:
         self.columns = _columns(name)
@@ -42,7 +42,7 @@ class Subject:
         self.pool.close()
 
     def score(self, texts: list[str]) -> Rewards:
-        """Judge texts as completions of one example."""
+        """Score texts as completions of one example."""
         columns = {key: [value] * len(texts) for key, value in self.columns.items()}
         columns["completion_tokens"] = [max(1, len(text)) for text in texts]
         return self.pool.score(["prompt"] * len(texts), texts, columns)
@@ -64,7 +64,7 @@ def reads_files(task: str) -> bool:
 
 
 def every_text_gets_a_verdict(subject: Subject) -> None:
-    """No text makes it raise, hang, miss a row or give infinity: what it cannot judge is a low reward or None."""
+    """No text makes it raise, hang, miss a row or give infinity: what it cannot score is a low reward or None."""
     for begin in range(0, len(HOSTILE), 4):
         texts = list(HOSTILE[begin : begin + 4])
         scored = subject.score(texts)

@@ -21,6 +21,8 @@ def collate(
     block_size: int | None = None,
     block_origin: BlockOrigin = "response",
     expert: Sequence[bool] | None = None,
+    episode: Sequence[int] | None = None,
+    turn: Sequence[int] | None = None,
 ) -> RolloutBatch:
     """A batch of rollouts.
 
@@ -31,6 +33,8 @@ def collate(
         block_size: of a block-causal model, else None.
         block_origin: where its blocks start.
         expert: which rows an expert's strategy decoded; None = none.
+        episode: number of the sample that each row is a turn of; None = every row is a sample of its own.
+        turn: number of the turn within it; None = 0.
     """
     width = max(len(t.tokens) for t in trajectories)
     start = torch.tensor([t.prompt_length for t in trajectories])
@@ -57,6 +61,8 @@ def collate(
         order=_if_all([t.order for t in trajectories], lambda rows: _padded(rows, width, 0)),
         confidence=_if_all([t.confidence for t in trajectories], lambda rows: _stacked(rows, width)),
         expert=None if expert is None else torch.tensor(expert),
+        episode=torch.arange(len(start)) if episode is None else torch.tensor(episode),
+        turn=torch.zeros_like(start) if turn is None else torch.tensor(turn),
     ).check()
 
 

@@ -2,6 +2,9 @@
 
 All functions take float32 rewards (N,), group numbers (N,) int64 and which rows are included (N,) bool. Excluded rows
 (a verifier failed) get advantage 0 and enter no statistic.
+
+With ``episode`` (N,) int64, rows of one number are turns of one sample. A sample counts once in the statistics of its
+group, however many turns it has: with the mean of its included rows' rewards. None = every row is a sample.
 """
 
 from __future__ import annotations
@@ -12,25 +15,32 @@ import torch
 from torch import Tensor
 
 
-def group_mean(reward: Tensor, group: Tensor, included: Tensor) -> Tensor:
+def group_mean(reward: Tensor, group: Tensor, included: Tensor, episode: Tensor | None = None) -> Tensor:
     """(N,) reward minus the mean of its group (Dr. GRPO: no division by the deviation)."""
-    return _centred(reward, group, included)
+    weight, size = _weights(group, included, episode)
+    return _centred(reward, group, weight, size)
 
 
-def leave_one_out(reward: Tensor, group: Tensor, included: Tensor) -> Tensor:
-    """(N,) reward minus the mean of the *other* rows of its group: G/(G-1) (R - mean); 0 in groups of one."""
-    size = _group_sum(included.to(reward.dtype), group)
+def leave_one_out(reward: Tensor, group: Tensor, included: Tensor, episode: Tensor | None = None) -> Tensor:
+    """(N,) reward minus the mean of the *other* samples of its group: G/(G-1) (R - mean); 0 in groups of one.
+
+    A turn whose reward is not its sample's mean m has  R - m + G/(G-1) (m - mean).
+    """
+    weight, size = _weights(group, included, episode)
     scale = torch.where(size > 1, size / (size - 1).clamp(min=1), torch.zeros_like(size))
-    return _centred(reward, group, included) * scale
+    if episode is None:
+        return _centred(reward, group, weight, size) * scale
+    sample = _group_sum(reward * weight, episode)
+    return _centred(sample, group, weight, size) * scale + (reward - sample) * ((weight > 0) & (size > 1))
 
 
-def z_score(reward: Tensor, group: Tensor, included: Tensor) -> Tensor:
+def z_score(reward: Tensor, group: Tensor, included: Tensor, episode: Tensor | None = None) -> Tensor:
     """(N,) group-centred reward over the population deviation of the group; 0 where all rewards are equal."""
-    centred = _centred(reward, group, included)
-    size = _group_sum(included.to(reward.dtype), group).clamp(min=1)
-    deviation = (_group_sum(centred**2, group) / size).sqrt()
+    weight, size = _weights(group, included, episode)
+    centred, size = _centred(reward, group, weight, size), size.clamp(min=1)
+    deviation = (_group_sum(centred**2 * weight, group) / size).sqrt()
     # Equal rewards may centre to a rounding error instead of 0: dividing by it would invent a signal.
-    scale = _group_sum((reward.abs() * included), group) / size
+    scale = _group_sum((reward.abs() * weight), group) / size
     flat = deviation <= 1e-6 * scale.clamp(min=1e-6)
     return torch.where(
         flat, torch.zeros_like(centred), centred / torch.where(flat, torch.ones_like(deviation), deviation)
@@ -38,7 +48,11 @@ def z_score(reward: Tensor, group: Tensor, included: Tensor) -> Tensor:
 
 
 def per_component(
-    components: Mapping[str, Tensor], weights: Mapping[str, float], group: Tensor, included: Tensor
+    components: Mapping[str, Tensor],
+    weights: Mapping[str, float],
+    group: Tensor,
+    included: Tensor,
+    episode: Tensor | None = None,
 ) -> Tensor:
     """(N,) weighted sum of each component's own z-score, so that no component drowns another.
 
@@ -47,13 +61,14 @@ def per_component(
         weights: name -> weight, for the components to use.
         group: (N,) int64.
         included: (N,) bool.
+        episode: (N,) int64 or None.
     Source: decoupled reward normalisation, LightningRL, arXiv:2603.13319.
     """
     total = torch.zeros_like(group, dtype=torch.float32)
     for name, weight in weights.items():
         value = components[name]
         applies = included & ~value.isnan()
-        total = total + weight * z_score(value.nan_to_num(0.0), group, applies)
+        total = total + weight * z_score(value.nan_to_num(0.0), group, applies, episode)
     return total
 
 
@@ -67,10 +82,12 @@ def any_of_group(flag: Tensor, group: Tensor) -> Tensor:
     return _group_sum(flag.to(torch.float32), group) > 0
 
 
-def spread_of_group(value: Tensor, group: Tensor, included: Tensor) -> Tensor:
-    """(N,) float32: the largest minus the smallest value (N,) among the included rows of the row's group."""
+def spread_of_group(value: Tensor, group: Tensor, included: Tensor, episode: Tensor | None = None) -> Tensor:
+    """(N,) float32: the largest minus the smallest value (N,) among the included samples of the row's group."""
     size = int(group.max()) + 1
     value = value.to(torch.float32)
+    if episode is not None:
+        value = _group_sum(value * _weights(group, included, episode)[0], episode)
     high = torch.full((size,), float("-inf"), device=value.device)
     high = high.scatter_reduce(0, group, value.masked_fill(~included, float("-inf")), "amax")
     low = torch.full((size,), float("inf"), device=value.device)
@@ -78,9 +95,9 @@ def spread_of_group(value: Tensor, group: Tensor, included: Tensor) -> Tensor:
     return (high - low).clamp(min=0.0)[group]  # a group without included rows has no spread
 
 
-def zero_variance_groups(reward: Tensor, group: Tensor, included: Tensor) -> Tensor:
+def zero_variance_groups(reward: Tensor, group: Tensor, included: Tensor, episode: Tensor | None = None) -> Tensor:
     """(N,) bool: True for rows whose group gives no signal (all its included rewards are equal, or fewer than two)."""
-    return _group_sum((z_score(reward, group, included) != 0).to(torch.float32), group) == 0
+    return _group_sum((z_score(reward, group, included, episode) != 0).to(torch.float32), group) == 0
 
 
 def _group_sum(value: Tensor, group: Tensor) -> Tensor:
@@ -89,7 +106,14 @@ def _group_sum(value: Tensor, group: Tensor) -> Tensor:
     return sums.index_add_(0, group, value)[group]
 
 
-def _centred(reward: Tensor, group: Tensor, included: Tensor) -> Tensor:
-    weight = included.to(reward.dtype)
-    mean = _group_sum(reward * weight, group) / _group_sum(weight, group).clamp(min=1)  # an empty group has no member
-    return (reward - mean) * weight
+def _weights(group: Tensor, included: Tensor, episode: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(N,) weights that sum to 1 over the included rows of a sample, and (N,) the samples of each row's group."""
+    weight = included.to(torch.float32)
+    if episode is not None:
+        weight = weight / _group_sum(weight, episode).clamp(min=1)
+    return weight, _group_sum(weight, group).round()  # thirds do not add up to 1, and one sample must not pass for more
+
+
+def _centred(reward: Tensor, group: Tensor, weight: Tensor, size: Tensor) -> Tensor:
+    mean = _group_sum(reward * weight, group) / size.clamp(min=1)  # an empty group has no member
+    return (reward - mean) * (weight > 0)

@@ -28,6 +28,7 @@ from dllm_rl.models.denoiser import TransformersDenoiser
 from dllm_rl.models.from_config import model_path
 from dllm_rl.protocols.algorithm import Algorithm, Plan
 from dllm_rl.protocols.engine import EVALUATE, TRAIN, Sampler
+from dllm_rl.protocols.rollouter import Rollouter
 from dllm_rl.protocols.strategy import UnmaskingStrategy
 from dllm_rl.protocols.task import Task
 from dllm_rl.reports.progress import Progress
@@ -44,6 +45,7 @@ class Run:
         tokenizer: of the model.
         engines: decode.
         algorithm: the method.
+        rollouter: makes the samples that it learns from.
         denoiser: the model of this process; on a cluster without weights, for shapes and token ids.
         learner: owns the trained weights, of the model or of the unmasking policy.
         weights: from the learner to the engines.
@@ -61,6 +63,7 @@ class Run:
     tokenizer: Any
     engines: EnginePool
     algorithm: Algorithm
+    rollouter: Rollouter
     denoiser: TransformersDenoiser
     learner: LearnerGroup
     weights: WeightSync
@@ -120,7 +123,13 @@ def _build_run(config: Config, folder: Path, progress: Progress, stack: ExitStac
     algorithm: Algorithm = build("algorithms", config.algorithm.name, config.algorithm.options)
     strategy = build("strategies", config.sampling.strategy.name, config.sampling.strategy.options)
     task: Task = build("tasks", config.data.task.name, config.data.task.options)
+    rollouter: Rollouter = build("rollouters", config.rollout.rollouter.name, config.rollout.rollouter.options)
     _check_source(config, algorithm, strategy, task)
+    if rollouter.multi_turn and (algorithm.source != "rollouts" or algorithm.asks_further):
+        raise UserError(
+            f"algorithm '{config.algorithm.name}' needs rollout.rollouter: {{name: single_turn}}, since it "
+            + ("asks for further completions of prompts" if algorithm.asks_further else f"trains on {algorithm.source}")
+        )
     other = config.evaluate.strategy
     if other is not None:  # refused here rather than by an engine
         build("strategies", other.name, other.options)
@@ -193,6 +202,7 @@ def _build_run(config: Config, folder: Path, progress: Progress, stack: ExitStac
         tokenizer=tokenizer,
         engines=workers.engines,
         algorithm=algorithm,
+        rollouter=rollouter,
         denoiser=denoiser,
         learner=workers.learner,
         weights=workers.weights,

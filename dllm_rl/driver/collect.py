@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,92 +13,81 @@ from dllm_rl import seeding
 from dllm_rl.config.schema import Config
 from dllm_rl.data.collate import collate, completion_texts, supervised
 from dllm_rl.driver.build import Run
+from dllm_rl.driver.decoder import BatchDecoder, PartialBatch
 from dllm_rl.protocols.algorithm import ExtraRollout
+from dllm_rl.protocols.rollouter import Decoder, Turn, check_turns
+from dllm_rl.reports.clock import Clock
 from dllm_rl.reports.measure import rollout_metrics
-from dllm_rl.reward_pool.score import judge, require_scored
-from dllm_rl.types import Prompt, Rewards, RewardStatus, RolloutBatch, Trajectory
+from dllm_rl.reward_pool.score import require_scored, score_turns
+from dllm_rl.types import Prompt, Rewards, RewardStatus, RolloutBatch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Collected:
-    """A batch with its rewards, its metrics, rows for samples.jsonl, and the prompts that it was made from."""
+    """What a step learns from, and what the run's records say about it.
+
+    Attributes:
+        batch: the rows.
+        rewards: theirs.
+        metrics: of the batch.
+        samples: of each row, for samples.jsonl.
+        uids: of the prompts that it was made from.
+        seconds: how long its parts took.
+    """
 
     batch: RolloutBatch
     rewards: Rewards
     metrics: dict[str, float]
     samples: Sequence[dict[str, Any]]
     uids: Sequence[str]
+    seconds: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class _Drawn:
-    """Judged rollouts before they are a batch; one entry per row."""
+    """Scored rollouts before they are a batch; one entry per row."""
 
-    trajectories: list[Trajectory]
-    prompts: list[Prompt]
+    turns: list[Turn]
     texts: list[str]
-    group: list[int]
     expert: list[bool]
     rewards: Rewards
 
     @staticmethod
     def join(first: _Drawn, second: _Drawn) -> _Drawn:
-        """The rows of both."""
+        """The rows of both; the second's episodes are numbered after the first's."""
+        after = max(turn.episode for turn in first.turns) + 1
         return _Drawn(
-            first.trajectories + second.trajectories,
-            first.prompts + second.prompts,
+            first.turns + [dataclasses.replace(turn, episode=after + turn.episode) for turn in second.turns],
             first.texts + second.texts,
-            first.group + second.group,
             first.expert + second.expert,
             Rewards.join(first.rewards, second.rewards),
         )
 
 
-def roll_out(
-    run: Run,
-    config: Config,
-    prompts: Sequence[Prompt],
-    step: int,
-    timer: Callable[[str], AbstractContextManager[None]],
-) -> Collected:
+def roll_out(run: Run, config: Config, prompts: Sequence[Prompt], step: int, timer: Clock) -> Collected:
     """Decode and collect in one go."""
-    return collect(run, config, prompts, decode(run, config, prompts, step, timer), step, timer)
+    decoder = BatchDecoder(run, config, step, PartialBatch(seconds=timer.seconds))
+    return collect(run, config, prompts, decode(run, config, prompts, decoder), step, timer)
 
 
-def decode(
-    run: Run,
-    config: Config,
-    prompts: Sequence[Prompt],
-    step: int,
-    timer: Callable[[str], AbstractContextManager[None]],
-    *,
-    partial: Sequence[Trajectory] | None = None,
-    max_blocks: int | None = None,
-) -> list[Trajectory]:
-    """Decode samples_per_prompt completions per prompt, or go on with partial ones; see RolloutEngine.generate."""
-    key, size = seeding.derive(config.run.seed, "rollout", step), config.data.samples_per_prompt
-    with timer("rollout_s"):
-        return run.engine.generate(
-            prompts, run.sampling, seed=key, samples_per_prompt=size, partial=partial, max_blocks=max_blocks
-        )
+def decode(run: Run, config: Config, prompts: Sequence[Prompt], decoder: Decoder) -> list[Turn]:
+    """The turns of samples_per_prompt samples of every prompt, as the rollouter makes them."""
+    size = config.data.samples_per_prompt
+    turns = run.rollouter.roll_out(prompts, decoder, samples_per_prompt=size)
+    check_turns(turns, prompts, samples_per_prompt=size, multi_turn=run.rollouter.multi_turn)
+    return turns
 
 
 def collect(
-    run: Run,
-    config: Config,
-    prompts: Sequence[Prompt],
-    trajectories: list[Trajectory],
-    step: int,
-    timer: Callable[[str], AbstractContextManager[None]],
+    run: Run, config: Config, prompts: Sequence[Prompt], turns: list[Turn], step: int, timer: Clock
 ) -> Collected:
-    """Judge what was decoded; then decode and judge further completions that the algorithm asks for.
+    """Score what was decoded; then decode and score further completions that the algorithm asks for.
 
     Raises:
         UserError, RunStopped: more than reward_pool.max_failure_fraction of the rows could not be scored.
     """
-    seed, size = config.run.seed, config.data.samples_per_prompt
-    wanted = [ExtraRollout(group=number, prompt=prompt) for number, prompt in enumerate(prompts) for _ in range(size)]
-    drawn = _judged(run, wanted, trajectories, timer)
+    seed = config.run.seed
+    drawn = _scored(run, turns, timer)
     assert run.reward_pool is not None, "it has just scored"
     require_scored(run.reward_pool, drawn.rewards, limit=config.reward_pool.max_failure_fraction, step=step)
     batch, rewards = _collate(run, drawn), drawn.rewards
@@ -118,20 +106,30 @@ def collect(
             chosen = run.algorithm.select_rows(added, drawn.rewards, everything, generator)
             batch, rewards, rows = everything.select(chosen), drawn.rewards.select(chosen), chosen.tolist()
             metrics |= {f"guided/{name}": value for name, value in rollout_metrics(batch, rewards).items()}
-    samples = [
-        {
-            "uid": drawn.prompts[row].uid,
-            "prompt": drawn.prompts[row].text,
-            "completion": drawn.texts[row],
-            "answer": drawn.prompts[row].answer,
-            "reward": drawn.rewards.total[row].item(),
-            "status": drawn.rewards.status[row],
-            "num_forwards": drawn.trajectories[row].num_forwards,
-        }
-        for row in rows
-    ]
-    uids = [prompt.uid for prompt in prompts]
-    return Collected(batch=batch, rewards=rewards, metrics=metrics, samples=samples, uids=uids)
+    return Collected(
+        batch=batch,
+        rewards=rewards,
+        metrics=metrics,
+        samples=[_sample(drawn, row, several=any(turn.turn for turn in turns)) for row in rows],
+        uids=[prompt.uid for prompt in prompts],
+        seconds=timer.seconds,
+    )
+
+
+def _sample(drawn: _Drawn, row: int, *, several: bool) -> dict[str, Any]:
+    """A row of samples.jsonl; it says which turn it is if there are several."""
+    turn = drawn.turns[row]
+    where = {"episode": turn.episode, "turn": turn.turn} if several else {}
+    return {
+        "uid": turn.prompt.uid,
+        **where,
+        "prompt": turn.prompt.text,
+        "completion": drawn.texts[row],
+        "answer": turn.prompt.answer,
+        "reward": drawn.rewards.total[row].item(),
+        "status": drawn.rewards.status[row],
+        "num_forwards": turn.trajectory.num_forwards,
+    }
 
 
 def _kinds(further: Sequence[ExtraRollout]) -> Sequence[Sequence[ExtraRollout]]:
@@ -142,45 +140,39 @@ def _kinds(further: Sequence[ExtraRollout]) -> Sequence[Sequence[ExtraRollout]]:
     return list(kinds.values())
 
 
-def _draw(
-    run: Run,
-    wanted: Sequence[ExtraRollout],
-    seed: int,
-    timer: Callable[[str], AbstractContextManager[None]],
-) -> _Drawn:
-    """Decode and judge rollouts of one kind."""
+def _draw(run: Run, wanted: Sequence[ExtraRollout], seed: int, timer: Clock) -> _Drawn:
+    """Decode and score rollouts of one kind."""
     strategy, block_size = wanted[0].strategy, wanted[0].block_size
     engine = run.engine if strategy is None else run.expert_engine(strategy)
     sampling = run.sampling if block_size is None else dataclasses.replace(run.sampling, block_size=block_size)
     with timer("rollout_s"):
-        trajectories = engine.generate([w.prompt for w in wanted], sampling, seed=seed)
-    return _judged(run, wanted, trajectories, timer)
+        found = engine.generate([w.prompt for w in wanted], sampling, seed=seed)
+    turns = [
+        Turn(trajectory=trajectory, prompt=w.prompt, group=w.group, episode=number)
+        for number, (trajectory, w) in enumerate(zip(found, wanted, strict=True))
+    ]
+    return _scored(run, turns, timer, expert=strategy is not None)
 
 
-def _judged(
-    run: Run,
-    wanted: Sequence[ExtraRollout],
-    trajectories: list[Trajectory],
-    timer: Callable[[str], AbstractContextManager[None]],
-) -> _Drawn:
+def _scored(run: Run, turns: list[Turn], timer: Clock, *, expert: bool = False) -> _Drawn:
     assert run.reward_pool is not None, "build_run() refuses rollouts without rewards"
-    prompts = [w.prompt for w in wanted]
-    texts = completion_texts(trajectories, run.tokenizer)
+    texts = completion_texts([turn.trajectory for turn in turns], run.tokenizer)
     with timer("reward_s"):
-        rewards = judge(run.reward_pool, prompts, texts, [t.completion_length for t in trajectories])
-    expert = [w.strategy is not None for w in wanted]
-    return _Drawn(trajectories, prompts, texts, [w.group for w in wanted], expert, rewards)
+        rewards = score_turns(run.reward_pool, turns, texts, run.rollouter.rewarded)
+    return _Drawn(turns, texts, [expert] * len(turns), rewards)
 
 
 def _collate(run: Run, drawn: _Drawn) -> RolloutBatch:
     denoiser = run.denoiser
     return collate(
-        drawn.trajectories,
+        [turn.trajectory for turn in drawn.turns],
         pad_id=denoiser.pad_id,
-        group=drawn.group,
+        group=[turn.group for turn in drawn.turns],
         block_size=denoiser.block_size,
         block_origin=denoiser.block_origin,
         expert=drawn.expert,
+        episode=[turn.episode for turn in drawn.turns],
+        turn=[turn.turn for turn in drawn.turns],
     )
 
 

@@ -33,8 +33,8 @@ def one_step(
     step = learner.step
     with timer("step_s"):
         with timer("wait_s"):
-            collected, times = prefetcher.get(step)
-        timer.add(times)
+            collected = prefetcher.get(step)
+        timer.add(Clock(collected.seconds))
         batch, rewards = collected.batch, collected.rewards
         learned: dict[str, float] = {}
         if config.rollout.max_staleness:

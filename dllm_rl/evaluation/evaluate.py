@@ -12,7 +12,7 @@ from dllm_rl.errors import UserError
 from dllm_rl.evaluation.intervals import wilson
 from dllm_rl.protocols.engine import Sampler
 from dllm_rl.reward_pool.pool import RewardPool
-from dllm_rl.reward_pool.score import judge
+from dllm_rl.reward_pool.score import score_completions
 from dllm_rl.types import Prompt, Sampling
 
 
@@ -72,7 +72,7 @@ def evaluate(
     chunk: int = 128,
     advance: Callable[[int, str], None] = lambda done, note: None,
 ) -> Evaluation:
-    """Decode one completion per prompt and judge it.
+    """Decode one completion per prompt and score it.
 
     Args:
         engine: with the weights to evaluate.
@@ -96,7 +96,7 @@ def evaluate(
         part = prompts[begin : begin + chunk]
         trajectories = engine.generate(part, sampling, seed=seed)
         texts = completion_texts(trajectories, tokenizer)
-        rewards = judge(pool, part, texts, [t.completion_length for t in trajectories])
+        rewards = score_completions(pool, part, texts, [t.completion_length for t in trajectories])
         tokens += sum(t.completion_length for t in trajectories)
         forwards += sum(t.num_forwards for t in trajectories)
         for row, included in enumerate(rewards.included.tolist()):

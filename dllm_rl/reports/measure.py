@@ -10,7 +10,7 @@ from dllm_rl.types import Rewards, RolloutBatch
 
 
 def rollout_metrics(batch: RolloutBatch, rewards: Rewards) -> dict[str, float]:
-    """Means over rows of what was generated and how it was scored.
+    """Means over rows of what was generated, and over samples (episodes, whatever their turns) of how it was scored.
 
     Args:
         batch: all rows, scored or not.
@@ -18,9 +18,10 @@ def rollout_metrics(batch: RolloutBatch, rewards: Rewards) -> dict[str, float]:
     """
     ok = rewards.included
     length = batch.completion.sum(-1).float()
+    flat = zero_variance_groups(rewards.total, batch.group, ok, batch.episode)
     metrics = {
         "failed_rows": _mean((~ok).float()),
-        "zero_variance_groups": _share_of_groups(zero_variance_groups(rewards.total, batch.group, ok), batch.group),
+        "zero_variance_groups": _share_of_groups(flat, batch.group),
         "all_wrong_groups": _share_of_groups(~any_of_group(rewards.solved, batch.group), batch.group),
         "hinted_rows": _mean(batch.hint.any(-1).float()),
         "unique_completions": _unique_share(batch),
@@ -29,14 +30,24 @@ def rollout_metrics(batch: RolloutBatch, rewards: Rewards) -> dict[str, float]:
         "behaviour_logp": _mean(batch.behaviour_logp[batch.completion]),
     }
     if bool(ok.any()):
-        metrics["success"] = _mean(rewards.solved[ok].float())
-        metrics["reward"] = _mean(rewards.total[ok])
-        metrics["reward_deviation"] = _mean(_group_deviation(rewards.total[ok], batch.group[ok]))
+        total = _by_sample(rewards.total, batch, ok)
+        metrics["success"] = _mean(_by_sample(rewards.solved.float(), batch, ok))
+        metrics["reward"] = _mean(total)
+        metrics["reward_deviation"] = _mean(_group_deviation(total, _by_sample(batch.group, batch, ok)))
     for name, value in rewards.components.items():
         applies = ok & ~value.isnan()
         if bool(applies.any()):
-            metrics[f"reward/{name}"] = _mean(value[applies])
+            metrics[f"reward/{name}"] = _mean(_by_sample(value, batch, applies))
     return metrics
+
+
+def _by_sample(value: Tensor, batch: RolloutBatch, rows: Tensor) -> Tensor:
+    """The mean over each sample's turns among some rows (N,) bool; one value per sample that has one."""
+    value, episode = value[rows], batch.episode[rows]
+    samples, place, size = episode.unique(return_inverse=True, return_counts=True)
+    if len(samples) == len(value):
+        return value
+    return torch.zeros(len(samples)).index_add_(0, place, value.float()) / size
 
 
 def _mean(value: Tensor) -> float:

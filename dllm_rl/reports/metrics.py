@@ -15,11 +15,11 @@ class Metric:
 
 
 METRICS: Mapping[str, Metric] = {
-    "reward": Metric("", "mean total reward over scored rows"),
+    "reward": Metric("", "mean total reward over scored samples; one of several turns counts with their mean"),
     "reward_deviation": Metric("", "mean standard deviation of the total reward within a group"),
-    "reward/*": Metric("", "mean of one reward component over rows it applies to"),
-    "success": Metric("share", "rows whose success component reaches 1"),
-    "failed_rows": Metric("share", "rows that a verifier failed to judge; excluded, not scored 0"),
+    "reward/*": Metric("", "mean of one reward component over samples it applies to"),
+    "success": Metric("share", "samples whose success component reaches 1"),
+    "failed_rows": Metric("share", "rows that a verifier failed to score; excluded, not scored 0"),
     "zero_variance_groups": Metric("share", "groups whose rewards are all equal: no gradient from them"),
     "kept_rows": Metric("share", "rows that the algorithm trains on; 0 = a step without an update"),
     "all_wrong_groups": Metric("share", "groups without a solved row"),

@@ -53,7 +53,7 @@ class Failure:
 
 
 class _Worker:
-    """One process, and the rows that it still has to judge; the first of them is the one in work."""
+    """One process, and the rows that it still has to score; the first of them is the one in work."""
 
     def __init__(self, specs: Sequence[RewardSpec]) -> None:
         child_in, to_child = os.pipe()
@@ -138,7 +138,7 @@ class RewardPool:
     def score(
         self, prompts: Sequence[str], completions: Sequence[str], columns: Mapping[str, Sequence[Any]]
     ) -> Rewards:
-        """Judge every completion with every reward function.
+        """Score every completion with every reward function.
 
         Args:
             prompts: one per completion.
@@ -161,7 +161,7 @@ class RewardPool:
         worst = [0] * n
         failed = torch.zeros(n, dtype=torch.bool)
         try:
-            for reward, row, status, value, message in self._judge(rows):
+            for reward, row, status, value, message in self._score_rows(rows):
                 worst[row] = max(worst[row], _SEVERITY.index(status))
                 if status in ("timeout", "error"):
                     failed[row] = True
@@ -183,7 +183,9 @@ class RewardPool:
             status=tuple(_SEVERITY[w] for w in worst),
         )
 
-    def _judge(self, rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, int, RewardStatus, float | None, str]]:
+    def _score_rows(
+        self, rows: Sequence[Mapping[str, Any]]
+    ) -> Iterator[tuple[int, int, RewardStatus, float | None, str]]:
         """(reward, row, status, value, message) of every pair, in any order."""
         size = max(1, min(_CHUNK, -(-len(rows) // (2 * len(self._workers)))))
         waiting: deque[tuple[int, list[int]]] = deque(

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
+
+import torch
 
 from dllm_rl import registry
 from dllm_rl.errors import RunStopped, UserError
+from dllm_rl.protocols.rollouter import Turn
 from dllm_rl.reward_pool.pool import RewardPool
 from dllm_rl.types import Example, Prompt, Rewards
 
 
-def judge(pool: RewardPool, prompts: Sequence[Prompt], texts: Sequence[str], lengths: Sequence[int]) -> Rewards:
+def score_completions(
+    pool: RewardPool, prompts: Sequence[Prompt], texts: Sequence[str], lengths: Sequence[int]
+) -> Rewards:
     """Score one completion per prompt.
 
     Args:
@@ -52,3 +58,38 @@ def require_scored(pool: RewardPool, rewards: Rewards, *, limit: float, step: in
             f"step {step}: {failed:.0%} of the completions could not be scored (reward_pool.max_failure_fraction = "
             f"{limit}); last failure: {last}"
         )
+
+
+def score_turns(
+    pool: RewardPool, turns: Sequence[Turn], texts: Sequence[str], rewarded: Literal["episode", "turn"]
+) -> Rewards:
+    """Score the turns of a batch.
+
+    Args:
+        pool: reward workers.
+        turns: the rows; those of an episode in their order.
+        texts: their completions without EOS.
+        rewarded: see protocols.Rollouter.
+    Returns:
+        Rewards of the rows. An episode is excluded as a whole: what its other turns would be compared with has failed.
+    """
+    last = {turn.episode: row for row, turn in enumerate(turns)}
+    row_of = [last[turn.episode] if rewarded == "episode" else row for row, turn in enumerate(turns)]
+    rows = sorted(set(row_of))
+    lengths = [turns[row].trajectory.completion_length for row in rows]
+    scored = score_completions(pool, [turns[row].prompt for row in rows], [texts[row] for row in rows], lengths)
+    rewards = scored.select(torch.searchsorted(torch.tensor(rows), torch.tensor(row_of)))
+    if any(turn.reward is not None for turn in turns):
+        given = torch.tensor([float("nan") if turn.reward is None else turn.reward for turn in turns])
+        total = rewards.total + given.nan_to_num(0.0)
+        rewards = dataclasses.replace(rewards, components={**rewards.components, "environment": given}, total=total)
+    every = list(zip(turns, rewards.status, rewards.included.tolist(), strict=True))
+    failed = {turn.episode: status for turn, status, ok in every if not ok}
+    included = torch.tensor([turn.episode not in failed for turn in turns])
+    return dataclasses.replace(
+        rewards,
+        total=rewards.total.masked_fill(~included, 0.0),
+        included=included,
+        solved=rewards.solved & included,
+        status=tuple(failed.get(turn.episode, status) for turn, status, _ in every),
+    )

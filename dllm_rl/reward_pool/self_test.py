@@ -12,7 +12,7 @@ from dllm_rl.types import Example
 
 
 def run_self_test(pool: RewardPool, task: Task, examples: Sequence[Example]) -> None:
-    """Judge a gold and a wrong completion of each example in the pool that training will use.
+    """Score a gold and a wrong completion of each example in the pool that training will use.
 
     Also holds evaluation to its word: the component that means success must be among the rewards.
 

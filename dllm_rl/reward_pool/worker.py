@@ -30,7 +30,7 @@ def _die_with_parent(parent: int) -> None:
             os._exit(1)
 
 
-def _judge_one(reward: Callable[..., Sequence[Any]], row: dict[str, Any]) -> tuple[str, float | None, str]:
+def _score_one(reward: Callable[..., Sequence[Any]], row: dict[str, Any]) -> tuple[str, float | None, str]:
     """(status, value, message) of one completion."""
     columns = {name: [value] for name, value in row["columns"].items()}
     try:
@@ -69,7 +69,7 @@ def main(read: int, write: int, parent: int) -> None:
         except EOFError:
             return
         for number, row in chunk:
-            requests.send((number, *_judge_one(rewards[index], row)))
+            requests.send((number, *_score_one(rewards[index], row)))
 
 
 if __name__ == "__main__":

@@ -156,7 +156,7 @@ def measure(prompts: int, steps: int, *, simulated: bool, engines: int) -> dict[
                         {
                             "step": total,
                             "computing": _covered(busy, begin, end),
-                            "judging": waited,
+                            "scoring": waited,
                             "driver": total - _covered([*busy, *scored], begin, end),
                         }
                     )
@@ -190,7 +190,7 @@ def main() -> None:
         rollouts = prompts * 8
         print(
             f"{prompts:5} x 8: step {found['step']:.2f} s, engines and learner compute {found['computing']:.2f} s, "
-            f"verifiers {found['judging']:.2f} s, driver {found['driver']:.3f} s = "
+            f"verifiers {found['scoring']:.2f} s, driver {found['driver']:.3f} s = "
             f"{100 * found['driver'] / found['step']:.1f}% of the step, {1e6 * found['driver'] / rollouts:.0f} us per "
             f"rollout ({1e6 * found['step'] / rollouts:.0f} us of the step)",
             flush=True,

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dllm_rl.diffusion import advantage
+from dllm_rl.seeding import generator_for
 
 GROUP = torch.tensor([0, 1, 0, 1, 0, 1, 2])
 REWARD = torch.tensor([1.0, 4.0, 0.0, 4.0, 2.0, 4.0, 9.0])
@@ -69,3 +70,100 @@ def test_zero_variance_groups():
     flags = advantage.zero_variance_groups(REWARD, GROUP, ALL)
     assert [bool(flags[g].all()) for g in GROUPS] == [False, True, True]
     assert not flags[GROUP == 0].any()
+
+
+def samples_by_loop(reward, group, included, episode):
+    """group -> (episode, mean reward of its included rows, those rows), one entry per sample."""
+    found = {}
+    for g in sorted(set(group.tolist())):
+        for e in sorted(set(episode[group == g].tolist())):
+            rows = [i for i in range(len(reward)) if episode[i] == e and included[i]]
+            if rows:
+                found.setdefault(g, []).append((e, sum(reward[i].item() for i in rows) / len(rows), rows))
+    return found
+
+
+def group_mean_by_loop(reward, group, included, episode):
+    out = [0.0] * len(reward)
+    for samples in samples_by_loop(reward, group, included, episode).values():
+        mean = sum(value for _, value, _ in samples) / len(samples)
+        for _, _, rows in samples:
+            for row in rows:
+                out[row] = reward[row].item() - mean
+    return out
+
+
+def leave_one_out_by_loop(reward, group, included, episode):
+    out = [0.0] * len(reward)
+    for samples in samples_by_loop(reward, group, included, episode).values():
+        for e, _, rows in samples:
+            others = [value for other, value, _ in samples if other != e]
+            for row in rows if others else []:
+                out[row] = reward[row].item() - sum(others) / len(others)
+    return out
+
+
+def z_score_by_loop(reward, group, included, episode):
+    out = group_mean_by_loop(reward, group, included, episode)
+    for samples in samples_by_loop(reward, group, included, episode).values():
+        variance = sum(sum(out[row] ** 2 for row in rows) / len(rows) for _, _, rows in samples) / len(samples)
+        for row in [row for _, _, rows in samples for row in rows]:
+            out[row] = out[row] / math.sqrt(variance) if variance > 1e-10 else 0.0
+    return out
+
+
+def ragged(seed, *, per_turn):
+    """Three groups whose samples have 1 to 4 turns, in random row order, one sample excluded."""
+    generator = generator_for(seed, "ragged")
+    turns = torch.randint(1, 5, (int(torch.randint(5, 12, (1,), generator=generator)),), generator=generator)
+    episode = torch.arange(len(turns)).repeat_interleave(turns)
+    group = (torch.arange(len(turns)) % 3).repeat_interleave(turns)
+    reward = torch.randn(len(episode), generator=generator)
+    if not per_turn:
+        reward = torch.randn(len(turns), generator=generator).repeat_interleave(turns)
+    order = torch.randperm(len(episode), generator=generator)
+    return reward[order], group[order], (episode != 1)[order], episode[order]
+
+
+@pytest.mark.parametrize("per_turn", [False, True], ids=["per-episode", "per-turn"])
+@pytest.mark.parametrize("seed", range(20))
+def test_a_sample_counts_once_whatever_its_turns(seed, per_turn):
+    reward, group, included, episode = rows = ragged(seed, per_turn=per_turn)
+    for name in ("group_mean", "leave_one_out", "z_score"):
+        got = getattr(advantage, name)(*rows)
+        torch.testing.assert_close(got, torch.tensor(globals()[f"{name}_by_loop"](*rows)), atol=1e-5, rtol=1e-4)
+        assert not got[~included].any()
+    components = {"a": reward, "b": reward**2}
+    want = 2 * torch.tensor(z_score_by_loop(*rows)) + torch.tensor(z_score_by_loop(reward**2, *rows[1:]))
+    got = advantage.per_component(components, {"a": 2.0, "b": 1.0}, group, included, episode)
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+    means = samples_by_loop(*rows)
+    spread = [max(v for _, v, _ in means[g]) - min(v for _, v, _ in means[g]) if g in means else 0.0 for g in range(3)]
+    got = advantage.spread_of_group(reward, group, included, episode)
+    torch.testing.assert_close(got, torch.tensor(spread)[group], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_one_turn_per_sample_gives_the_same_bits_as_no_episodes(seed):
+    reward, group, included, _ = ragged(seed, per_turn=True)
+    alone = torch.randperm(len(reward), generator=generator_for(seed, "alone"))
+    for name in ("group_mean", "leave_one_out", "z_score", "zero_variance_groups", "spread_of_group"):
+        function = getattr(advantage, name)
+        assert torch.equal(function(reward, group, included, alone), function(reward, group, included)), name
+
+
+def test_four_samples_of_one_to_three_turns_have_the_mean_of_four_numbers():
+    episode = torch.tensor([0, 1, 1, 2, 2, 3, 3, 3])
+    reward = torch.tensor([1.0, 0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0])
+    group, ok = torch.zeros(8, dtype=torch.int64), torch.ones(8, dtype=torch.bool)
+    torch.testing.assert_close(advantage.group_mean(reward, group, ok, episode), reward - 0.5)  # over rows: 4/8 too
+    reward = torch.tensor([1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0])
+    torch.testing.assert_close(advantage.group_mean(reward, group, ok, episode), reward - 0.25)  # over rows: 1/8
+    torch.testing.assert_close(advantage.leave_one_out(reward, group, ok, episode)[1:], torch.full((7,), -1 / 3))
+
+
+def test_one_sample_of_many_turns_is_no_group():
+    for turns in (2, 10, 18, 42):  # ten tenths add up to more than 1
+        one, ok = torch.zeros(turns, dtype=torch.int64), torch.ones(turns, dtype=torch.bool)
+        got = advantage.leave_one_out(torch.arange(turns).float(), one, ok, one)
+        assert not got.any(), "there is no other sample to compare with"

@@ -10,11 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dllm_rl import seeding
 from dllm_rl.config.load import load_config
 from dllm_rl.diffusion.staleness import truncated_weights
 from dllm_rl.driver.build import build_run
-from dllm_rl.driver.collect import decode, roll_out
-from dllm_rl.driver.prefetch import RolloutPrefetcher, _PartialBatch
+from dllm_rl.driver.collect import roll_out
+from dllm_rl.driver.decoder import PartialBatch
+from dllm_rl.driver.prefetch import RolloutPrefetcher
 from dllm_rl.learner import checkpoint
 from dllm_rl.reports.clock import Clock
 from dllm_rl.reports.progress import Quiet
@@ -79,17 +81,18 @@ def test_a_begun_batch_goes_on_after_a_resume(tiny, tmp_path):
     with build_run(config, tmp_path / "model", Quiet()) as run, run.reward_pool:
         run.weights.verify()
         prompts, whole = run.source.batch(1), roll_out(run, config, run.source.batch(1), 1, Clock())
-        first = decode(run, config, prompts, 1, Clock(), max_blocks=1)
+        key = seeding.derive(config.run.seed, "rollout", 1)
+        first = run.engine.generate(prompts, run.sampling, seed=key, samples_per_prompt=4, max_blocks=1)
         assert all(t.finish == "paused" for t in first if t.completion_length == 16)
         with RolloutPrefetcher(run, config) as prefetcher:
-            prefetcher._partial[1] = _PartialBatch(first, 1)
+            prefetcher._partial[1] = PartialBatch(first, 1)
             prefetcher.save(tmp_path)
         with RolloutPrefetcher(run, config) as prefetcher:
             prefetcher.load(tmp_path, 0)
             assert prefetcher._partial[1].blocks == 1
             newer = dataclasses.replace(run.engines.weights, step=1)
             run.engines.group.call(EngineWorker.activate, newer)
-            batch = prefetcher._collect(1, prefetcher._partial[1])[0].batch
+            batch = prefetcher._collect(1, prefetcher._partial[1]).batch
         assert torch.equal(batch.tokens, whole.batch.tokens)
         early = (torch.arange(batch.tokens.shape[1]) < batch.prompt_length[:, None] + 4) & batch.generated
         assert torch.equal(batch.weights_step[batch.generated], (~early)[batch.generated].long())

@@ -1,5 +1,5 @@
 from dllm_rl.reward_pool.pool import RewardPool, RewardSpec
-from dllm_rl.reward_pool.score import judge
+from dllm_rl.reward_pool.score import score_completions
 from dllm_rl.types import Prompt
 
 
@@ -16,5 +16,5 @@ def test_verifiers_see_answer_length_and_the_tasks_columns(naughty):
             "            2.0 if seen == ('ask b', 'y', '5', 8, None, {'kind': ['k']}) else 0.0]\n"
         )
     with RewardPool([RewardSpec(name="naughty:told")], num_workers=1) as pool:
-        rewards = judge(pool, [prompt("a", "4", level=3), prompt("b", "5", kind="k")], ["x", "y"], [7, 8])
+        rewards = score_completions(pool, [prompt("a", "4", level=3), prompt("b", "5", kind="k")], ["x", "y"], [7, 8])
     assert rewards.total.tolist() == [1.0, 2.0]  # a column that a row lacks is None

@@ -7,7 +7,7 @@ from rewards.countdown import Countdown, parse
 NUMBERS, TARGET = [44, 19, 35], 98
 
 
-def judge(completion: str, numbers=NUMBERS, target=TARGET, **options):
+def score(completion: str, numbers=NUMBERS, target=TARGET, **options):
     reward = Countdown(Countdown.Config(**options))
     (verdict,) = reward(["p"], [completion], numbers=[numbers], target=[target])
     return float(verdict), verdict.status
@@ -24,27 +24,27 @@ def judge(completion: str, numbers=NUMBERS, target=TARGET, **options):
     ],
 )
 def test_the_last_answer_or_the_last_line_is_judged(completion):
-    assert judge(completion) == (1.0, "ok")
+    assert score(completion) == (1.0, "ok")
 
 
 def test_values_are_exact_fractions():
-    assert judge("1/3*3", [1, 3, 3], 1) == (1.0, "ok")
-    assert judge("(1-1/3)*6/4", [1, 1, 3, 6, 4], 1) == (1.0, "ok")
-    assert judge("10-4-3", [10, 4, 3], 3) == (1.0, "ok")  # from left to right
-    assert judge("24/4/3", [24, 4, 3], 2) == (1.0, "ok")
-    assert judge("2+3*4", [2, 3, 4], 14) == (1.0, "ok")
-    assert judge("999983/999979*999979", [999983, 999979, 999979], 999983) == (1.0, "ok")
+    assert score("1/3*3", [1, 3, 3], 1) == (1.0, "ok")
+    assert score("(1-1/3)*6/4", [1, 1, 3, 6, 4], 1) == (1.0, "ok")
+    assert score("10-4-3", [10, 4, 3], 3) == (1.0, "ok")  # from left to right
+    assert score("24/4/3", [24, 4, 3], 2) == (1.0, "ok")
+    assert score("2+3*4", [2, 3, 4], 14) == (1.0, "ok")
+    assert score("999983/999979*999979", [999983, 999979, 999979], 999983) == (1.0, "ok")
 
 
 def test_right_numbers_and_wrong_value_earn_partial_credit():
-    assert judge("44+19-35") == (0.1, "ok")
-    assert judge("44+19-35", partial=0.0) == (0.0, "ok")
-    assert judge("44-19-35") == (0.1, "ok")  # a negative value is a value
+    assert score("44+19-35") == (0.1, "ok")
+    assert score("44+19-35", partial=0.0) == (0.0, "ok")
+    assert score("44-19-35") == (0.1, "ok")  # a negative value is a value
 
 
 @pytest.mark.parametrize("completion", ["44+19", "44+19+35+35", "98", "44+54", "44+19+34+1"])
 def test_each_number_exactly_once(completion):
-    assert judge(completion) == (0.0, "ok")
+    assert score(completion) == (0.0, "ok")
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_each_number_exactly_once(completion):
 )
 def test_what_is_not_in_the_grammar_is_invalid_at_once(completion):
     started = time.perf_counter()
-    assert judge(completion) == (0.0, "invalid")
+    assert score(completion) == (0.0, "invalid")
     assert time.perf_counter() - started < 0.1
 
 

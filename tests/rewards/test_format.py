@@ -3,7 +3,7 @@ import pytest
 from rewards.format import Format
 
 
-def judge(completion: str, **options) -> float:
+def score(completion: str, **options) -> float:
     (value,) = Format(Format.Config(**options))(["p"], [completion], answer=["a"])
     return value
 
@@ -13,7 +13,7 @@ def judge(completion: str, **options) -> float:
     [("so \\boxed{1}", 1), ("\\boxed{\\frac{1}{2}}", 1), ("\\boxed{1", 0), ("\boxed{1}", 0), ("boxed", 0), ("", 0)],
 )
 def test_boxed(completion, value):
-    assert judge(completion) == value
+    assert score(completion) == value
 
 
 @pytest.mark.parametrize(
@@ -29,13 +29,13 @@ def test_boxed(completion, value):
     ],
 )
 def test_reasoning_answer(completion, value):
-    assert judge(completion, pattern="reasoning_answer") == value
+    assert score(completion, pattern="reasoning_answer") == value
 
 
 def test_a_pattern_of_ones_own_is_searched_across_lines():
-    assert judge("a\nb\nc", pattern="a.*c") == 1
-    assert judge("x <answer>1\n2</answer> y", pattern="answer") == 1
-    assert judge("abx", pattern="^a.c") == 0
+    assert score("a\nb\nc", pattern="a.*c") == 1
+    assert score("x <answer>1\n2</answer> y", pattern="answer") == 1
+    assert score("abx", pattern="^a.c") == 0
 
 
 def test_a_broken_pattern_is_refused():

@@ -3,7 +3,7 @@ import pytest
 from rewards.math_answer import MathAnswer, last_boxed
 
 
-def judge(completion: str, answer: str, **options):
+def score(completion: str, answer: str, **options):
     (verdict,) = MathAnswer(MathAnswer.Config(**options))(["p"], [completion], answer=[answer])
     return float(verdict), verdict.status
 
@@ -27,26 +27,26 @@ def judge(completion: str, answer: str, **options):
     ],
 )
 def test_equal_answers(boxed, answer):
-    assert judge(f"So it is \\boxed{{{boxed}}}.", answer) == (1.0, "ok")
+    assert score(f"So it is \\boxed{{{boxed}}}.", answer) == (1.0, "ok")
 
 
 @pytest.mark.parametrize(
     ("boxed", "answer"), [("71", "72"), ("-72", "72"), ("1", "1,2"), ("1010", "10"), ("0.33", "1/3")]
 )
 def test_different_answers(boxed, answer):
-    assert judge(f"\\boxed{{{boxed}}}", answer) == (0.0, "ok")
+    assert score(f"\\boxed{{{boxed}}}", answer) == (0.0, "ok")
 
 
 def test_the_last_box_counts_alone():
-    assert judge("\\boxed{13}, no: \\boxed{12}", "12") == (1.0, "ok")
-    assert judge("\\boxed{12}, no: \\boxed{13}", "12") == (0.0, "ok")
-    assert judge("\\boxed{12} or \\boxed{13", "12") == (1.0, "ok")  # the last one that is closed
+    assert score("\\boxed{13}, no: \\boxed{12}", "12") == (1.0, "ok")
+    assert score("\\boxed{12}, no: \\boxed{13}", "12") == (0.0, "ok")
+    assert score("\\boxed{12} or \\boxed{13", "12") == (1.0, "ok")  # the last one that is closed
 
 
 def test_the_reference_comes_first():
     """math-verify takes an interval for an inequality, but not an inequality for an interval."""
-    assert judge("\\boxed{(-\\infty,3)}", "x<3") == (1.0, "ok")
-    assert judge("\\boxed{x<3}", "(-\\infty,3)") == (0.0, "ok")
+    assert score("\\boxed{(-\\infty,3)}", "x<3") == (1.0, "ok")
+    assert score("\\boxed{x<3}", "(-\\infty,3)") == (0.0, "ok")
 
 
 @pytest.mark.parametrize(
@@ -65,17 +65,17 @@ def test_the_reference_comes_first():
     ],
 )
 def test_no_boxed_answer_is_invalid(completion):
-    assert judge(completion, "72") == (0.0, "invalid")
+    assert score(completion, "72") == (0.0, "invalid")
 
 
 def test_without_a_box_the_text_may_be_searched():
-    assert judge("The answer is 72.", "72", require_boxed=False) == (1.0, "ok")
-    assert judge("", "72", require_boxed=False) == (0.0, "invalid")
+    assert score("The answer is 72.", "72", require_boxed=False) == (1.0, "ok")
+    assert score("", "72", require_boxed=False) == (0.0, "invalid")
 
 
 def test_a_row_without_reference_cannot_be_judged():
     with pytest.raises(ValueError, match="no reference answer"):
-        judge("\\boxed{72}", "")
+        score("\\boxed{72}", "")
 
 
 @pytest.mark.parametrize(

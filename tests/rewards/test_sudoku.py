@@ -5,7 +5,7 @@ from rewards.sudoku import Sudoku, SudokuCells
 PUZZLE, SOLUTION = "1...34..21..4.2.", "1243341221344321"
 
 
-def judge(completion: str, reward=Sudoku, **options):
+def score(completion: str, reward=Sudoku, **options):
     (verdict,) = reward(reward.Config(**options))(["p"], [completion], puzzle=[PUZZLE], answer=[SOLUTION], holes=[8])
     return float(verdict), verdict.status
 
@@ -15,20 +15,20 @@ CHANGED_GIVEN = "2" + SOLUTION[1:]
 
 
 def test_board_is_all_or_nothing():
-    assert judge(SOLUTION) == judge(f" {SOLUTION}\n") == (1.0, "ok")
-    assert judge(WRONG_CELL) == judge(CHANGED_GIVEN) == (0.0, "ok")
+    assert score(SOLUTION) == score(f" {SOLUTION}\n") == (1.0, "ok")
+    assert score(WRONG_CELL) == score(CHANGED_GIVEN) == (0.0, "ok")
 
 
 def test_cells_counts_the_empty_ones():
     empty = PUZZLE.count(".")
-    assert judge(SOLUTION, mode="cells") == (1.0, "ok")
-    assert judge(WRONG_CELL, mode="cells") == ((empty - 1) / empty, "ok")
-    assert judge(WRONG_CELL, reward=SudokuCells) == judge(WRONG_CELL, mode="cells")
+    assert score(SOLUTION, mode="cells") == (1.0, "ok")
+    assert score(WRONG_CELL, mode="cells") == ((empty - 1) / empty, "ok")
+    assert score(WRONG_CELL, reward=SudokuCells) == score(WRONG_CELL, mode="cells")
 
 
 def test_an_overwritten_given_cannot_be_a_full_score():
     empty = PUZZLE.count(".")
-    assert judge(CHANGED_GIVEN, mode="cells") == (empty / (empty + 1), "ok")
+    assert score(CHANGED_GIVEN, mode="cells") == (empty / (empty + 1), "ok")
 
 
 @pytest.mark.parametrize(
@@ -45,4 +45,4 @@ def test_an_overwritten_given_cannot_be_a_full_score():
 )
 @pytest.mark.parametrize("mode", ["board", "cells"])
 def test_anything_but_sixteen_digits_is_invalid(completion, mode):
-    assert judge(completion, mode=mode) == (0.0, "invalid")
+    assert score(completion, mode=mode) == (0.0, "invalid")
