@@ -182,6 +182,14 @@ def test_another_model_of_the_same_model_type_is_not_taken_for_it(name, architec
     assert "dream (Dream DreamModel without block_size" in text and "tiny (dllm_rl_tiny)" in text
 
 
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_architectures_tell_models_of_the_same_keys_apart(name):
+    config = PUBLISHED[name][0] | {"architectures": ["OtherForCausalLM"]}
+    with pytest.raises(UserError, match=r"architectures = .'OtherForCausalLM'. in config.json"):
+        family_of(config, "x")
+    assert family_of(config | {"architectures": ["OtherForCausalLM", ARCHITECTURES[name]]}, "x").name == name
+
+
 @pytest.mark.parametrize(
     ("name", "family", "message"),
     [

@@ -126,7 +126,7 @@ OX = OxFamily(
     block_causal=True,
 )
 '''
-NAMES = {"zebra": "zebra", "ox": "ox", "zebra by its place": "zoo.animals:ZEBRA", "ox by its place": "zoo.animals:OX"}
+NAMES = ("zebra", "zoo.animals:ZEBRA", "zoo.animals:OX")  # the last one has no entry point
 
 
 @pytest.fixture
@@ -147,7 +147,7 @@ def zoo(tmp_path, monkeypatch):
     info = folder / "zoo-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: zoo\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[dllm_rl.families]\nzebra = zoo.animals:ZEBRA\nox = zoo.animals:OX\n")
+    (info / "entry_points.txt").write_text("[dllm_rl.families]\nzebra = zoo.animals:ZEBRA\n")
     monkeypatch.syspath_prepend(str(folder))
     invalidate_caches()
     yield
@@ -161,7 +161,7 @@ def configuration(folder, family, algorithm, lora=None):
         "model": {
             "family": family,
             "init": {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "max_length": 64},
-            "block_size": 4 if family.lower().endswith("ox") else None,
+            "block_size": 4 if family.endswith("OX") else None,
             "lora": lora,
         },
         "data": {
@@ -184,7 +184,7 @@ def weights(folder, step):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_it_keeps_the_contract(zoo, name):
-    assert {f.check: f.problem for f in check_plugin("families", NAMES[name], {}) if f.problem is not None} == {}
+    assert {f.check: f.problem for f in check_plugin("families", name, {}) if f.problem is not None} == {}
 
 
 def test_the_documented_example_keeps_the_contract(tmp_path, monkeypatch):
@@ -197,11 +197,12 @@ def test_the_documented_example_keeps_the_contract(tmp_path, monkeypatch):
 
 
 def test_entry_points_of_a_package_are_found(zoo, tokenizer, tmp_path):
-    assert registry.names("families") == ["dream", "llada", "ox", "sdar", "tiny", "zebra"]
+    assert registry.names("families") == ["dream", "llada", "sdar", "tiny", "zebra"]
     assert family_of({"model_type": "zebra", "architectures": ["ZebraLM"]}, "x").name == "zebra"
-    assert family_of({"model_type": "gpt_neox", "objective": "masks"}, "x") is family_named("zoo.animals:OX")
-    with pytest.raises(ValueError, match=r"unknown model family, model_type = 'gpt_neox'.*ox .gpt_neox.; .*zebra"):
-        family_of({"model_type": "gpt_neox"}, "x")
+    ox = family_named("zoo.animals:OX")
+    assert ox.matches({"model_type": "gpt_neox", "objective": "masks"}) and not ox.matches({"model_type": "gpt_neox"})
+    with pytest.raises(ValueError, match=r"unknown model family, model_type = 'gpt_neox'.*; zebra .zebra ZebraLM."):
+        family_of({"model_type": "gpt_neox", "objective": "masks"}, "x")  # unless it is named
     made = create_denoiser("zebra", tokenizer, hidden_size=16, num_layers=1, num_heads=2, max_length=16, seed=0)
     save_denoiser(made, tokenizer, tmp_path / "saved")
     assert {"z.words.weight", "z.0.query.weight"} <= load_file(tmp_path / "saved/model.safetensors").keys()
@@ -216,9 +217,9 @@ def test_entry_points_of_a_package_are_found(zoo, tokenizer, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("lora", [None, {"rank": 4, "alpha": 8.0}], ids=["full", "lora"])
 @pytest.mark.parametrize("algorithm", ["masked_sft", "coupled_grpo"])
-@pytest.mark.parametrize("name", ["zebra", "ox by its place"])
+@pytest.mark.parametrize("name", ["zebra", "zoo.animals:OX"])
 def test_it_is_trained_resumed_and_evaluated(zoo, tmp_path, name, algorithm, lora):
-    values = configuration(tmp_path / "whole", NAMES[name], algorithm, lora)
+    values = configuration(tmp_path / "whole", name, algorithm, lora)
     folder = train(validate(values)).folder
     assert all(row["grad_norm"] > 0 for row in comparable(folder) if "grad_norm" in row)
     half = tmp_path / "half" / "run"

@@ -1,12 +1,17 @@
-"""Model families with one fault each, for test_conformance.py."""
+"""A family with one fault is caught by the check that is meant for it."""
 
 from __future__ import annotations
 
 import dataclasses
+import sys
+from pathlib import Path
 
+import pytest
 import torch
 from transformers import LlamaForCausalLM, LlamaModel, Qwen3ForCausalLM, Qwen3Model
 
+from dllm_rl.cli.main import main
+from dllm_rl.conformance.suite import CHECKS, check_plugin
 from dllm_rl.models.family import Family
 from dllm_rl.models.sdar import SDAR
 from dllm_rl.models.tiny import TINY, new_config, to_transformers
@@ -106,3 +111,44 @@ class Counting(Qwen3ForCausalLM):
 
 
 COUNTS_ITSELF = dataclasses.replace(SDAR, module_class=Counting)
+
+
+FAULTS = [
+    ("CLAIMS_ANOTHERS", "it_alone_recognises_its_config"),
+    ("IS_NOT_ALONE", "it_alone_recognises_its_config"),
+    ("TWO_OF_ONE_NAME", "names_translate_both_ways"),
+    ("SWAPS", "a_checkpoint_comes_back"),
+    ("FORGETS", "what_it_does_not_know_is_kept"),
+    ("HIDES_WITH_PADDING", "a_checkpoint_comes_back"),
+    ("NO_SUCH_LAYER", "every_lora_target_matches"),
+    ("CALLED_OTHERWISE", "every_lora_target_matches"),
+    ("CAPS_LOGITS", "predictions_are_the_modules_own"),
+    ("STAYS_CAUSAL", "predictions_depend_on_what_is_visible_alone"),
+    ("SEES_PADDING", "predictions_depend_on_what_is_visible_alone"),
+    ("COUNTS_ITSELF", "a_cache_changes_nothing"),
+]
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """Makes this file importable under a name for "package.module:Name"."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    monkeypatch.delitem(sys.modules, "test_families", raising=False)
+    return "test_families"
+
+
+@pytest.mark.parametrize(("name", "check"), FAULTS)
+def test_a_fault_is_caught_by_the_check_that_is_meant_for_it(here, name, check):
+    found = {f.check: f.problem for f in check_plugin("families", f"{here}:{name}", {})}
+    assert found[check] is not None and not found[check].startswith("raised"), found
+
+
+def test_every_check_has_caught_something():
+    assert {check.__name__ for check in CHECKS["families"]} == {check for _, check in FAULTS}
+
+
+def test_command_line(here, capsys):
+    assert main(["check-plugin", "family", f"{here}:SWAPS", "--quiet"]) == 2
+    assert "a checkpoint comes back" in capsys.readouterr().out
+    assert main(["check-plugin", "families", "tiny", "depth=3"]) == 2
+    assert "takes no options, got depth" in capsys.readouterr().err
