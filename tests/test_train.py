@@ -89,10 +89,12 @@ def test_every_algorithm_runs_on_every_kind_of_family(tmp_path, monkeypatch, alg
     assert summary.steps == 2 and len(summary.after) == 1
     first, second = [row for row in rows(summary) if "loss" in row]
     assert first["grad_norm"] > 0 and second["step"] == 2 and 0 < first["kept_rows"] <= 1
-    trained = registry.load("algorithms", algorithm).trains
+    kind = registry.load("algorithms", algorithm)
+    needs = kind(kind.Config()).needs
+    (trained,) = needs.trains
     for name in ("config.yaml", "metrics.jsonl", "plot.png", f"checkpoints/step-000002/model/{trained}.safetensors"):
         assert (summary.folder / name).stat().st_size > 0
-    if registry.load("algorithms", algorithm).source == "rollouts":
+    if needs.source == "rollouts":
         samples = rows(summary, "samples.jsonl")
         assert len(samples) == 8 and len(samples[0]["prompt"]) == 17 and 1 <= samples[0]["num_forwards"] <= 16
 

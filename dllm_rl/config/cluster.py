@@ -20,7 +20,8 @@ class RolloutSection(Section):
     """Decoding blocks after which completions pause if new weights are there, to go on with them; runs then depend on
     who is faster. null = new weights wait until the batches are decoded, and runs are reproducible."""
     correction: Literal["token", "sequence"] | None = None
-    """Truncated importance weights for stale rollouts, per token or per completion; costs a replay of the rollout."""
+    """Truncated importance weights, per token or per completion, for rollouts of older weights or of engines whose
+    log-probabilities are approximate; costs a replay of the rollout."""
     correction_cap: float = Field(default=2.0, gt=0)
     """Largest such weight."""
 

@@ -125,7 +125,7 @@ def _build_run(config: Config, folder: Path, progress: Progress, stack: ExitStac
     other = config.evaluate.strategy
     if other is not None:  # refused here rather than by an engine
         build("strategies", other.name, other.options)
-    if algorithm.replays_trajectory and strategy.revises:
+    if algorithm.needs.trajectory and strategy.revises:
         raise UserError(
             f"algorithm '{config.algorithm.name}' replays trajectories, but strategy '{config.sampling.strategy.name}' "
             f"revises committed tokens; choose another of the two"
@@ -171,7 +171,7 @@ def _build_run(config: Config, folder: Path, progress: Progress, stack: ExitStac
                         tokenizer,
                         max_prompt_tokens=limit,
                         system_prompt=config.data.system_prompt,
-                        with_trace=algorithm.asks_further,
+                        with_trace=algorithm.needs.traces,
                     )
                 )
                 advance(1, "")
@@ -181,8 +181,8 @@ def _build_run(config: Config, folder: Path, progress: Progress, stack: ExitStac
     prompts = tokenised(train_examples)
     held_out = _held_out(config, task)
     demonstrations: dict[str, Sequence[Sequence[int]]] = {}
-    if algorithm.source != "rollouts":
-        wanted = _demonstration if algorithm.source == "demonstrations" else _pair
+    if algorithm.needs.source != "rollouts":
+        wanted = _demonstration if algorithm.needs.source == "demonstrations" else _pair
         with progress.track("completions", len(train_examples)) as advance:
             for example in train_examples:
                 demonstrations[example.uid] = [
@@ -208,6 +208,13 @@ def _build_run(config: Config, folder: Path, progress: Progress, stack: ExitStac
 
 
 def _check_learner(config: Config, algorithm: Algorithm) -> None:
+    trains_policy, values = "policy" in algorithm.needs.trains, algorithm.needs.values
+    if config.rollout.correction is not None and (trains_policy or values):
+        what = "choices of positions" if trains_policy else "advantages from a value model"
+        raise UserError(
+            f"rollout.correction = {config.rollout.correction}: it weights advantages by replayed tokens, which does "
+            f"not reach the {what} of algorithm '{config.algorithm.name}'; set it to null"
+        )
     if config.learner.backend == "torch":
         return
     require_package("deepspeed", "deepspeed", "learner.backend: deepspeed")
@@ -216,9 +223,9 @@ def _check_learner(config: Config, algorithm: Algorithm) -> None:
 
         check_options(config.learner)
     why = None
-    if algorithm.trains == "policy":
+    if trains_policy:
         why = "trains an unmasking policy"
-    elif algorithm.value_clip is not None:
+    elif values:
         why = "trains a value model"
     if why is not None:
         raise UserError(
@@ -234,14 +241,14 @@ def reward_plugins(config: Config, task: Task) -> list[RewardPlugin]:
 
 
 def _check_source(config: Config, algorithm: Algorithm, strategy: UnmaskingStrategy, task: Task) -> None:
-    if algorithm.source != "rollouts":
+    if algorithm.needs.source != "rollouts":
         return
     if not reward_plugins(config, task):
         raise UserError(f"task '{config.data.task.name}' has no rewards of its own; list some under 'rewards:'")
-    if config.data.samples_per_prompt < algorithm.min_group:
+    if config.data.samples_per_prompt < algorithm.needs.group_size:
         raise UserError(
             f"data.samples_per_prompt = {config.data.samples_per_prompt}: algorithm '{config.algorithm.name}' compares "
-            f"the samples of a prompt and needs at least {algorithm.min_group}"
+            f"the samples of a prompt and needs at least {algorithm.needs.group_size}"
         )
     if config.sampling.temperature == 0 and config.data.samples_per_prompt > 1 and not strategy.samples:
         raise UserError(

@@ -15,7 +15,7 @@ from dllm_rl.config.schema import Config
 from dllm_rl.data.collate import collate, completion_texts, supervised
 from dllm_rl.driver.build import Run
 from dllm_rl.errors import RunStopped
-from dllm_rl.protocols.algorithm import ExtraRollout
+from dllm_rl.protocols.algorithm import ExtraRollout, ExtraRollouts
 from dllm_rl.reports.measure import rollout_metrics
 from dllm_rl.reward_pool.score import judge
 from dllm_rl.types import Prompt, Rewards, RewardStatus, RolloutBatch, Trajectory
@@ -111,7 +111,7 @@ def collect(
     batch, rewards = _collate(run, drawn), drawn.rewards
     metrics = rollout_metrics(batch, rewards)
     rows = list(range(len(batch)))
-    if run.algorithm.asks_further:
+    if isinstance(run.algorithm, ExtraRollouts):
         generator = seeding.generator_for(seed, "further", step)
         canvas = run.sampling.max_new_tokens
         further = run.algorithm.extra_rollouts(prompts, rewards, batch, canvas=canvas, generator=generator)

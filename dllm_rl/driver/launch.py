@@ -20,6 +20,7 @@ from dllm_rl.driver.engine_pool import EnginePool
 from dllm_rl.driver.learner_group import LearnerGroup
 from dllm_rl.driver.weight_sync import DistributedWeightSync, InProcessWeightSync, WeightSync
 from dllm_rl.errors import require_package
+from dllm_rl.learner.scorer import join_names
 from dllm_rl.models.denoiser import TransformersDenoiser
 from dllm_rl.models.from_config import load_model
 from dllm_rl.models.tokenizers import vocabulary_digest
@@ -92,7 +93,7 @@ def launch_local(spec: WorkerSpec) -> Workers:
     """One engine and one learner in this process, over the same weights."""
     config, algorithm = spec.config, spec.algorithm
     denoiser, tokenizer = load_model(config, spec.path)
-    vocabulary, trains_policy = vocabulary_digest(tokenizer), algorithm.trains == "policy"
+    vocabulary, trains_policy = vocabulary_digest(tokenizer), "policy" in algorithm.needs.trains
     chosen = strategies(config, vocabulary, denoiser.device, trains_policy=trains_policy)
     made: list[LearnerWorker] = []
 
@@ -205,7 +206,7 @@ def _learner_actor(spec: WorkerSpec, place: WorkerRank) -> LearnerWorker:
     algorithm = spec.algorithm
     denoiser, tokenizer = load_model(config, spec.path)
     chosen = strategies(
-        config, vocabulary_digest(tokenizer), denoiser.device, trains_policy=algorithm.trains == "policy"
+        config, vocabulary_digest(tokenizer), denoiser.device, trains_policy="policy" in algorithm.needs.trains
     )
     learner = make_learner(config, spec.folder, algorithm, chosen[TRAIN], denoiser, tokenizer, spec.sampling, place)
     cluster = config.cluster
@@ -215,14 +216,15 @@ def _learner_actor(spec: WorkerSpec, place: WorkerRank) -> LearnerWorker:
 def _engine_actor(spec: WorkerSpec, place: WorkerRank) -> EngineWorker:
     config = spec.config
     _use_threads(config)
-    trains_policy = spec.algorithm.trains == "policy"
+    trains = spec.algorithm.needs.trains
     denoiser, tokenizer = load_model(config, spec.path, adapter=config.cluster.push == "adapter")
     denoiser.module.requires_grad_(False)
     vocabulary = vocabulary_digest(tokenizer)
-    chosen = strategies(config, vocabulary, denoiser.device, trains_policy=trains_policy)
-    owner = chosen[TRAIN].policy if trains_policy else denoiser.module
-    assert owner is not None, "build_run() refuses strategies without a policy"
-    weights = {name: parameter.data for name, parameter in owner.named_parameters()}
+    chosen = strategies(config, vocabulary, denoiser.device, trains_policy="policy" in trains)
+    policy = chosen[TRAIN].policy if "policy" in trains else None
+    model = denoiser.module.named_parameters() if "model" in trains else None
+    named = join_names(model, None if policy is None else policy.named_parameters())
+    weights = {name: parameter.data for name, parameter in named}
     return EngineWorker(config, denoiser, chosen, vocabulary, weights, place, packed=True)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dllm_rl.cluster.group import WorkerGroup, WorkerLost, gather
 from dllm_rl.cluster.watchdog import HEARTBEAT_S, Watchdog
+from dllm_rl.diffusion.advantage import select
 from dllm_rl.protocols.algorithm import Algorithm
 from dllm_rl.types import GlobalCounts, LikelihoodEstimate, MaskSample, Rewards, RolloutBatch, WeightsVersion
 
@@ -48,10 +49,10 @@ class LearnerGroup:
         batch: RolloutBatch,
         rewards: Rewards,
         advantage: Tensor,
-        masks: MaskSample,
+        masks: Sequence[MaskSample],
         algorithm: Algorithm,
         *,
-        reference: LikelihoodEstimate | None,
+        reference: Sequence[LikelihoodEstimate] | None,
         counts: GlobalCounts | None = None,
     ) -> Mapping[str, float]:
         """See protocols.Learner."""
@@ -60,31 +61,33 @@ class LearnerGroup:
         if self.group.size == 1:
             calls.append(((batch, rewards, advantage, masks, algorithm), {"reference": reference}))
         else:
-            whole = GlobalCounts(num_tokens=int(batch.completion.sum()), num_rows=len(batch))
+            whole = GlobalCounts.of(batch)
             for rows in balance_rows(batch, self.group.size):
                 idle = not len(rows)
                 rows = torch.zeros(1, dtype=torch.int64) if idle else rows
-                few = (batch.select(rows), rewards.select(rows), advantage[rows], masks.select(rows), algorithm)
-                part = None if reference is None else _of_rows(reference, rows)
-                calls.append((few, {"reference": part, "counts": dataclasses.replace(whole, idle=idle)}))
+                few = (batch.select(rows), rewards.select(rows), select(advantage, rows))
+                drawn = [one.select(rows) for one in masks]
+                part = None if reference is None else [one.select(rows) for one in reference]
+                options = {"reference": part, "counts": dataclasses.replace(whole, idle=idle)}
+                calls.append(((*few, drawn, algorithm), options))
         metrics: Mapping[str, float] = self._all("update", calls)[0]
         self.step += 1
         return metrics
 
-    def score(self, batch: RolloutBatch, masks: MaskSample, *, reference: bool = False) -> LikelihoodEstimate:
+    def score(
+        self, batch: RolloutBatch, masks: MaskSample, *, reference: bool = False, draws: bool = False
+    ) -> LikelihoodEstimate:
         """See protocols.Learner."""
+        options = {"reference": reference, "draws": draws}
         if self.group.size == 1:
-            found: LikelihoodEstimate = self._all("score", [((batch, masks), {"reference": reference})])[0]
+            found: LikelihoodEstimate = self._all("score", [((batch, masks), options)])[0]
             return found
         dealt = balance_rows(batch, self.group.size)
         shares = [rows if len(rows) else torch.zeros(1, dtype=torch.int64) for rows in dealt]
-        run = self._all("score", [((batch.select(r), masks.select(r)), {"reference": reference}) for r in shares])
+        run = self._all("score", [((batch.select(r), masks.select(r)), options) for r in shares])
         back = torch.cat(dealt).argsort()
         used = [part for part, rows in zip(run, dealt, strict=True) if len(rows)]
-        return LikelihoodEstimate(
-            token_logp=torch.cat([part.token_logp for part in used])[back],
-            draw_logp=torch.cat([part.draw_logp for part in used], dim=1)[:, back],
-        )
+        return LikelihoodEstimate.join(used).select(back)
 
     def skip(self) -> Mapping[str, float]:
         """See protocols.Learner."""
@@ -172,7 +175,3 @@ def balance_rows(batch: RolloutBatch, size: int) -> list[Tensor]:
         load[least] += int(tokens[rows].sum())
         dealt[least].append(rows)
     return [torch.cat(rows).sort().values if rows else torch.zeros(0, dtype=torch.int64) for rows in dealt]
-
-
-def _of_rows(estimate: LikelihoodEstimate, rows: Tensor) -> LikelihoodEstimate:
-    return LikelihoodEstimate(token_logp=estimate.token_logp[rows], draw_logp=estimate.draw_logp[:, rows])

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dllm_rl.cluster.group import WorkerRank
 from dllm_rl.config.schema import Config
 from dllm_rl.diffusion.layout import block_rule
-from dllm_rl.learner.policy_learner import PolicyLearner
+from dllm_rl.learner.policy_scorer import PolicyScorer
 from dllm_rl.learner.torch_learner import TorchLearner
 from dllm_rl.models.denoiser import TransformersDenoiser
 from dllm_rl.models.lora import merged_updates
@@ -55,15 +55,14 @@ def make_learner(
         sampling: of training.
         place: of this rank.
     """
-    seed, total_steps = config.run.seed, config.run.steps
-    if algorithm.trains == "policy":
+    needs, policy = algorithm.needs, None
+    if "model" not in needs.trains:
         denoiser.module.requires_grad_(False)
+    if "policy" in needs.trains:
         size, origin = block_rule(denoiser, sampling)
-        return PolicyLearner(
+        policy = PolicyScorer(
             strategy,
-            config.learner,
-            total_steps=total_steps,
-            seed=seed,
+            config.learner.tokens_per_microbatch,
             block_size=size,
             block_origin=origin,
             sees_block_only=denoiser.block_size is not None,
@@ -79,10 +78,12 @@ def make_learner(
         denoiser,
         tokenizer,
         config.learner,
-        total_steps=total_steps,
-        seed=seed,
-        keep_reference=algorithm.needs_reference,
-        keep_values=algorithm.value_clip is not None,
+        total_steps=config.run.steps,
+        seed=config.run.seed,
+        keep_reference=needs.reference,
+        keep_values=needs.values,
+        trains_model="model" in needs.trains,
+        policy=policy,
         dump_folder=folder / "dumps",
     )
 
@@ -111,10 +112,14 @@ class LearnerWorker:
         self.learner, self._denoiser = learner, denoiser
         self._shares = shares and denoiser.device.type == "cuda"
         trained = dict(learner.named_weights())
+        outgoing: list[OutgoingTensor] = []
+        as_they_are = trained
         if merged and denoiser.adapter is not None:
-            outgoing = [OutgoingTensor(name, sources, make) for name, sources, make in merged_updates(denoiser)]
-        else:
-            outgoing = [OutgoingTensor(name, [p], functools.partial(_itself, p)) for name, p in trained.items()]
+            adapter = {id(p) for p in denoiser.module.parameters()} & {id(p) for p in trained.values()}
+            updates = merged_updates(denoiser) if adapter else ()
+            outgoing = [OutgoingTensor(name, sources, make) for name, sources, make in updates]
+            as_they_are = {name: p for name, p in trained.items() if id(p) not in adapter}
+        outgoing += [OutgoingTensor(name, [p], functools.partial(_itself, p)) for name, p in as_they_are.items()]
         gathering = getattr(learner, "reading", _as_they_are)
         self._sender = WeightSender(outgoing, gathering, leader=place.rank == 0, host=place.host)
         self._gathering = gathering
@@ -133,10 +138,11 @@ class LearnerWorker:
             torch.cuda.empty_cache()  # what the backward pass needed is kept for the next one otherwise
         return metrics
 
-    def score(self, batch: RolloutBatch, masks: MaskSample, *, reference: bool) -> LikelihoodEstimate:
+    def score(
+        self, batch: RolloutBatch, masks: MaskSample, *, reference: bool, draws: bool = False
+    ) -> LikelihoodEstimate:
         """See protocols.Learner; on the CPU."""
-        found = self.learner.score(batch, masks, reference=reference)
-        return LikelihoodEstimate(token_logp=found.token_logp.cpu(), draw_logp=found.draw_logp.cpu())
+        return self.learner.score(batch, masks, reference=reference, draws=draws).cpu()
 
     def skip(self) -> None:
         """See protocols.Learner."""
