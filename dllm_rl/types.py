@@ -378,8 +378,8 @@ class LikelihoodEstimate:
     def _changed(self, change: Callable[[str, int, Tensor], Tensor]) -> LikelihoodEstimate:
         """Every tensor changed, given its name and the axis of its rows."""
         axes = {"token_logp": 0, "draw_logp": 1, "draw_token_logp": 1, "choice_logp": 0}
-        found = {name: (axis, value) for name, axis in axes.items() if (value := getattr(self, name)) is not None}
-        return dataclasses.replace(self, **{name: change(name, *pair) for name, pair in found.items()})
+        there = [(name, axis) for name, axis in axes.items() if getattr(self, name) is not None]
+        return dataclasses.replace(self, **{name: change(name, axis, getattr(self, name)) for name, axis in there})
 
     @property
     def sequence_logp(self) -> Tensor:

@@ -36,11 +36,9 @@ class RankScorer(ModelScorer):
 
     Attributes:
         engine: set once it is there.
-        zero_stage: of the engine; from stage 3 on every chunk of an unembedding is a collective.
     """
 
     engine: Any
-    zero_stage: int
 
     @override
     def plan(self, batch: RolloutBatch, masks: MaskSample) -> list[likelihood.Work]:
@@ -49,7 +47,7 @@ class RankScorer(ModelScorer):
         zero = torch.zeros(1, dtype=torch.int64)
         nothing = likelihood.Work(zero, zero, zero, zero, int(batch.valid[0].sum()), idle=True)
         work = own + [nothing] * (number - len(own))
-        if self.zero_stage < 3:
+        if self.engine.zero_optimization_stage() < 3:
             return work
         counts = [0 if part.idle else int((masks.weight[part.draw, part.row] != 0).sum()) for part in work]
         vocabulary = self.denoiser.vocab_size
@@ -82,7 +80,7 @@ class DeepSpeedLearner(TorchLearner):
     def _make_optimizer(self, total_steps: int) -> Optimizer:
         self._rank, self._size = dist.get_rank(), dist.get_world_size()
         made = ZeroOptimizer(Root(self.denoiser), [p for _, p in self._trained], self._config, total_steps)
-        self._model.engine, self._model.zero_stage = made.engine, self._config.zero_stage
+        self._model.engine = made.engine
         return made
 
     @override

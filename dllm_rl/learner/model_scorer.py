@@ -65,12 +65,11 @@ class ModelScorer:
     ) -> LikelihoodEstimate:
         """An estimate with the tokens' log-probabilities, with graph (and dropout) if gradients are enabled."""
         forward = functools.partial(self._forward, likelihood.score, batch, masks)
-        if torch.is_grad_enabled():
+        graph = torch.is_grad_enabled()
+        if graph:
             self.denoiser.module.train()
+        with contextlib.nullcontext() if graph else evaluating(self.denoiser.module):
             found = likelihood.summed(batch, masks, work, forward, draws=draws)
-        else:
-            with evaluating(self.denoiser.module):
-                found = likelihood.summed(batch, masks, work, forward, draws=draws)
         return dataclasses.replace(found, choice_logp=estimate.choice_logp)
 
     def shares(self, batch: RolloutBatch, masks: MaskSample, slope: LikelihoodEstimate) -> list[Callable[[], Tensor]]:
@@ -87,9 +86,8 @@ class ModelScorer:
         """Likelihoods without gradient under the frozen reference."""
         if self._reference is None and self.denoiser.adapter is None:
             raise RuntimeError("the learner holds no reference: it was made without one, or it has been dropped")
-        own = self._reference is None
-        forward = self._forward if own else self._reference_forward
-        below_adapter = reference_weights(self.denoiser) if own else contextlib.nullcontext()
+        forward = self._forward if self._reference is None else self._reference_forward
+        below_adapter = reference_weights(self.denoiser) if self._reference is None else contextlib.nullcontext()
         with torch.no_grad(), evaluating(self.denoiser.module), below_adapter:
             scored = functools.partial(forward, likelihood.score, batch, masks)
             return likelihood.summed(batch, masks, self.plan(batch, masks), scored, draws=draws)
@@ -151,9 +149,7 @@ class ModelScorer:
         self.ticks += 1
         return function(self.denoiser, batch, masks, work)
 
-    def _reference_forward(
-        self, function: Scoring, batch: RolloutBatch, masks: MaskSample, work: likelihood.Work
-    ) -> Scored:
+    def _reference_forward(self, function: Scoring, *arguments: Any) -> Scored:
         """The same on the frozen copy."""
         self.ticks += 1
-        return function(self._reference, batch, masks, work)
+        return function(self._reference, *arguments)

@@ -112,14 +112,10 @@ class LearnerWorker:
         self.learner, self._denoiser = learner, denoiser
         self._shares = shares and denoiser.device.type == "cuda"
         trained = dict(learner.named_weights())
-        outgoing: list[OutgoingTensor] = []
-        as_they_are = trained
-        if merged and denoiser.adapter is not None:
-            adapter = {id(p) for p in denoiser.module.parameters()} & {id(p) for p in trained.values()}
-            updates = merged_updates(denoiser) if adapter else ()
-            outgoing = [OutgoingTensor(name, sources, make) for name, sources, make in updates]
-            as_they_are = {name: p for name, p in trained.items() if id(p) not in adapter}
-        outgoing += [OutgoingTensor(name, [p], functools.partial(_itself, p)) for name, p in as_they_are.items()]
+        plain = {name: p for name, p in trained.items() if not (merged and ".lora_" in name)}
+        updates = merged_updates(denoiser) if len(plain) < len(trained) else ()
+        outgoing = [OutgoingTensor(name, sources, make) for name, sources, make in updates]
+        outgoing += [OutgoingTensor(name, [p], functools.partial(_itself, p)) for name, p in plain.items()]
         gathering = getattr(learner, "reading", _as_they_are)
         self._sender = WeightSender(outgoing, gathering, leader=place.rank == 0, host=place.host)
         self._gathering = gathering
