@@ -251,21 +251,20 @@ def both(**options):
     return Both(Both.Config(**options))
 
 
-@pytest.mark.parametrize("budget", [1 << 14, 60])
-def test_joint_training_has_the_gradients_of_each_alone(budget):
+def gradients_of(algorithm, budget):
     batch, scored = cases.batch(block_causal=False), cases.rewards(cases.MIXED)
-    gradients, made = {}, None
-    for options in ({}, {"policy": False}, {"model": False}):
-        algorithm = both(**options)
-        settings = {"tokens_per_microbatch": budget, "max_grad_norm": None}
-        made = learner_for(algorithm.needs, batch, "tiny", **settings)
-        masks = algorithm.masks(batch, generator_for(0))
-        made.update(batch, scored, algorithm.advantages(scored, batch), [masks], algorithm, reference=None)
-        used = {name: p.grad for name, p in made.named_weights() if p.grad is not None}
-        gradients["+".join(sorted(algorithm.needs.trains))] = used
-    joint = gradients["model+policy"]
-    alone = gradients["model"] | {f"policy.{name}": value for name, value in gradients["policy"].items()}
-    assert joint.keys() == alone.keys() and len(gradients["policy"]) > 5
+    one = learner_for(algorithm.needs, batch, "tiny", tokens_per_microbatch=budget, max_grad_norm=None)
+    masks = algorithm.masks(batch, generator_for(0))
+    one.update(batch, scored, algorithm.advantages(scored, batch), [masks], algorithm, reference=None)
+    return {name: p.grad for name, p in one.named_weights() if p.grad is not None}
+
+
+@pytest.mark.parametrize("budget", [1 << 14, 60])
+def test_joint_training_has_the_gradients_of_each_alone_in_one_graph(budget):
+    model, policy = (gradients_of(both(**{other: False}), 1 << 14) for other in ("policy", "model"))
+    alone = model | {f"policy.{name}": value for name, value in policy.items()}
+    joint = gradients_of(both(), budget)
+    assert joint.keys() == alone.keys() and len(policy) > 5
     for name, value in alone.items():
         torch.testing.assert_close(joint[name], value, atol=1e-6, rtol=1e-4, msg=name)
 
