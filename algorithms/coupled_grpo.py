@@ -18,11 +18,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from dllm_rl.config import ranges
 from dllm_rl.diffusion import advantage, masking, surrogate
 from dllm_rl.errors import UserError
-from dllm_rl.protocols.algorithm import Algorithm
+from dllm_rl.protocols.algorithm import Algorithm, Needs
 from dllm_rl.types import Experience, LikelihoodEstimate, Loss, MaskSample, Rewards, RolloutBatch
 
 
@@ -54,15 +55,17 @@ class CoupledGRPO(Algorithm):
     config: Config
 
     @property
-    def needs_reference(self) -> bool:
-        """Only the KL term reads it."""
-        return self.config.beta > 0
+    @override
+    def needs(self) -> Needs:
+        return Needs(reference=self.config.beta > 0)  # only the KL term reads it
 
+    @override
     def advantages(self, rewards: Rewards, batch: RolloutBatch) -> Tensor:
         """Leave-one-out, not divided by the deviation."""
         return advantage.leave_one_out(rewards.total, batch.group, rewards.included, batch.episode)
 
-    def masks(self, batch: RolloutBatch, generator: torch.Generator) -> MaskSample:
+    @override
+    def masks(self, batch: RolloutBatch, generator: torch.Generator, update: int = 0) -> MaskSample:
         """Each token is scored once per pair, in the view that hides it."""
         c = self.config
         sample = masking.complementary_pair(
@@ -77,6 +80,7 @@ class CoupledGRPO(Algorithm):
             sample = dataclasses.replace(sample, weight=1.5 * sample.weight)
         return sample.also_masking(batch.tail)
 
+    @override
     def loss(self, new: LikelihoodEstimate, experience: Experience) -> Loss:
         """-J and the mean KL."""
         return surrogate.clipped_loss(

@@ -16,11 +16,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from dllm_rl.config import ranges
 from dllm_rl.diffusion import advantage, masking, surrogate
 from dllm_rl.errors import UserError
-from dllm_rl.protocols.algorithm import Algorithm
+from dllm_rl.protocols.algorithm import Algorithm, Needs
 from dllm_rl.types import Experience, LikelihoodEstimate, Loss, MaskSample, Rewards, RolloutBatch
 
 
@@ -47,15 +48,17 @@ class GDPO(Algorithm):
     config: Config
 
     @property
-    def needs_reference(self) -> bool:
-        """Only the KL term reads it."""
-        return self.config.beta > 0
+    @override
+    def needs(self) -> Needs:
+        return Needs(reference=self.config.beta > 0)  # only the KL term reads it
 
+    @override
     def advantages(self, rewards: Rewards, batch: RolloutBatch) -> Tensor:
         """A = R - mean of the group, not divided by the deviation."""
         return advantage.group_mean(rewards.total, batch.group, rewards.included, batch.episode)
 
-    def masks(self, batch: RolloutBatch, generator: torch.Generator) -> MaskSample:
+    @override
+    def masks(self, batch: RolloutBatch, generator: torch.Generator, update: int = 0) -> MaskSample:
         """One view per node and draw."""
         c = self.config
         sample = masking.quadrature(
@@ -63,6 +66,7 @@ class GDPO(Algorithm):
         )
         return sample.also_masking(batch.tail)
 
+    @override
     def loss(self, new: LikelihoodEstimate, experience: Experience) -> Loss:
         """-J and the mean KL."""
         c = self.config

@@ -18,11 +18,12 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from dllm_rl.config import ranges
 from dllm_rl.diffusion import advantage, hints, masking, surrogate
 from dllm_rl.errors import UserError
-from dllm_rl.protocols.algorithm import Algorithm, ExtraRollout, Plan
+from dllm_rl.protocols.algorithm import Algorithm, ExtraRollout, Needs, Plan
 from dllm_rl.types import Experience, LikelihoodEstimate, Loss, MaskSample, Prompt, Rewards, RolloutBatch
 
 
@@ -54,15 +55,14 @@ class IGPO(Algorithm):
             ranges.not_negative(beta=self.beta, reserve=self.reserve)
             ranges.at_least_one(max_gap=self.max_gap)
 
-    asks_further = True
-    needs_entropy = True
     config: Config
 
     @property
-    def needs_reference(self) -> bool:
-        """Only the KL term reads it."""
-        return self.config.beta > 0
+    @override
+    def needs(self) -> Needs:
+        return Needs(reference=self.config.beta > 0, entropy=True, traces=True)
 
+    @override
     def check_plan(self, plan: Plan) -> None:
         """Hints need a trace in every row and room on the canvas."""
         missing = next((e.uid for e in plan.examples if not e.trace), None)
@@ -120,19 +120,22 @@ class IGPO(Algorithm):
             rows += [*own[len(right) :].tolist(), *right.tolist()]
         return torch.tensor(rows)
 
+    @override
     def advantages(self, rewards: Rewards, batch: RolloutBatch) -> Tensor:
         """A = R - mean of the group, not divided by the deviation."""
         return advantage.group_mean(rewards.total, batch.group, rewards.included, batch.episode)
 
-    def masks(self, batch: RolloutBatch, generator: torch.Generator) -> MaskSample:
+    @override
+    def masks(self, batch: RolloutBatch, generator: torch.Generator, update: int = 0) -> MaskSample:
         """One view: the whole completion masked, hints too."""
         return masking.fully_masked(batch.completion).also_masking(batch.tail)
 
+    @override
     def loss(self, new: LikelihoodEstimate, experience: Experience) -> Loss:
         """-J and the mean KL."""
         c, batch = self.config, experience.batch
         counts = {"num_tokens": experience.num_tokens, "num_rows": experience.num_rows}
-        assert experience.entropy is not None, "needs_entropy"
+        assert experience.entropy is not None, "needs.entropy"
         trained = batch.completion & (~batch.hint | hints.least_sure(experience.entropy, batch.hint, c.hint_tokens))
         change = surrogate.sequence_logp(new, experience) - surrogate.sequence_logp(experience.old, experience)
         log_ratio = change / batch.completion.sum(-1)
@@ -141,7 +144,7 @@ class IGPO(Algorithm):
         every = torch.ones_like(log_ratio, dtype=torch.bool)
         metrics = surrogate.ratio_metrics(log_ratio, experience.advantage, c.epsilon, every, **rows)
         if c.beta > 0:
-            assert experience.reference is not None, "beta > 0 means needs_reference"
+            assert experience.reference is not None, "beta > 0 means needs.reference"
             kl = surrogate.divergence(new.token_logp, experience.reference.token_logp, "k3")
             metrics["kl"] = surrogate.reduce(kl.detach(), trained, "token_mean", **counts)
             gain = gain - c.beta * kl

@@ -16,11 +16,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from dllm_rl.config import ranges
 from dllm_rl.diffusion import advantage, masking, surrogate
 from dllm_rl.errors import UserError
-from dllm_rl.protocols.algorithm import Algorithm, Plan
+from dllm_rl.protocols.algorithm import Algorithm, Needs, Plan
 from dllm_rl.types import Experience, LikelihoodEstimate, Loss, MaskSample, Rewards, RolloutBatch
 
 
@@ -42,10 +43,11 @@ class JustGRPO(Algorithm):
     config: Config
 
     @property
-    def needs_reference(self) -> bool:
-        """Only the KL term reads it."""
-        return self.config.beta > 0
+    @override
+    def needs(self) -> Needs:
+        return Needs(reference=self.config.beta > 0)  # only the KL term reads it
 
+    @override
     def check_plan(self, plan: Plan) -> None:
         """Its likelihoods are those of left-to-right rollouts only."""
         if plan.strategy != "left_to_right" or plan.sampling.tokens_per_step != 1:
@@ -54,15 +56,18 @@ class JustGRPO(Algorithm):
                 "sampling.tokens_per_step=1 (evaluate.strategy and evaluate.tokens_per_step are those of test time)"
             )
 
+    @override
     def advantages(self, rewards: Rewards, batch: RolloutBatch) -> Tensor:
         """Normalised within the group; groups of equal rewards give 0."""
         return advantage.z_score(rewards.total, batch.group, rewards.included, batch.episode)
 
-    def masks(self, batch: RolloutBatch, generator: torch.Generator) -> MaskSample:
+    @override
+    def masks(self, batch: RolloutBatch, generator: torch.Generator, update: int = 0) -> MaskSample:
         """One draw per token; for block-causal models one draw holds a token of every block."""
         sample = masking.left_to_right(batch.generated | batch.tail, batch.generated, block_ids=batch.block_ids)
         return sample.also_masking(batch.tail)
 
+    @override
     def loss(self, new: LikelihoodEstimate, experience: Experience) -> Loss:
         """-J."""
         c = self.config

@@ -18,10 +18,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from dllm_rl.config import ranges
 from dllm_rl.diffusion import advantage, masking, surrogate
-from dllm_rl.protocols.algorithm import Algorithm
+from dllm_rl.protocols.algorithm import Algorithm, Needs
 from dllm_rl.types import Experience, LikelihoodEstimate, Loss, MaskSample, Rewards, RolloutBatch
 
 
@@ -46,15 +47,12 @@ class LightningRL(Algorithm):
     config: Config
 
     @property
-    def needs_reference(self) -> bool:
-        """Only the KL term reads it."""
-        return self.config.beta > 0
+    @override
+    def needs(self) -> Needs:
+        # The released likelihood does not replay the trajectory.
+        return Needs(reference=self.config.beta > 0, trajectory=not self.config.paper_exact)
 
-    @property
-    def replays_trajectory(self) -> bool:
-        """The released likelihood does not."""
-        return not self.config.paper_exact
-
+    @override
     def keep(self, rewards: Rewards, batch: RolloutBatch) -> Tensor:
         """Groups that have something to imitate, and speeds to choose from."""
         ok = rewards.included
@@ -62,6 +60,7 @@ class LightningRL(Algorithm):
         spread = advantage.spread_of_group(batch.tokens_per_forward, batch.group, ok, batch.episode)
         return ok & solved & (spread >= self.config.min_spread)
 
+    @override
     def advantages(self, rewards: Rewards, batch: RolloutBatch) -> Tensor:
         """The sum of two z-scores, so that neither reward drowns the other."""
         components = {"reward": rewards.total, "speed": batch.tokens_per_forward}
@@ -71,12 +70,14 @@ class LightningRL(Algorithm):
             value = advantage.z_score(value, torch.zeros_like(batch.group), self.keep(rewards, batch), batch.episode)
         return value
 
-    def masks(self, batch: RolloutBatch, generator: torch.Generator) -> MaskSample:
+    @override
+    def masks(self, batch: RolloutBatch, generator: torch.Generator, update: int = 0) -> MaskSample:
         """The states that the sampler visited."""
         if self.config.paper_exact:
             return masking.fully_masked(batch.completion).also_masking(batch.tail)
         return masking.along_trajectory(batch.unmask_step, batch.generated, block_ids=batch.block_ids)
 
+    @override
     def loss(self, new: LikelihoodEstimate, experience: Experience) -> Loss:
         """-J with its parts."""
         c, where = self.config, experience.batch.completion
@@ -84,7 +85,7 @@ class LightningRL(Algorithm):
         policy = surrogate.clipped_loss(new, experience, epsilon=c.epsilon, beta=0.0, reduction="sequence_mean")
         value, metrics = policy.value, dict(policy.metrics)
         if c.beta > 0:
-            assert experience.reference is not None, "beta > 0 means needs_reference"
+            assert experience.reference is not None, "beta > 0 means needs.reference"
             kl = surrogate.divergence(new.token_logp, experience.reference.token_logp, "k3")
             metrics["kl"] = surrogate.reduce(kl.detach(), where, "token_mean", **counts)
             value = value + c.beta * surrogate.reduce(kl, where, "token_mean", **counts)

@@ -15,9 +15,10 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from dllm_rl.diffusion import masking, surrogate
-from dllm_rl.protocols.algorithm import Algorithm
+from dllm_rl.protocols.algorithm import Algorithm, Needs
 from dllm_rl.types import Experience, LikelihoodEstimate, Loss, MaskSample, Rewards, RolloutBatch
 
 
@@ -33,18 +34,25 @@ class MaskedSFT(Algorithm):
         reduction: surrogate.Reduction = "sequence_mean"  # LLaDA divides by each row's own length
         pad_to_canvas: bool = False  # score EOS padding up to max_new_tokens, as LLaDA's SFT does
 
-    source = "demonstrations"
     config: Config
 
+    @property
+    @override
+    def needs(self) -> Needs:
+        return Needs(source="demonstrations", group_size=1)
+
+    @override
     def advantages(self, rewards: Rewards, batch: RolloutBatch) -> Tensor:
         """Demonstrations carry no reward: every row counts alike."""
         return torch.ones(len(batch))
 
-    def masks(self, batch: RolloutBatch, generator: torch.Generator) -> MaskSample:
+    @override
+    def masks(self, batch: RolloutBatch, generator: torch.Generator, update: int = 0) -> MaskSample:
         """Draws by count or by rate."""
         sampler = masking.uniform_count if self.config.masking == "uniform_count" else masking.bernoulli
         return sampler(batch.completion, draws=self.config.draws, generator=generator)
 
+    @override
     def loss(self, new: LikelihoodEstimate, experience: Experience) -> Loss:
         """The negative bound, nats per token."""
         counts = {"num_tokens": experience.num_tokens, "num_rows": experience.num_rows}

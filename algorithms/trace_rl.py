@@ -23,11 +23,12 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from dllm_rl.config import ranges
 from dllm_rl.diffusion import advantage, masking, surrogate, values
 from dllm_rl.errors import UserError
-from dllm_rl.protocols.algorithm import Algorithm
+from dllm_rl.protocols.algorithm import Algorithm, Needs
 from dllm_rl.types import Experience, LikelihoodEstimate, Loss, MaskSample, Rewards, RolloutBatch
 
 
@@ -60,14 +61,14 @@ class TraceRL(Algorithm):
     config: Config
 
     @property
-    def replays_trajectory(self) -> bool:
-        """Always."""
-        return True
+    @override
+    def needs(self) -> Needs:
+        return Needs(trajectory=True, values=self.config.value)
 
     @property
-    def value_clip(self) -> float | None:
-        """See Algorithm."""
-        return self.config.clip_value if self.config.value else None
+    def value_clip(self) -> float:
+        """As configured."""
+        return self.config.clip_value
 
     def credit(self, rewards: Rewards, batch: RolloutBatch, value: Tensor) -> tuple[Tensor, Tensor]:
         """Generalised advantage estimation along the trajectory."""
@@ -77,17 +78,20 @@ class TraceRL(Algorithm):
             rewards.total, value, step, scored, discount=c.discount, smoothing=c.smoothing
         )
 
+    @override
     def advantages(self, rewards: Rewards, batch: RolloutBatch) -> Tensor:
         """Normalised within the group; groups of equal rewards give 0."""
         normalise = advantage.z_score if self.config.advantage == "z_score" else advantage.group_mean
         return normalise(rewards.total, batch.group, rewards.included, batch.episode)
 
-    def masks(self, batch: RolloutBatch, generator: torch.Generator) -> MaskSample:
+    @override
+    def masks(self, batch: RolloutBatch, generator: torch.Generator, update: int = 0) -> MaskSample:
         """One draw per decoding step; for block-causal models one draw holds a step of every block."""
         return masking.along_trajectory(
             batch.unmask_step, batch.generated, block_ids=batch.block_ids, merge=self.config.shrink
         )
 
+    @override
     def loss(self, new: LikelihoodEstimate, experience: Experience) -> Loss:
         """-J and the mean divergence from the old policy."""
         c = self.config

@@ -21,11 +21,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from dllm_rl.config import ranges
 from dllm_rl.diffusion import advantage, masking, surrogate
 from dllm_rl.errors import UserError
-from dllm_rl.protocols.algorithm import Algorithm, ExtraRollout, Plan
+from dllm_rl.protocols.algorithm import Algorithm, ExtraRollout, Needs, Plan
 from dllm_rl.types import Experience, LikelihoodEstimate, Loss, MaskSample, Prompt, Rewards, RolloutBatch
 
 
@@ -51,18 +52,13 @@ class UnmaskingPolicy(Algorithm):
                 ranges.at_least_one(expert_block_size=self.expert_block_size)
 
     config: Config
-    trains = "policy"
 
     @property
-    def replays_trajectory(self) -> bool:
-        """The choices are read from it."""
-        return True
+    @override
+    def needs(self) -> Needs:
+        return Needs(trains=frozenset({"policy"}), trajectory=True)
 
-    @property
-    def asks_further(self) -> bool:
-        """Expert rows."""
-        return bool(self.config.experts)
-
+    @override
     def check_plan(self, plan: Plan) -> None:
         """The choices must be the only randomness, and somebody must make them."""
         if not plan.has_policy:
@@ -107,6 +103,7 @@ class UnmaskingPolicy(Algorithm):
         """All of them."""
         return torch.arange(len(batch))
 
+    @override
     def advantages(self, rewards: Rewards, batch: RolloutBatch) -> Tensor:
         """Centred in the group, not divided by the deviation."""
         canvas = (batch.completion | batch.tail).sum(-1)
@@ -114,26 +111,29 @@ class UnmaskingPolicy(Algorithm):
         value = rewards.solved * speed**self.config.alpha
         return advantage.group_mean(value.float(), batch.group, rewards.included, batch.episode)
 
-    def masks(self, batch: RolloutBatch, generator: torch.Generator) -> MaskSample:
+    @override
+    def masks(self, batch: RolloutBatch, generator: torch.Generator, update: int = 0) -> MaskSample:
         """None: no token is scored."""
         return masking.no_draws(batch.completion)
 
+    @override
     def loss(self, new: LikelihoodEstimate, experience: Experience) -> Loss:
         """-J."""
         epsilon, batch = self.config.epsilon, experience.batch
-        happened = torch.arange(new.token_logp.shape[1]) < batch.num_forwards[:, None]
-        log_ratio = self._mixed(new, batch) - self._mixed(experience.old, batch)
+        assert new.choice_logp is not None and experience.old.choice_logp is not None, "needs.trains"
+        happened = torch.arange(new.choice_logp.shape[1]) < batch.num_forwards[:, None]
+        log_ratio = self._mixed(new.choice_logp, batch) - self._mixed(experience.old.choice_logp, batch)
         weight = experience.advantage[:, None]
-        counts = {"num_tokens": experience.num_tokens, "num_rows": experience.num_rows}
+        counts = {"num_tokens": experience.num_choices, "num_rows": experience.num_rows}  # a choice is the unit
         gain = surrogate.reduce(surrogate.clipped(log_ratio, weight, epsilon), happened, "sequence_mean", **counts)
         metrics = surrogate.ratio_metrics(log_ratio, weight, epsilon, happened, **counts)
         return Loss(-gain, metrics)
 
-    def _mixed(self, estimate: LikelihoodEstimate, batch: RolloutBatch) -> Tensor:
+    def _mixed(self, choice_logp: Tensor, batch: RolloutBatch) -> Tensor:
         """(N, T) log-probabilities under the mixture that the rows of a group were drawn from."""
         experts = len(self.config.experts or [])
         if not experts or batch.expert is None:
-            return estimate.token_logp
+            return choice_logp
         total = advantage.group_size(batch.group)[:, None].clamp(min=experts + 1)
-        logp = estimate.token_logp + ((total - experts) / total).log()
-        return torch.where(batch.expert[:, None], torch.logaddexp(logp, -total.log()), estimate.token_logp)
+        logp = choice_logp + ((total - experts) / total).log()
+        return torch.where(batch.expert[:, None], torch.logaddexp(logp, -total.log()), choice_logp)

@@ -17,10 +17,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from dllm_rl.config import ranges
 from dllm_rl.diffusion import masking, surrogate
-from dllm_rl.protocols.algorithm import Algorithm
+from dllm_rl.protocols.algorithm import Algorithm, Needs
 from dllm_rl.types import Experience, LikelihoodEstimate, Loss, MaskSample, Rewards, RolloutBatch
 
 
@@ -40,22 +41,24 @@ class VRPO(Algorithm):
             ranges.positive(beta=self.beta)
             ranges.not_negative(anchor=self.anchor)
 
-    source = "pairs"
     config: Config
 
     @property
-    def needs_reference(self) -> bool:
-        """The preference score is relative to it."""
-        return True
+    @override
+    def needs(self) -> Needs:
+        return Needs(source="pairs", reference=True)
 
+    @override
     def advantages(self, rewards: Rewards, batch: RolloutBatch) -> Tensor:
         """+1 for chosen, -1 for rejected rows; the loss reads only the sign."""
         return torch.where(rewards.total >= 1, 1.0, -1.0)
 
-    def masks(self, batch: RolloutBatch, generator: torch.Generator) -> MaskSample:
+    @override
+    def masks(self, batch: RolloutBatch, generator: torch.Generator, update: int = 0) -> MaskSample:
         """Independent draws for every row."""
         return masking.uniform_count(batch.completion, draws=self.config.draws, generator=generator)
 
+    @override
     def loss(self, new: LikelihoodEstimate, experience: Experience) -> Loss:
         """The preference loss and its anchor."""
         assert experience.reference is not None, "VRPO needs the reference"

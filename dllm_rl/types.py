@@ -7,7 +7,7 @@ Rows are padded on the right: a row is its prompt, its completion canvas, then p
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -348,14 +348,50 @@ class LikelihoodEstimate:
     """An estimate of completion log-likelihoods.
 
     Attributes:
-        token_logp: (N, L) float32 nats; sum_k weight[k] * log p; 0 where nothing is scored. Of an unmasking policy:
-            (N, T), log-probability of the choice that each of T forwards made; 0 after the row's last.
+        token_logp: (N, L) float32 nats; sum_k weight[k] * log p; 0 where nothing is scored.
         draw_logp: (K, N) float32 nats; K * sum_i weight[k, i] log p_i: each draw read as an estimate of its own.
             Detached; for diagnostics (variance over draws).
+        draw_token_logp: (K, N, L) float32 nats; log p without its weight where weight[k, n, i] != 0, else 0. None if
+            the algorithm needs no draws.
+        choice_logp: (N, T) float32 nats; log-probability of the choice that an unmasking policy made at each of T
+            forwards, 0 after the row's last. None if no policy is trained.
     """
 
     token_logp: Tensor
     draw_logp: Tensor
+    draw_token_logp: Tensor | None = None
+    choice_logp: Tensor | None = None
+
+    @staticmethod
+    def blank(batch: RolloutBatch) -> LikelihoodEstimate:
+        """The estimate of a batch of which nothing is scored."""
+        return LikelihoodEstimate(token_logp=torch.zeros(batch.tokens.shape), draw_logp=torch.zeros(0, len(batch)))
+
+    @staticmethod
+    def join(parts: Sequence[LikelihoodEstimate]) -> LikelihoodEstimate:
+        """The rows of all parts, which have the same draws and lengths."""
+        first = parts[0]
+        return first._changed(lambda name, axis, value: torch.cat([getattr(part, name) for part in parts], axis))
+
+    def select(self, rows: Tensor) -> LikelihoodEstimate:
+        """The estimate restricted to rows (int64 indices or a bool mask over N)."""
+        return self._changed(lambda name, axis, value: value[rows] if axis == 0 else value[:, rows])
+
+    def cpu(self) -> LikelihoodEstimate:
+        """The estimate in main memory."""
+        return self._changed(lambda name, axis, value: value.cpu())
+
+    @property
+    def differentiable(self) -> dict[str, Tensor]:
+        """What there is of token_logp, draw_token_logp and choice_logp, by name: a loss depends on nothing else."""
+        names = ("token_logp", "draw_token_logp", "choice_logp")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+    def _changed(self, change: Callable[[str, int, Tensor], Tensor]) -> LikelihoodEstimate:
+        """Every tensor changed, given its name and the axis of its rows."""
+        axes = {"token_logp": 0, "draw_logp": 1, "draw_token_logp": 1, "choice_logp": 0}
+        there = [(name, axis) for name, axis in axes.items() if getattr(self, name) is not None]
+        return dataclasses.replace(self, **{name: change(name, axis, getattr(self, name)) for name, axis in there})
 
     @property
     def sequence_logp(self) -> Tensor:
@@ -370,7 +406,7 @@ class Experience:
     Attributes:
         batch: the rows.
         rewards: their rewards.
-        advantage: (N,) or (N, L) float32.
+        advantage: (N,), (N, L) or (K, N, L) float32.
         masks: the draws shared by old, reference and current policy.
         old: likelihood under the policy at the start of the update.
         reference: likelihood under the frozen reference, or None if the algorithm needs none.
@@ -379,6 +415,7 @@ class Experience:
         num_tokens: scored tokens over the whole global batch (all ranks); losses divide by it, never by a local count.
         num_rows: rows over the whole global batch. A row is a turn: in a loss, an episode weighs as many rows as it has
             turns; only within the baselines of advantages does it count once.
+        num_choices: forwards over the whole global batch, each of them one choice of the unmasking strategy.
     """
 
     batch: RolloutBatch
@@ -389,6 +426,7 @@ class Experience:
     reference: LikelihoodEstimate | None
     num_tokens: int
     num_rows: int
+    num_choices: int
     entropy: Tensor | None = None
 
 
@@ -399,12 +437,20 @@ class GlobalCounts:
     Attributes:
         num_tokens: scored tokens of the whole batch.
         num_rows: rows of the whole batch, each turn of an episode being one.
+        num_choices: forwards of the whole batch.
         idle: the rank has no rows of its own; the one it is given only lets it keep step with the others.
     """
 
     num_tokens: int
     num_rows: int
+    num_choices: int
     idle: bool = False
+
+    @staticmethod
+    def of(batch: RolloutBatch) -> GlobalCounts:
+        """The counts of a whole batch."""
+        tokens, choices = int(batch.completion.sum()), int(batch.num_forwards.sum())
+        return GlobalCounts(num_tokens=tokens, num_rows=len(batch), num_choices=choices)
 
 
 @dataclass(frozen=True, slots=True)

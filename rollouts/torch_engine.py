@@ -50,15 +50,19 @@ class TorchEngine(RolloutEngine):
             dict(shared.strategies)
             if shared is not None
             else {
-                role: self._strategy(plugin, trained_here=setup.trains == "policy" and role == TRAIN)
+                role: self._strategy(plugin, trained_here="policy" in setup.trains and role == TRAIN)
                 for role, plugin in setup.strategies.items()
             }
         )
         strategies.setdefault(EVALUATE, strategies[TRAIN])
         self._samplers: dict[str, Any] = {role: self.sampler(strategy) for role, strategy in strategies.items()}
-        owner = strategies[TRAIN].policy if setup.trains == "policy" else self.denoiser.module
-        assert owner is not None, "strategies without a policy are refused at plan time"
-        self._parameters: dict[str, Tensor] = {name: value.data for name, value in owner.named_parameters()}
+        self._parameters: dict[str, Tensor] = {}
+        if "model" in setup.trains:
+            self._parameters |= {name: value.data for name, value in self.denoiser.module.named_parameters()}
+        if "policy" in setup.trains:
+            policy, prefix = strategies[TRAIN].policy, "policy." if "model" in setup.trains else ""
+            assert policy is not None, "strategies without a policy are refused at plan time"
+            self._parameters |= {prefix + name: value.data for name, value in policy.named_parameters()}
         self._pushed: list[str] = []
         self._offloader: Offloader | None = None
 

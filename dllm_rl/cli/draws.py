@@ -17,8 +17,10 @@ from dllm_rl import seeding
 from dllm_rl.cli.output import stdout, write_json
 from dllm_rl.config.plugins import build
 from dllm_rl.config.schema import Config
+from dllm_rl.diffusion.advantage import per_row
 from dllm_rl.driver.build import Run, build_run
 from dllm_rl.driver.collect import demonstrate, roll_out
+from dllm_rl.driver.step_masks import step_masks
 from dllm_rl.errors import UserError
 from dllm_rl.learner.diagnostics import redrawn
 from dllm_rl.protocols.algorithm import Algorithm
@@ -57,10 +59,10 @@ def run_draws(
     Raises:
         UserError: an algorithm without likelihoods, or an option that it does not have.
     """
-    algorithm_class = type(build("algorithms", config.algorithm.name, config.algorithm.options))
-    if algorithm_class.trains == "policy":
+    algorithm: Algorithm = build("algorithms", config.algorithm.name, config.algorithm.options)
+    if "model" not in algorithm.needs.trains:
         raise UserError(f"algorithm '{config.algorithm.name}' scores choices exactly: there is nothing to draw")
-    option, values = _varied(config, vary, algorithm_class)
+    option, values = _varied(config, vary, type(algorithm))
     candidates = [
         build("algorithms", config.algorithm.name, config.algorithm.options | ({option: value} if option else {}))
         for value in values
@@ -112,7 +114,7 @@ def _varied(config: Config, vary: str | None, kind: type[Algorithm]) -> tuple[st
 
 def _collect(run: Run, config: Config) -> tuple[RolloutBatch, Rewards]:
     prompts = run.source.batch(0)
-    if run.algorithm.source != "rollouts":
+    if run.algorithm.needs.source != "rollouts":
         found = demonstrate(run, prompts)
     else:
         assert run.reward_pool is not None, "build_run() refuses rollouts without rewards"
@@ -123,8 +125,7 @@ def _collect(run: Run, config: Config) -> tuple[RolloutBatch, Rewards]:
 
 def _informative(batch: RolloutBatch, advantage: torch.Tensor, rows: int) -> RolloutBatch:
     """The first rows that the update learns from: only their ratios matter."""
-    pushed = advantage.flatten(1).any(-1) if advantage.dim() > 1 else advantage != 0
-    few = pushed.nonzero().flatten()[: rows // 2 * 2]  # pairs stay whole
+    few = per_row(advantage.abs()).nonzero().flatten()[: rows // 2 * 2]  # pairs stay whole
     if len(few) < 2:
         raise UserError(
             f"{len(few)} of {len(batch)} completions of the first batch have an advantage, so there is no update to "
@@ -134,9 +135,10 @@ def _informative(batch: RolloutBatch, advantage: torch.Tensor, rows: int) -> Rol
 
 
 def _update(run: Run, config: Config, batch: RolloutBatch, rewards: Rewards, advantage: torch.Tensor) -> None:
-    masks = run.algorithm.masks(batch, seeding.generator_for(config.run.seed, "masks", 0))
-    needed = run.algorithm.needs_reference
-    reference = run.learner.score(batch, masks, reference=True) if needed else None
+    masks, needs = step_masks(run.algorithm, batch, config, 0), run.algorithm.needs
+    reference = None
+    if needs.reference:
+        reference = [run.learner.score(batch, drawn, reference=True, draws=needs.draws) for drawn in masks]
     run.learner.update(batch, rewards, advantage, masks, run.algorithm, reference=reference)
 
 

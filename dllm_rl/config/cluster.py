@@ -24,7 +24,8 @@ class RolloutSection(Section):
     rows_per_call: int = Field(default=64, ge=1)
     """Completions per piece of work; the same pieces for any number of engines, so that results do not depend on it."""
     correction: Literal["token", "sequence"] | None = None
-    """Truncated importance weights for stale rollouts, per token or per completion; costs a replay of the rollout."""
+    """Truncated importance weights, per token or per completion, for rollouts of older weights or of engines whose
+    log-probabilities are approximate; costs a replay of the rollout."""
     correction_cap: float = Field(default=2.0, gt=0)
     """Largest such weight."""
 

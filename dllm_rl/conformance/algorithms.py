@@ -16,11 +16,11 @@ from dllm_rl.config.cluster import LearnerSection
 from dllm_rl.config.plugins import build
 from dllm_rl.conformance import cases
 from dllm_rl.conformance.violation import require
-from dllm_rl.learner.policy_learner import PolicyLearner
+from dllm_rl.diffusion.advantage import per_row, select
+from dllm_rl.learner.policy_scorer import PolicyScorer
 from dllm_rl.learner.torch_learner import TorchLearner
 from dllm_rl.models.tokenizers import character_tokenizer
-from dllm_rl.protocols.algorithm import Algorithm
-from dllm_rl.protocols.learner import Learner
+from dllm_rl.protocols.algorithm import Algorithm, Needs, ValueBaseline
 from dllm_rl.types import GIVEN, Experience, LikelihoodEstimate, MaskSample, Rewards, RolloutBatch
 
 REPEATS = 400  # of the six rows: 2,400 draws for the partition of unity
@@ -33,15 +33,9 @@ class Subject:
     def __init__(self, name: str, options: Mapping[str, Any]) -> None:
         self.algorithm: Algorithm = build("algorithms", name, options)
 
-    @property
-    def rolls_out(self) -> bool:
-        """Whether it learns from rewards."""
-        return self.algorithm.source == "rollouts"
-
-    @property
-    def trains_policy(self) -> bool:
-        """Whether it scores choices of positions, and no token."""
-        return self.algorithm.trains == "policy"
+        self.needs = self.algorithm.needs
+        self.rolls_out = self.needs.source == "rollouts"
+        self.scores_tokens = "model" in self.needs.trains
 
     def batches(self) -> list[RolloutBatch]:
         """Full attention and block-causal."""
@@ -49,12 +43,12 @@ class Subject:
 
     def batch(self, block_causal: bool) -> RolloutBatch:
         """Rollouts in groups of three, demonstrations, or pairs."""
-        size = {"rollouts": 3, "demonstrations": 1, "pairs": 2}[self.algorithm.source]
+        size = {"rollouts": 3, "demonstrations": 1, "pairs": 2}[self.needs.source]
         return cases.batch(block_causal=block_causal, decoded=self.rolls_out, group_size=size)
 
     def scored(self) -> Rewards:
         """Rewards that differ within every group."""
-        return cases.rewards(cases.PAIRS if self.algorithm.source == "pairs" else cases.MIXED)
+        return cases.rewards(cases.PAIRS if self.needs.source == "pairs" else cases.MIXED)
 
     def masks(self, batch: RolloutBatch, seed: int = 0) -> MaskSample:
         """Draws of a seed."""
@@ -62,39 +56,47 @@ class Subject:
 
     def estimate(self, batch: RolloutBatch, masks: MaskSample, *, seed: int) -> LikelihoodEstimate:
         """Plausible log-likelihoods, of tokens or of a policy's choices."""
-        return cases.estimate(batch, masks, seed=seed, policy=self.trains_policy)
+        return cases.estimate(batch, masks, self.needs, seed=seed)
 
     def experience(self, batch: RolloutBatch) -> Experience:
         """With an old policy, and a reference if the algorithm says that it needs one."""
         scored = self.scored()
         masks = self.masks(batch)
-        reference = self.estimate(batch, masks, seed=2) if self.algorithm.needs_reference else None
+        reference = self.estimate(batch, masks, seed=2) if self.needs.reference else None
         advantage = self.algorithm.advantages(scored, batch)
         return cases.experience(batch, scored, advantage, masks, self.estimate(batch, masks, seed=1), reference)
 
     def gradient(self, experience: Experience, new: LikelihoodEstimate) -> tuple[Tensor, Tensor]:
-        """(loss, d loss / d token_logp)."""
-        leaf = dataclasses.replace(new, token_logp=new.token_logp.clone().requires_grad_())
-        loss = self.algorithm.loss(leaf, experience).value
+        """(loss, its derivatives): (N, L) by the tokens, summed over draws, then (N, T) by the choices of a policy."""
+        leaves = {name: value.clone().requires_grad_() for name, value in new.differentiable.items()}
+        loss = self.algorithm.loss(dataclasses.replace(new, **leaves), experience).value
         require(loss.dim() == 0 and bool(torch.isfinite(loss)), f"loss is {loss}, expected one finite number")
-        (gradient,) = torch.autograd.grad(loss, leaf.token_logp)
-        return loss.detach(), gradient
+        found = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True), strict=True))
+        gradient = found["token_logp"] if self.scores_tokens else found["token_logp"][:, :0]
+        if self.needs.draws:
+            require(bool(found["draw_token_logp"].any()), "needs.draws = True, but the loss reads no draw_token_logp")
+            gradient = gradient + (found["draw_token_logp"] * (experience.masks.weight != 0)).sum(0)
+        return loss.detach(), torch.cat([gradient, *(found[n] for n in ("choice_logp",) if n in found)], dim=1)
 
 
 def declares_itself(subject: Subject) -> None:
-    """Config is a frozen dataclass, and source is one of those that training can feed."""
+    """Config is a frozen dataclass, and needs asks for what training can give."""
     kind = type(subject.algorithm)
     require(kind.Config.__dataclass_params__.frozen, f"{kind.__name__}.Config is not frozen")  # type: ignore[attr-defined]
-    allowed = get_args(get_args(get_type_hints(Algorithm)["source"])[0])
-    require(subject.algorithm.source in allowed, f"source = {subject.algorithm.source!r}, allowed: {allowed}")
+    sources, trainable = get_args(get_type_hints(Needs)["source"]), {"model", "policy"}
+    require(subject.needs.source in sources, f"needs.source = {subject.needs.source!r}, allowed: {sources}")
+    trains = subject.needs.trains
+    require(bool(trains) and trains <= trainable, f"needs.trains = {set(trains)}, allowed: some of {trainable}")
+    baseline = isinstance(subject.algorithm, ValueBaseline)
+    require(baseline or not subject.needs.values, f"needs.values = True, but {kind.__name__} is no ValueBaseline")
 
 
 def advantages_have_the_shape_of_rows_or_tokens(subject: Subject) -> None:
-    """advantages() gives finite float32 values, (N,) or (N, L)."""
+    """advantages() gives finite float32 values: (N,), (N, L), or (K, N, L) for the K draws of masks()."""
     for batch in subject.batches():
-        advantage = subject.algorithm.advantages(subject.scored(), batch)
+        advantage, drawn = subject.algorithm.advantages(subject.scored(), batch), subject.masks(batch).mask
         require(
-            tuple(advantage.shape) in ((len(batch),), tuple(batch.tokens.shape)),
+            advantage.shape in (drawn.shape[1:2], drawn.shape[1:], drawn.shape),
             f"shape {tuple(advantage.shape)} for {len(batch)} rows of {batch.tokens.shape[1]} tokens",
         )
         require(advantage.dtype == torch.float32, f"dtype {advantage.dtype}, expected float32")
@@ -111,10 +113,11 @@ def excluded_rows_count_for_nothing(subject: Subject) -> None:
             scored = cases.rewards(cases.MIXED, excluded=gone)
             whole = subject.algorithm.advantages(scored, batch)
             alone = subject.algorithm.advantages(scored.select(rest), batch.select(rest))
-            require(not bool(whole[gone].any()), f"excluded row {gone} has advantage {whole[gone].tolist()}")
+            own, others = select(whole, torch.tensor([gone])), select(whole, rest)
+            require(not bool(own.any()), f"excluded row {gone} has advantage {own.tolist()}")
             require(
-                torch.allclose(whole[rest], alone, atol=1e-6),
-                f"row {gone} failed: advantages of the others {whole[rest].tolist()}, without it {alone.tolist()}",
+                torch.allclose(others, alone, atol=1e-6),
+                f"row {gone} failed: advantages of the others {others.tolist()}, without it {alone.tolist()}",
             )
 
 
@@ -124,7 +127,7 @@ def equal_rewards_teach_nothing(subject: Subject) -> None:
         return
     for value in (0.0, 1.0, 0.7):
         for batch in subject.batches():
-            if not subject.trains_policy:  # whose speed is forwards per canvas, equal in the case as it is
+            if subject.scores_tokens:  # else speed is forwards per canvas, equal in the case as it is
                 batch = dataclasses.replace(batch, num_forwards=batch.completion.sum(-1))
             advantage = subject.algorithm.advantages(cases.rewards([value] * len(batch)), batch)
             require(float(advantage.abs().max()) < 1e-6, f"all rewards {value}: advantages {advantage.tolist()}")
@@ -136,7 +139,7 @@ def row_order_does_not_matter(subject: Subject) -> None:
     scored = subject.scored()
     for batch in subject.batches():
         for method in (subject.algorithm.advantages, subject.algorithm.keep):
-            straight, moved = method(scored, batch)[order], method(scored.select(order), batch.select(order))
+            straight, moved = select(method(scored, batch), order), method(scored.select(order), batch.select(order))
             require(
                 torch.allclose(straight.double(), moved.double(), atol=1e-6),
                 f"{method.__name__}: {straight.tolist()}, reordered {moved.tolist()}",
@@ -175,15 +178,15 @@ def only_the_completion_is_scored(subject: Subject) -> None:
 
 def what_follows_the_end_is_not_shown(subject: Subject) -> None:
     """Positions after the first EOS are masked in every draw that does not replay the trajectory."""
-    if subject.algorithm.replays_trajectory or subject.trains_policy or not subject.rolls_out:
+    if subject.needs.trajectory or not subject.scores_tokens or not subject.rolls_out:
         return
     for batch in subject.batches():
         require(bool(subject.masks(batch).mask[:, batch.tail].all()), "a draw shows the canvas after EOS")
 
 
 def weights_are_a_partition_of_unity(subject: Subject) -> None:
-    """Every completion token is counted once in expectation: E sum_k weight = 1. Training a policy draws nothing."""
-    if subject.trains_policy:
+    """Every completion token is counted once in expectation: E sum_k weight = 1. A policy alone draws nothing."""
+    if not subject.scores_tokens:
         require(all(len(subject.masks(batch).mask) == 0 for batch in subject.batches()), "masks() draws")
         return
     for batch in subject.batches():
@@ -201,9 +204,9 @@ def weights_are_a_partition_of_unity(subject: Subject) -> None:
 
 
 def trajectories_are_read_as_declared(subject: Subject) -> None:
-    """replays_trajectory is True exactly if masks() depends on unmask_step; a policy's choices always do."""
-    if subject.trains_policy:
-        require(subject.algorithm.replays_trajectory, "trains = 'policy' reads the trajectory")
+    """needs.trajectory is True exactly if masks() depends on unmask_step; a policy's choices always do."""
+    if "policy" in subject.needs.trains:
+        require(subject.needs.trajectory, "training a policy reads the trajectory: needs.trajectory must be True")
         return
     if not subject.rolls_out:
         return
@@ -213,10 +216,21 @@ def trajectories_are_read_as_declared(subject: Subject) -> None:
         )
         a, b = subject.masks(batch), subject.masks(later)
         depends = a.mask.shape != b.mask.shape or not torch.equal(a.mask, b.mask)
-        declared = subject.algorithm.replays_trajectory
+        declared = subject.needs.trajectory
         require(
-            depends == declared, f"replays_trajectory = {declared}, but masks() {'reads' if depends else 'ignores'} it"
+            depends == declared, f"needs.trajectory = {declared}, but masks() {'reads' if depends else 'ignores'} it"
         )
+
+
+def behaviour_is_read_as_declared(subject: Subject) -> None:
+    """needs.behaviour_logp is True exactly if advantages() or loss() depends on behaviour_logp."""
+    for batch in subject.batches():
+        other = dataclasses.replace(batch, behaviour_logp=batch.behaviour_logp - batch.completion.float())
+        first, second = subject.experience(batch), subject.experience(other)
+        new = subject.estimate(batch, first.masks, seed=3)
+        depends = subject.gradient(first, new)[0] != subject.gradient(second, new)[0]
+        declared = subject.needs.behaviour_logp
+        require(depends == declared, f"needs.behaviour_logp = {declared}, but it is {'' if depends else 'not '}read")
 
 
 def loss_reads_only_completions(subject: Subject) -> None:
@@ -226,9 +240,10 @@ def loss_reads_only_completions(subject: Subject) -> None:
         _, gradient = subject.gradient(experience, subject.estimate(batch, experience.masks, seed=3))
         require(bool(torch.isfinite(gradient).all()), "the gradient is not finite")
         require(bool(gradient.any()), "the gradient is 0 everywhere")
-        if subject.trains_policy:
+        if not subject.scores_tokens:
             continue
-        require(not bool(gradient[~batch.completion].any()), "tokens outside the completion have a gradient")
+        tokens = gradient[:, : batch.tokens.shape[1]]
+        require(not bool(tokens[~batch.completion].any()), "tokens outside the completion have a gradient")
 
 
 def loss_does_not_depend_on_sharding(subject: Subject) -> None:
@@ -237,10 +252,10 @@ def loss_does_not_depend_on_sharding(subject: Subject) -> None:
         experience = subject.experience(batch)
         new = subject.estimate(batch, experience.masks, seed=3)
         whole, gradient = subject.gradient(experience, new)
-        cut = 4 if subject.algorithm.source == "pairs" else 3
+        cut = 4 if subject.needs.source == "pairs" else 3
         parts = [torch.arange(cut), torch.arange(cut, len(batch))]
         losses, gradients = zip(
-            *(subject.gradient(cases.shard(experience, rows), cases.select(new, rows)) for rows in parts), strict=True
+            *(subject.gradient(cases.shard(experience, rows), new.select(rows)) for rows in parts), strict=True
         )
         require(
             abs(float(sum(losses) - whole)) <= TOLERANCE, f"halves give {float(sum(losses))}, the whole {float(whole)}"
@@ -254,8 +269,7 @@ def better_rows_become_likelier(subject: Subject) -> None:
         experience = subject.experience(batch)
         at_old = dataclasses.replace(experience, reference=None if experience.reference is None else experience.old)
         _, gradient = subject.gradient(at_old, experience.old)
-        advantage = experience.advantage if experience.advantage.dim() == 1 else experience.advantage.sum(-1)
-        for row, value in enumerate(advantage.tolist()):
+        for row, value in enumerate(per_row(experience.advantage).tolist()):
             slope = -float(gradient[row].sum())
             require(
                 value * slope > 0 or value == slope == 0,
@@ -264,15 +278,15 @@ def better_rows_become_likelier(subject: Subject) -> None:
 
 
 def reference_is_needed_as_declared(subject: Subject) -> None:
-    """needs_reference is True exactly if the loss reads the reference."""
-    if not subject.algorithm.needs_reference:
+    """needs.reference is True exactly if the loss reads the reference."""
+    if not subject.needs.reference:
         return  # every other check has called loss() without a reference
     for batch in subject.batches():
         experience = subject.experience(batch)
         new = subject.estimate(batch, experience.masks, seed=3)
         other = dataclasses.replace(experience, reference=subject.estimate(batch, experience.masks, seed=9))
         same = subject.gradient(experience, new)[0] == subject.gradient(other, new)[0]
-        require(not same, "needs_reference = True, but another reference gives the same loss")
+        require(not same, "needs.reference = True, but another reference gives the same loss")
 
 
 def the_batch_is_left_as_it_was(subject: Subject) -> None:
@@ -294,36 +308,38 @@ def the_learner_can_train_with_it(subject: Subject) -> None:
     """One update of a tiny model, full attention and block-causal, gives finite figures and moves the weights."""
     for family, batch in zip(("tiny", "sdar"), subject.batches(), strict=True):
         algorithm, scored = subject.algorithm, subject.scored()
-        learner = _policy_learner(batch) if subject.trains_policy else _learner(family, algorithm)
+        learner, masks = learner_for(subject.needs, batch, family), subject.masks(batch)
         before = learner.version().digest
-        masks = subject.masks(batch)
-        reference = learner.score(batch, masks, reference=True) if algorithm.needs_reference else None
-        learner.update(batch, scored, algorithm.advantages(scored, batch), masks, algorithm, reference=reference)
+        reference = None
+        if subject.needs.reference:
+            reference = [learner.score(batch, masks, reference=True, draws=subject.needs.draws)]
+        learner.update(batch, scored, algorithm.advantages(scored, batch), [masks], algorithm, reference=reference)
         require(learner.version().digest != before, f"{family}: the weights did not move")
 
 
-def _learner(family: str, algorithm: Algorithm) -> Learner:
+def learner_for(needs: Needs, batch: RolloutBatch, family: str, **settings: Any) -> TorchLearner:
+    """A learner of a tiny model, and of an untrained policy if one is to be trained, for the cases' batches."""
+    config = LearnerSection(**{"lr": 1e-3, **settings})
+    policy = None
+    if "policy" in needs.trains:
+        policy = PolicyScorer(
+            build("strategies", "learned", {"width": 16}),
+            config.tokens_per_microbatch,
+            block_size=cases.BLOCK,
+            block_origin="response",
+            sees_block_only=batch.block_ids is not None,
+        )
     return TorchLearner(
         cases.denoiser(family),
         character_tokenizer("0123456789"),
-        LearnerSection(lr=1e-3),
+        config,
         total_steps=1,
         seed=0,
-        keep_reference=algorithm.needs_reference,
-        keep_values=algorithm.value_clip is not None,
+        keep_reference=needs.reference,
+        keep_values=needs.values,
+        trains_model="model" in needs.trains,
+        policy=policy,
         dump_folder=Path(tempfile.gettempdir()) / "dllm-rl-conformance",
-    )
-
-
-def _policy_learner(batch: RolloutBatch) -> Learner:
-    return PolicyLearner(
-        build("strategies", "learned", {"width": 16}),
-        LearnerSection(lr=1e-3),
-        total_steps=1,
-        seed=0,
-        block_size=cases.BLOCK,
-        block_origin="response",
-        sees_block_only=batch.block_ids is not None,
     )
 
 
@@ -339,6 +355,7 @@ CHECKS: tuple[Callable[[Subject], None], ...] = (
     what_follows_the_end_is_not_shown,
     weights_are_a_partition_of_unity,
     trajectories_are_read_as_declared,
+    behaviour_is_read_as_declared,
     loss_reads_only_completions,
     loss_does_not_depend_on_sharding,
     better_rows_become_likelier,

@@ -8,13 +8,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from dllm_rl.diffusion.advantage import select
 from dllm_rl.diffusion.layout import block_index
 from dllm_rl.models.create import create_denoiser
 from dllm_rl.models.denoiser import TransformersDenoiser
 from dllm_rl.models.families import family_named
 from dllm_rl.models.tokenizers import character_tokenizer
+from dllm_rl.protocols.algorithm import Needs
 from dllm_rl.seeding import generator_for
-from dllm_rl.types import GIVEN, Experience, LikelihoodEstimate, MaskSample, Rewards, RolloutBatch
+from dllm_rl.types import GIVEN, Experience, GlobalCounts, LikelihoodEstimate, MaskSample, Rewards, RolloutBatch
 
 CANVAS, BLOCK = 8, 4
 _PROMPTS = (3, 3, 3, 2, 2, 2)
@@ -81,13 +83,22 @@ MIXED = [1.0, 0.0, 0.5, 0.0, 1.0, 0.25]
 PAIRS = [1.0, 0.0, 1.0, 0.0, 1.0, 0.0]
 
 
-def estimate(rows: RolloutBatch, masks: MaskSample, *, seed: int, policy: bool = False) -> LikelihoodEstimate:
-    """Plausible float64 log-likelihoods: negative on scored tokens (of a policy, on every forward), 0 elsewhere."""
-    where = torch.arange(int(rows.num_forwards.max())) < rows.num_forwards[:, None] if policy else rows.completion
-    noise = torch.rand(where.shape, generator=generator_for(seed, "conformance", "logp"), dtype=torch.float64)
-    token = torch.where(where, -2 * noise, 0.0)
-    draws = torch.zeros(len(masks.mask), len(rows), dtype=torch.float64)
-    return LikelihoodEstimate(token_logp=token, draw_logp=draws + token.sum(-1))
+def estimate(rows: RolloutBatch, masks: MaskSample, needs: Needs, *, seed: int) -> LikelihoodEstimate:
+    """Plausible float64 log-likelihoods: negative where the algorithm has something scored, 0 elsewhere."""
+
+    def noise(where: Tensor) -> Tensor:
+        drawn = torch.rand(where.shape, generator=generator_for(seed, "conformance", "logp"), dtype=torch.float64)
+        return torch.where(where, -2 * drawn, 0.0)
+
+    each = noise(masks.weight != 0) if needs.draws else None
+    token = noise(rows.completion) if each is None else (each * masks.weight).sum(0)
+    happened = torch.arange(int(rows.num_forwards.max())) < rows.num_forwards[:, None]
+    return LikelihoodEstimate(
+        token_logp=token if "model" in needs.trains else torch.zeros_like(token),
+        draw_logp=torch.zeros(len(masks.mask), len(rows), dtype=torch.float64) + token.sum(-1),
+        draw_token_logp=each,
+        choice_logp=noise(happened) if "policy" in needs.trains else None,
+    )
 
 
 def experience(
@@ -99,6 +110,7 @@ def experience(
     reference: LikelihoodEstimate | None,
 ) -> Experience:
     """An Experience whose global counts are the batch's own."""
+    whole = GlobalCounts.of(rows)
     return Experience(
         batch=rows,
         rewards=scored,
@@ -106,33 +118,25 @@ def experience(
         masks=masks,
         old=old,
         reference=reference,
-        num_tokens=int(rows.completion.sum()),
-        num_rows=len(rows),
+        num_tokens=whole.num_tokens,
+        num_rows=whole.num_rows,
+        num_choices=whole.num_choices,
         entropy=torch.rand(rows.tokens.shape, generator=generator_for(4, "conformance", "entropy")),
     )
 
 
 def shard(whole: Experience, rows: Tensor) -> Experience:
     """Some rows of an Experience, as another rank would hold them: the global counts stay."""
-
-    def part(value: LikelihoodEstimate) -> LikelihoodEstimate:
-        return select(value, rows)
-
     return dataclasses.replace(
         whole,
         batch=whole.batch.select(rows),
         rewards=whole.rewards.select(rows),
-        advantage=whole.advantage[rows],
+        advantage=select(whole.advantage, rows),
         masks=whole.masks.select(rows),
-        old=part(whole.old),
-        reference=None if whole.reference is None else part(whole.reference),
+        old=whole.old.select(rows),
+        reference=None if whole.reference is None else whole.reference.select(rows),
         entropy=None if whole.entropy is None else whole.entropy[rows],
     )
-
-
-def select(value: LikelihoodEstimate, rows: Tensor) -> LikelihoodEstimate:
-    """Some rows of an estimate."""
-    return LikelihoodEstimate(token_logp=value.token_logp[rows], draw_logp=value.draw_logp[:, rows])
 
 
 def tokenizer() -> PreTrainedTokenizerFast:

@@ -64,7 +64,7 @@ class Subject:
             rank=0,
             path=str(self._path(denoiser)),
             strategies={TRAIN: {"name": strategy}},
-            trains="model",
+            trains=frozenset({"model"}),
             load=lambda: load_denoiser(self._path(denoiser)),
         )
         made: RolloutEngine = self.engine(self.options, setup)
@@ -78,7 +78,7 @@ class Subject:
             denoiser=denoiser, tokenizer=cases.tokenizer(), strategies={TRAIN: build("strategies", strategy, {})}
         )
         setup = EngineSetup(
-            rank=0, path="", strategies={}, trains="model", load=lambda: (denoiser, None), shared=shared
+            rank=0, path="", strategies={}, trains=frozenset({"model"}), load=lambda: (denoiser, None), shared=shared
         )
         made: RolloutEngine = kind(options, setup)
         made.weights = WEIGHTS

@@ -1,7 +1,8 @@
 """Advantages from rewards, within groups of rows that share a prompt.
 
-All functions take float32 rewards (N,), group numbers (N,) int64 and which rows are included (N,) bool. Excluded rows
-(a verifier failed) get advantage 0 and enter no statistic.
+Baselines take float32 rewards (N,), group numbers (N,) int64 and which rows are included (N,) bool. Excluded rows
+(a verifier failed) get advantage 0 and enter no statistic. What gives advantages gives one per row; algorithms may have
+one per token, or per token of each draw, and the first functions here take all three shapes.
 
 With ``episode`` (N,) int64, rows of one number are turns of one sample. A sample counts once in the statistics of its
 group, however many turns it has: with the mean of its included rows' rewards. None = every row is a sample.
@@ -13,6 +14,26 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+
+
+def per_token(advantage: Tensor) -> Tensor:
+    """Advantages (N,), (N, L) or (K, N, L) so that they broadcast with tokens (N, L) or (K, N, L)."""
+    return advantage[:, None] if advantage.dim() == 1 else advantage
+
+
+def per_row(advantage: Tensor) -> Tensor:
+    """(N,) advantages summed over what else they have: tokens, draws and tokens."""
+    return advantage if advantage.dim() == 1 else advantage.sum(-1).view(-1, advantage.shape[-2]).sum(0)
+
+
+def select(advantage: Tensor, rows: Tensor) -> Tensor:
+    """Advantages restricted to rows (int64 indices or a bool mask over N), whatever else they have."""
+    return advantage[rows] if advantage.dim() == 1 else advantage[..., rows, :]
+
+
+def scaled(advantage: Tensor, factor: Tensor) -> Tensor:
+    """Advantages (N,), (N, L) or (K, N, L) times factors (N,) or (N, L)."""
+    return advantage * factor if advantage.dim() == factor.dim() == 1 else per_token(advantage) * per_token(factor)
 
 
 def group_mean(reward: Tensor, group: Tensor, included: Tensor, episode: Tensor | None = None) -> Tensor:

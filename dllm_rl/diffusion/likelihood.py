@@ -124,7 +124,7 @@ def plan(batch: RolloutBatch, masks: MaskSample, tokens_per_microbatch: int) -> 
 
 
 def score(denoiser: Denoiser, batch: RolloutBatch, masks: MaskSample, work: Work) -> tuple[Tensor, Tensor, Tensor]:
-    """Weighted log-probabilities of one micro-batch, with graph if gradients are enabled.
+    """Log-probabilities of the tokens that one micro-batch scores, with graph if gradients are enabled.
 
     Args:
         denoiser: the network.
@@ -132,8 +132,8 @@ def score(denoiser: Denoiser, batch: RolloutBatch, masks: MaskSample, work: Work
         masks: draws, for the same rows.
         work: the micro-batch.
     Returns:
-        (values, pair, position): values (M,) = weight * log p in nats; pair (M,) indexes work.draw / work.row;
-        position (M,) is the position in the row.
+        (logp, pair, position): logp (M,) in nats, not weighted; pair (M,) indexes work.draw / work.row; position (M,)
+        is the position in the row.
     """
     rows, pair, position = scored_states(denoiser, batch, masks, work)
     logp = token_logp(
@@ -144,7 +144,12 @@ def score(denoiser: Denoiser, batch: RolloutBatch, masks: MaskSample, work: Work
         mask_id=denoiser.mask_id,
         chunks=work.chunks,
     )
-    return masks.weight[work.draw, work.row, : work.length].to(rows.device)[pair, position] * logp, pair, position
+    return logp, pair, position
+
+
+def weights(masks: MaskSample, work: Work, pair: Tensor, position: Tensor) -> Tensor:
+    """(M,) weights of what score gives for a micro-batch."""
+    return masks.weight[work.draw, work.row, : work.length].to(pair.device)[pair, position]
 
 
 def scored_states(
@@ -188,6 +193,8 @@ def summed(
     masks: MaskSample,
     work: Sequence[Work],
     forward: Callable[[Work], tuple[Tensor, Tensor, Tensor]],
+    *,
+    draws: bool = False,
 ) -> LikelihoodEstimate:
     """The estimate from its micro-batches.
 
@@ -196,20 +203,29 @@ def summed(
         masks: draws, for the same rows.
         work: micro-batches.
         forward: gives what score gives for one of them.
+        draws: keep the log-probabilities of each draw.
     """
     token: Tensor | None = None
     draw: Tensor | None = None
+    each: Tensor | None = None
     for part in work:
-        values, pair, position = forward(part)
+        logp, pair, position = forward(part)
         if token is None or draw is None:
-            token = torch.zeros(batch.tokens.shape, dtype=values.dtype, device=values.device)
-            draw = torch.zeros(masks.mask.shape[:2], dtype=values.dtype, device=values.device)
-        row = part.row.to(values.device)[pair]
+            blank = torch.zeros((), dtype=logp.dtype, device=logp.device)
+            token, draw = blank.repeat(batch.tokens.shape), blank.repeat(masks.mask.shape[:2])
+            each = blank.repeat(masks.mask.shape) if draws else None
+        values = weights(masks, part, pair, position) * logp
+        number, row = part.draw.to(logp.device)[pair], part.row.to(logp.device)[pair]
         token = token.index_put((row, position), values, accumulate=True)
-        draw.index_put_((part.draw.to(values.device)[pair], row), values.detach(), accumulate=True)
+        draw.index_put_((number, row), values.detach(), accumulate=True)
+        each = None if each is None else each.index_put((number, row, position), logp)
     assert token is not None and draw is not None, "samplers refuse rows without completion"
     device = batch.tokens.device
-    return LikelihoodEstimate(token_logp=token.to(device), draw_logp=len(masks.mask) * draw.to(device))
+    return LikelihoodEstimate(
+        token_logp=token.to(device),
+        draw_logp=len(masks.mask) * draw.to(device),
+        draw_token_logp=None if each is None else each.to(device),
+    )
 
 
 def entropy(denoiser: Denoiser, batch: RolloutBatch, masks: MaskSample, work: Work) -> tuple[Tensor, Tensor, Tensor]:

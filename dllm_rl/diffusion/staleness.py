@@ -1,4 +1,4 @@
-"""Correction for rollouts of older weights: truncated importance weights, from replaying each rollout.
+"""Correction for rollouts of older weights, or of approximate engines: truncated importance weights, from replays.
 
     rho_i = min(p_now(token_i | state) / p_then(token_i | state), cap)
 

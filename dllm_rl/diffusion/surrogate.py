@@ -12,6 +12,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from dllm_rl.diffusion.advantage import per_token
 from dllm_rl.types import Experience, LikelihoodEstimate, Loss
 
 Divergence = Literal["k1", "k2", "k3"]
@@ -149,7 +150,8 @@ def clipped_loss(
         anchor: what the divergence is taken to; None = experience.reference.
     """
     where = experience.batch.completion
-    advantage = experience.advantage if experience.advantage.dim() == 2 else experience.advantage[:, None]
+    assert experience.advantage.dim() < 3, "advantages per draw need a loss over draws"
+    advantage = per_token(experience.advantage)
     log_ratio = new.token_logp - experience.old.token_logp
     gain = clipped(log_ratio, advantage, epsilon)
 
@@ -160,7 +162,7 @@ def clipped_loss(
     metrics = ratio_metrics(log_ratio, advantage, epsilon, where, **counts)
     if beta > 0:
         target = experience.reference if anchor is None else anchor
-        assert target is not None, "beta > 0 means needs_reference"
+        assert target is not None, "beta > 0 means needs.reference"
         kl = divergence(new.token_logp, target.token_logp, "k3")
         metrics["kl"] = mean(kl.detach())
         gain = gain - beta * kl
@@ -208,7 +210,7 @@ def sequence_clipped_loss(
     counts = {"num_tokens": experience.num_rows, "num_rows": experience.num_rows}  # a row is the unit of the ratio
     metrics = ratio_metrics(log_ratio, advantage, epsilon, every, **counts)
     if beta > 0:
-        assert experience.reference is not None, "beta > 0 means needs_reference"
+        assert experience.reference is not None, "beta > 0 means needs.reference"
         kl = divergence(bound, sequence_logp(experience.reference, experience), kind) / length
         metrics["kl"] = kl.detach().sum() / experience.num_rows
         gain = gain - beta * kl

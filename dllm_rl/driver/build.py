@@ -26,7 +26,7 @@ from dllm_rl.driver.weight_sync import WeightSync
 from dllm_rl.errors import UserError, require_package
 from dllm_rl.models.denoiser import TransformersDenoiser
 from dllm_rl.models.from_config import model_path
-from dllm_rl.protocols.algorithm import Algorithm, Plan
+from dllm_rl.protocols.algorithm import Algorithm, ExtraRollouts, Plan
 from dllm_rl.protocols.engine import EVALUATE, TRAIN, Sampler
 from dllm_rl.protocols.rollouter import Rollouter
 from dllm_rl.protocols.strategy import UnmaskingStrategy
@@ -125,15 +125,16 @@ def _build_run(config: Config, folder: Path, progress: Progress, stack: ExitStac
     task: Task = build("tasks", config.data.task.name, config.data.task.options)
     rollouter: Rollouter = build("rollouters", config.rollout.rollouter.name, config.rollout.rollouter.options)
     _check_source(config, algorithm, strategy, task)
-    if rollouter.multi_turn and (algorithm.source != "rollouts" or algorithm.asks_further):
+    source, extra = algorithm.needs.source, isinstance(algorithm, ExtraRollouts)
+    if rollouter.multi_turn and (source != "rollouts" or extra):
         raise UserError(
             f"algorithm '{config.algorithm.name}' needs rollout.rollouter: {{name: single_turn}}, since it "
-            + ("asks for further completions of prompts" if algorithm.asks_further else f"trains on {algorithm.source}")
+            + ("asks for further completions of prompts" if extra else f"trains on {source}")
         )
     other = config.evaluate.strategy
     if other is not None:  # refused here rather than by an engine
         build("strategies", other.name, other.options)
-    if algorithm.replays_trajectory and strategy.revises:
+    if algorithm.needs.trajectory and strategy.revises:
         raise UserError(
             f"algorithm '{config.algorithm.name}' replays trajectories, but strategy '{config.sampling.strategy.name}' "
             f"revises committed tokens; choose another of the two"
@@ -179,7 +180,7 @@ def _build_run(config: Config, folder: Path, progress: Progress, stack: ExitStac
                         tokenizer,
                         max_prompt_tokens=limit,
                         system_prompt=config.data.system_prompt,
-                        with_trace=algorithm.asks_further,
+                        with_trace=algorithm.needs.traces,
                     )
                 )
                 advance(1, "")
@@ -189,8 +190,8 @@ def _build_run(config: Config, folder: Path, progress: Progress, stack: ExitStac
     prompts = tokenised(train_examples)
     held_out = _held_out(config, task)
     demonstrations: dict[str, Sequence[Sequence[int]]] = {}
-    if algorithm.source != "rollouts":
-        wanted = _demonstration if algorithm.source == "demonstrations" else _pair
+    if algorithm.needs.source != "rollouts":
+        wanted = _demonstration if algorithm.needs.source == "demonstrations" else _pair
         with progress.track("completions", len(train_examples)) as advance:
             for example in train_examples:
                 demonstrations[example.uid] = [
@@ -217,6 +218,13 @@ def _build_run(config: Config, folder: Path, progress: Progress, stack: ExitStac
 
 
 def _check_learner(config: Config, algorithm: Algorithm) -> None:
+    trains_policy, values = "policy" in algorithm.needs.trains, algorithm.needs.values
+    if config.rollout.correction is not None and (trains_policy or values):
+        what = "choices of positions" if trains_policy else "advantages from a value model"
+        raise UserError(
+            f"rollout.correction = {config.rollout.correction}: it weights advantages by replayed tokens, which does "
+            f"not reach the {what} of algorithm '{config.algorithm.name}'; set it to null"
+        )
     if config.learner.backend == "torch":
         return
     require_package("deepspeed", "deepspeed", "learner.backend: deepspeed")
@@ -225,9 +233,9 @@ def _check_learner(config: Config, algorithm: Algorithm) -> None:
 
         check_options(config.learner)
     why = None
-    if algorithm.trains == "policy":
+    if trains_policy:
         why = "trains an unmasking policy"
-    elif algorithm.value_clip is not None:
+    elif values:
         why = "trains a value model"
     if why is not None:
         raise UserError(
@@ -243,14 +251,14 @@ def reward_plugins(config: Config, task: Task) -> list[RewardPlugin]:
 
 
 def _check_source(config: Config, algorithm: Algorithm, strategy: UnmaskingStrategy, task: Task) -> None:
-    if algorithm.source != "rollouts":
+    if algorithm.needs.source != "rollouts":
         return
     if not reward_plugins(config, task):
         raise UserError(f"task '{config.data.task.name}' has no rewards of its own; list some under 'rewards:'")
-    if config.data.samples_per_prompt < algorithm.min_group:
+    if config.data.samples_per_prompt < algorithm.needs.group_size:
         raise UserError(
             f"data.samples_per_prompt = {config.data.samples_per_prompt}: algorithm '{config.algorithm.name}' compares "
-            f"the samples of a prompt and needs at least {algorithm.min_group}"
+            f"the samples of a prompt and needs at least {algorithm.needs.group_size}"
         )
     if config.sampling.temperature == 0 and config.data.samples_per_prompt > 1 and not strategy.samples:
         raise UserError(

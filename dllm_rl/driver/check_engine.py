@@ -26,8 +26,8 @@ def check_engine(
     """
     can, name, family = capabilities, config.engine.name, denoiser.family.name
     attention = "full" if denoiser.block_size is None else "block_causal"
-    method, train = config.algorithm.name, algorithm.source == "rollouts"
-    adapter = config.model.lora is not None and config.cluster.push == "adapter" and algorithm.trains != "policy"
+    method, train = config.algorithm.name, algorithm.needs.source == "rollouts"
+    adapter = config.model.lora is not None and config.cluster.push == "adapter" and "model" in algorithm.needs.trains
     gpus = torch.cuda.is_available() or config.cluster.kind == "ray"  # a driver of a cluster may have none itself
     lacks = [
         (can.families is not None and family not in can.families, f"serves {_listed(can.families)}, not '{family}'"),
@@ -37,12 +37,15 @@ def check_engine(
         ),
         (can.needs_gpu and not gpus, "needs a GPU, and there is none"),
         (adapter and not can.lora, "knows no adapters; set cluster.push: merged"),
-        (train and algorithm.replays_trajectory and not can.step_maps, f"returns no step maps, which '{method}' reads"),
+        (train and algorithm.needs.trajectory and not can.step_maps, f"returns no step maps, which '{method}' reads"),
         (
             config.rollout.correction is not None and not can.logp,
             "returns no log-probs, which rollout.correction reads",
         ),
-        (algorithm.trains == "policy" and not can.confidence, f"keeps no confidences, which '{method}' trains on"),
+        (
+            "policy" in algorithm.needs.trains and not can.confidence,
+            f"keeps no confidences, which '{method}' trains on",
+        ),
         (config.rollout.pause_blocks is not None and not can.partial, "cannot pause; leave rollout.pause_blocks out"),
         (bool(config.cluster.sleep) and not can.sleep, "cannot sleep; set cluster.sleep: false"),
     ]

@@ -14,7 +14,7 @@ from dllm_rl.config.schema import Config
 from dllm_rl.data.collate import collate, completion_texts, supervised
 from dllm_rl.driver.build import Run
 from dllm_rl.driver.decoder import BatchDecoder, PartialBatch
-from dllm_rl.protocols.algorithm import ExtraRollout
+from dllm_rl.protocols.algorithm import ExtraRollout, ExtraRollouts
 from dllm_rl.protocols.rollouter import Decoder, Turn, check_turns
 from dllm_rl.reports.clock import Clock
 from dllm_rl.reports.measure import rollout_metrics
@@ -93,7 +93,7 @@ def collect(
     batch, rewards = _collate(run, drawn), drawn.rewards
     metrics = rollout_metrics(batch, rewards)
     rows = list(range(len(batch)))
-    if run.algorithm.asks_further:
+    if isinstance(run.algorithm, ExtraRollouts):
         generator = seeding.generator_for(seed, "further", step)
         canvas = run.sampling.max_new_tokens
         further = run.algorithm.extra_rollouts(prompts, rewards, batch, canvas=canvas, generator=generator)

@@ -253,7 +253,7 @@ def _engine(spec: WorkerSpec, rank: WorkerRank, shared: SharedModel | None) -> R
         rank=rank.rank,
         path=spec.path,
         strategies={role: plugin.model_dump() for role, plugin in spec.strategies.items()},
-        trains=spec.algorithm.trains,
+        trains=spec.algorithm.needs.trains,
         load=functools.partial(load_model, config, spec.path, adapter=config.cluster.push == "adapter"),
         shared=shared,
     )
@@ -262,7 +262,7 @@ def _engine(spec: WorkerSpec, rank: WorkerRank, shared: SharedModel | None) -> R
 
 
 def _bound_strategies(spec: WorkerSpec, vocabulary: str, device: torch.device) -> dict[str, UnmaskingStrategy]:
-    trains_policy, made = spec.algorithm.trains == "policy", {}
+    trains_policy, made = "policy" in spec.algorithm.needs.trains, {}
     for role, plugin in spec.strategies.items():
         made[role] = build("strategies", plugin.name, plugin.options)
         made[role].bind(vocabulary, device, trained_here=trains_policy and role == TRAIN)

@@ -14,6 +14,7 @@ from typing_extensions import override
 
 from dllm_rl.cluster.group import P, R, WorkerGroup, WorkerLost, gather
 from dllm_rl.cluster.watchdog import HEARTBEAT_S, Watchdog
+from dllm_rl.diffusion.advantage import select
 from dllm_rl.protocols.algorithm import Algorithm
 from dllm_rl.protocols.learner import Learner
 from dllm_rl.types import GlobalCounts, LikelihoodEstimate, MaskSample, Rewards, RolloutBatch, WeightsVersion
@@ -51,10 +52,10 @@ class LearnerGroup(Learner):
         batch: RolloutBatch,
         rewards: Rewards,
         advantage: Tensor,
-        masks: MaskSample,
+        masks: Sequence[MaskSample],
         algorithm: Algorithm,
         *,
-        reference: LikelihoodEstimate | None,
+        reference: Sequence[LikelihoodEstimate] | None,
         counts: GlobalCounts | None = None,
     ) -> Mapping[str, float]:
         assert counts is None, "the group holds whole batches"
@@ -63,36 +64,37 @@ class LearnerGroup(Learner):
         if self.group.size == 1:
             calls.append(submit(0, update, batch, rewards, advantage, masks, algorithm, reference=reference))
         else:
-            whole = GlobalCounts(num_tokens=int(batch.completion.sum()), num_rows=len(batch))
+            whole = GlobalCounts.of(batch)
             for rank, rows in enumerate(balance_rows(batch, self.group.size)):
                 idle = not len(rows)
                 rows = torch.zeros(1, dtype=torch.int64) if idle else rows
-                few = (batch.select(rows), rewards.select(rows), advantage[rows], masks.select(rows), algorithm)
-                part = None if reference is None else _of_rows(reference, rows)
+                few = (batch.select(rows), rewards.select(rows), select(advantage, rows))
+                drawn = [one.select(rows) for one in masks]
+                part = None if reference is None else [one.select(rows) for one in reference]
                 counts = dataclasses.replace(whole, idle=idle)
-                calls.append(submit(rank, update, *few, reference=part, counts=counts))
+                calls.append(submit(rank, update, *few, drawn, algorithm, reference=part, counts=counts))
         metrics = self._all(calls)[0]
         self.step += 1
         return metrics
 
     @override
-    def score(self, batch: RolloutBatch, masks: MaskSample, *, reference: bool = False) -> LikelihoodEstimate:
+    def score(
+        self, batch: RolloutBatch, masks: MaskSample, *, reference: bool = False, draws: bool = False
+    ) -> LikelihoodEstimate:
+        submit, score = self.group.submit, LearnerWorker.score
         if self.group.size == 1:
-            return self._all([self.group.submit(0, LearnerWorker.score, batch, masks, reference=reference)])[0]
+            return self._all([submit(0, score, batch, masks, reference=reference, draws=draws)])[0]
         dealt = balance_rows(batch, self.group.size)
         shares = [rows if len(rows) else torch.zeros(1, dtype=torch.int64) for rows in dealt]
         scored = self._all(
             [
-                self.group.submit(rank, LearnerWorker.score, batch.select(r), masks.select(r), reference=reference)
+                submit(rank, score, batch.select(r), masks.select(r), reference=reference, draws=draws)
                 for rank, r in enumerate(shares)
             ]
         )
         back = torch.cat(dealt).argsort()
         used = [part for part, rows in zip(scored, dealt, strict=True) if len(rows)]
-        return LikelihoodEstimate(
-            token_logp=torch.cat([part.token_logp for part in used])[back],
-            draw_logp=torch.cat([part.draw_logp for part in used], dim=1)[:, back],
-        )
+        return LikelihoodEstimate.join(used).select(back)
 
     @override
     def skip(self) -> Mapping[str, float]:
@@ -177,7 +179,3 @@ def balance_rows(batch: RolloutBatch, size: int) -> list[Tensor]:
         load[least] += int(tokens[rows].sum())
         dealt[least].append(rows)
     return [torch.cat(rows).sort().values if rows else torch.zeros(0, dtype=torch.int64) for rows in dealt]
-
-
-def _of_rows(estimate: LikelihoodEstimate, rows: Tensor) -> LikelihoodEstimate:
-    return LikelihoodEstimate(token_logp=estimate.token_logp[rows], draw_logp=estimate.draw_logp[:, rows])

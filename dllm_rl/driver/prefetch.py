@@ -51,7 +51,7 @@ class RolloutPrefetcher:
             config: of the run; its section rollout decides.
         """
         self._run, self._config = run, config
-        self._lead = config.rollout.max_staleness if run.algorithm.source == "rollouts" else 0
+        self._lead = config.rollout.max_staleness if run.algorithm.needs.source == "rollouts" else 0
         # In one process the learner changes the weights that the engine decodes with: the same schedule, no overlap.
         overlap = self._lead > 0 and config.cluster.kind != "local"
         self._thread = ThreadPoolExecutor(1, "prefetch") if overlap else None
@@ -129,7 +129,7 @@ class RolloutPrefetcher:
 
     def _collect(self, step: int, begun: PartialBatch) -> Collected:
         prompts = self._run.source.batch(step)
-        if self._run.algorithm.source != "rollouts":
+        if self._run.algorithm.needs.source != "rollouts":
             del self._partial[step]
             return demonstrate(self._run, prompts)
         engines = partial(self._engines_for, step, begun)

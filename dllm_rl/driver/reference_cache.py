@@ -8,15 +8,16 @@ demonstrations) every reference score can therefore be computed before training;
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from dllm_rl import seeding
 from dllm_rl.config.schema import Config
 from dllm_rl.driver.build import Run
 from dllm_rl.driver.collect import demonstrate
+from dllm_rl.driver.step_masks import step_masks
 from dllm_rl.errors import UserError
 from dllm_rl.reports.progress import Progress
 from dllm_rl.types import LikelihoodEstimate, MaskSample, RolloutBatch
@@ -36,10 +37,10 @@ class ReferenceCache:
             UserError: precomputing for rollouts, which are not there yet.
         """
         self._run, self._config = run, config
-        self._needed = run.algorithm.needs_reference
+        self._needed, self._draws = run.algorithm.needs.reference, run.algorithm.needs.draws
         self._cached = self._needed and config.learner.precompute_reference
         self._folder = Path(config.learner.reference_cache or folder / "reference")
-        if self._cached and run.algorithm.source == "rollouts":
+        if self._cached and run.algorithm.needs.source == "rollouts":
             raise UserError(
                 f"learner.precompute_reference = true: algorithm '{config.algorithm.name}' trains on fresh rollouts, "
                 f"which cannot be scored beforehand; leave it out"
@@ -56,31 +57,35 @@ class ReferenceCache:
         """
         if not self._cached:
             return
-        run, seed = self._run, self._config.run.seed
+        run = self._run
         with progress.track("reference", total - first) as advance:
             for step in range(first, total):
                 batch = demonstrate(run, run.source.batch(step)).batch
-                masks = run.algorithm.masks(batch, seeding.generator_for(seed, "masks", step))
-                path = self._path(batch, masks)
-                if not path.exists():
-                    estimate = run.learner.score(batch, masks, reference=True)
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    half = path.with_suffix(".part")
-                    torch.save({"token_logp": estimate.token_logp, "draw_logp": estimate.draw_logp}, half)
-                    half.replace(path)  # whole or not there
+                for masks in step_masks(run.algorithm, batch, self._config, step):
+                    path = self._path(batch, masks)
+                    if not path.exists():
+                        estimate = self._score(batch, masks)
+                        path.parent.mkdir(parents=True, exist_ok=True)
+                        half = path.with_suffix(".part")
+                        torch.save({"draw_logp": estimate.draw_logp, **estimate.differentiable}, half)
+                        half.replace(path)  # whole or not there
                 advance(1, "")
         run.learner.drop_reference()
 
-    def of(self, batch: RolloutBatch, masks: MaskSample) -> LikelihoodEstimate | None:
-        """The reference likelihoods of a batch under its draws, or None if the algorithm needs none."""
+    def of(self, batch: RolloutBatch, masks: Sequence[MaskSample]) -> list[LikelihoodEstimate] | None:
+        """The reference likelihoods of a batch under each of its draws, or None if the algorithm needs none."""
         if not self._needed:
             return None
         if not self._cached:
-            return self._run.learner.score(batch, masks, reference=True)
-        return LikelihoodEstimate(**torch.load(self._path(batch, masks), weights_only=True))
+            return [self._score(batch, drawn) for drawn in masks]
+        paths = [self._path(batch, drawn) for drawn in masks]
+        return [LikelihoodEstimate(**torch.load(path, weights_only=True)) for path in paths]
+
+    def _score(self, batch: RolloutBatch, masks: MaskSample) -> LikelihoodEstimate:
+        return self._run.learner.score(batch, masks, reference=True, draws=self._draws)
 
     def _path(self, batch: RolloutBatch, masks: MaskSample) -> Path:
-        made = hashlib.blake2b(self._weights.encode(), digest_size=16)
+        made = hashlib.blake2b((self._weights + "draws" * self._draws).encode(), digest_size=16)
         for value in (batch.tokens, batch.completion, masks.mask, masks.weight):
             made.update(repr(tuple(value.shape)).encode())
             made.update(_bytes(value))

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
 from dllm_rl import seeding
 from dllm_rl.config.schema import Config
 from dllm_rl.diffusion import masking
+from dllm_rl.diffusion.advantage import scaled, select
 from dllm_rl.diffusion.staleness import decoded_by_several, oldest_weights, truncated_weights
 from dllm_rl.driver.build import Run
 from dllm_rl.driver.collect import Collected
 from dllm_rl.driver.prefetch import RolloutPrefetcher
 from dllm_rl.driver.reference_cache import ReferenceCache
+from dllm_rl.driver.step_masks import step_masks
+from dllm_rl.errors import UserError
 from dllm_rl.learner.diagnostics import estimator_metrics
 from dllm_rl.reports.clock import Clock
 from dllm_rl.types import RolloutBatch
@@ -47,14 +52,20 @@ def one_step(
         if len(keep) == 0:
             learner.skip()
         else:
-            batch, rewards, advantage = batch.select(keep), rewards.select(keep), advantage[keep]
-            masks = algorithm.masks(batch, seeding.generator_for(seed, "masks", step))
+            batch, rewards, advantage = batch.select(keep), rewards.select(keep), select(advantage, keep)
+            masks = step_masks(algorithm, batch, config, step)
             with run.engines.asleep(timer):
                 with timer("score_s"):
                     reference = references.of(batch, masks)
-                    if config.rollout.correction is not None and oldest_weights(batch) < step:
-                        advantage, figures = _corrected(advantage, run, config, batch)
+                    if config.rollout.correction is not None and (oldest_weights(batch) < step or not batch.exact):
+                        batch, advantage, figures = _corrected(advantage, run, config, batch)
                         learned |= figures
+                    elif algorithm.needs.behaviour_logp and not batch.exact:
+                        raise UserError(
+                            f"algorithm '{config.algorithm.name}' reads the rollouts' log-probabilities as the "
+                            f"learner's own, and those of engine '{config.engine.name}' are approximate; set "
+                            f"rollout.correction to token or sequence, or choose another engine"
+                        )
                 every = config.diagnostics.every_steps
                 if every is not None and step % every == 0:
                     with timer("diagnose_s"):
@@ -70,14 +81,15 @@ def one_step(
     return collected, learned, timer
 
 
-def _corrected(advantage: Tensor, run: Run, config: Config, batch: RolloutBatch) -> tuple[Tensor, dict[str, float]]:
+def _corrected(
+    advantage: Tensor, run: Run, config: Config, batch: RolloutBatch
+) -> tuple[RolloutBatch, Tensor, dict[str, float]]:
+    """The batch with the learner's own log-probabilities, and advantages weighted by their ratio to the engine's."""
     level = config.rollout.correction
     assert level is not None, "the caller asked"
     replay = masking.along_trajectory(batch.unmask_step, batch.generated, block_ids=batch.block_ids)
     now = run.learner.score(batch, replay).token_logp
     factor, figures = truncated_weights(now, batch, cap=config.rollout.correction_cap, level=level)
-    if advantage.dim() < factor.dim():
-        advantage = advantage[:, None]
-    elif advantage.dim() > factor.dim():
-        factor = factor[:, None]
-    return advantage * factor.to(advantage.device, torch.float32), figures
+    own = torch.where(batch.generated, now.float(), batch.behaviour_logp)
+    advantage = scaled(advantage, factor.to(advantage.device, torch.float32))
+    return dataclasses.replace(batch, behaviour_logp=own), advantage, figures

@@ -18,57 +18,77 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from typing_extensions import override
 
 from dllm_rl.diffusion import likelihood
 from dllm_rl.errors import UserError
+from dllm_rl.learner.model_scorer import ModelScorer, Scored, Scoring
 from dllm_rl.learner.optimizer import Optimizer
-from dllm_rl.learner.torch_learner import Scored, Scoring, TorchLearner
-from dllm_rl.learner.zero import Scorer, ZeroOptimizer
+from dllm_rl.learner.torch_learner import TorchLearner
+from dllm_rl.learner.zero import Root, ZeroOptimizer
 from dllm_rl.types import MaskSample, RolloutBatch
 
 TAG, UNIVERSAL = "state", "any_size"
 
 
-class DeepSpeedLearner(TorchLearner):
-    """A rank of a ZeRO group; zero.join_ranks comes first."""
+class RankScorer(ModelScorer):
+    """A ModelScorer whose forwards run under DeepSpeed's engine.
 
-    _optimizer: ZeroOptimizer
+    Attributes:
+        engine: set once it is there.
+    """
 
-    def _make_optimizer(self, total_steps: int) -> Optimizer:
-        self._rank, self._size = dist.get_rank(), dist.get_world_size()
-        return ZeroOptimizer(Scorer(self.denoiser), [p for _, p in self._trained], self._config, total_steps)
+    engine: Any
 
-    def _plan(self, batch: RolloutBatch, masks: MaskSample) -> list[likelihood.Work]:
-        own = super()._plan(batch, masks)
+    @override
+    def plan(self, batch: RolloutBatch, masks: MaskSample) -> list[likelihood.Work]:
+        own = super().plan(batch, masks)
         number = self._largest([len(own)])[0]
         zero = torch.zeros(1, dtype=torch.int64)
         nothing = likelihood.Work(zero, zero, zero, zero, int(batch.valid[0].sum()), idle=True)
         work = own + [nothing] * (number - len(own))
-        if self._config.zero_stage < 3:
+        if self.engine.zero_optimization_stage() < 3:
             return work
         counts = [0 if part.idle else int((masks.weight[part.draw, part.row] != 0).sum()) for part in work]
         vocabulary = self.denoiser.vocab_size
         chunks = self._largest([likelihood.chunk_count(count, vocabulary) for count in counts])
         return [dataclasses.replace(part, chunks=most) for part, most in zip(work, chunks, strict=True)]
 
+    @override
     def _forward(self, function: Scoring, batch: RolloutBatch, masks: MaskSample, work: likelihood.Work) -> Scored:
         self.ticks += 1
-        scored: Scored = self._optimizer.engine(function, batch, masks, work)
+        scored: Scored = self.engine(function, batch, masks, work)
         return scored
 
-    def _over_ranks(self, scalars: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        everyone: list[Any] = [None] * self._size
-        dist.all_gather_object(everyone, {name: value.double().cpu() for name, value in scalars.items()})
-        names = dict.fromkeys(name for one in everyone for name in one)
-        return {name: sum((one[name] for one in everyone if name in one), torch.zeros(())) for name in names}
-
     def _largest(self, values: Sequence[int]) -> list[int]:
-        if self._size == 1:
+        if dist.get_world_size() == 1:
             return list(values)
         most = torch.tensor(values, dtype=torch.int64, device=self.denoiser.device)
         dist.all_reduce(most, op=dist.ReduceOp.MAX)
         found: list[int] = most.tolist()
         return found
+
+
+class DeepSpeedLearner(TorchLearner):
+    """A rank of a ZeRO group; zero.join_ranks comes first."""
+
+    _model_scorer = RankScorer
+    _model: RankScorer
+    _optimizer: ZeroOptimizer
+
+    @override
+    def _make_optimizer(self, total_steps: int) -> Optimizer:
+        self._rank, self._size = dist.get_rank(), dist.get_world_size()
+        made = ZeroOptimizer(Root(self.denoiser), [p for _, p in self._trained], self._config, total_steps)
+        self._model.engine = made.engine
+        return made
+
+    @override
+    def _over_ranks(self, scalars: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        everyone: list[Any] = [None] * self._size
+        dist.all_gather_object(everyone, {name: value.double().cpu() for name, value in scalars.items()})
+        names = dict.fromkeys(name for one in everyone for name in one)
+        return {name: sum((one[name] for one in everyone if name in one), torch.zeros(())) for name in names}
 
     @contextlib.contextmanager
     def reading(self, parameters: Sequence[nn.Parameter], *, writing: bool = False) -> Iterator[None]:
@@ -81,16 +101,18 @@ class DeepSpeedLearner(TorchLearner):
         with deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=0 if writing else None):
             yield
 
+    @override
     def save(self, folder: Path) -> None:
         """Rank 0 writes the weights (or the adapter) below folder/model, all ranks their states below folder/zero."""
         with self.reading([p for _, p in self._trained] if self.denoiser.adapter is not None else self._everything()):
             if self._rank == 0:
-                self._save_model(folder / "model")
+                self._model.save(folder / "model")
         self._optimizer.engine.save_checkpoint(str(folder / "zero"), tag=TAG, exclude_frozen_parameters=True)
         if self._rank == 0:
             torch.save({"step": self.step, "size": self._size}, folder / "optimizer.pt")
         dist.barrier()
 
+    @override
     def load(self, folder: Path) -> None:
         """Restore what save wrote: bit for bit at the same number of ranks, else through DeepSpeed's universal layout.
 

@@ -52,8 +52,8 @@ def estimator_metrics(
             over rows; 0 for estimators without randomness.
         estimate_deviation_per_token: the same divided by the row's scored tokens.
     """
-    if algorithm.trains == "policy":
-        return {}  # exact log-probabilities
+    if "model" not in algorithm.needs.trains:
+        return {}  # the log-probabilities of choices are exact
     few = batch.select(torch.arange(min(settings.rows, len(batch))))
     values = redrawn(
         learner, algorithm, few, seeds=[seeding.derive(seed, "redraw", i) for i in range(settings.redraws)]

@@ -61,7 +61,7 @@ def check_options(config: LearnerSection) -> None:
         ) from error
 
 
-class Scorer(nn.Module):
+class Root(nn.Module):
     """The root that DeepSpeed wraps: a function of the denoiser is one forward, so that sharded weights are there."""
 
     def __init__(self, denoiser: Any) -> None:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from dllm_rl.diffusion.layout import block_causal, clean_and_noised
 from dllm_rl.errors import UserError
 from dllm_rl.models.cache import BlockCache
+from dllm_rl.models.evaluating import evaluating
 from dllm_rl.models.family import Family
 from dllm_rl.protocols.denoiser import Cache
 from dllm_rl.types import BlockOrigin
@@ -132,7 +132,7 @@ class TransformersDenoiser:
         self._check_length(length)
         cache = BlockCache(self.module.config.num_hidden_layers, valid[:, :0])
         if length:
-            with _evaluating(self.module):
+            with evaluating(self.module):
                 self._run(tokens, self._positions(length), block_causal(block_ids, valid)[:, None], cache)
             cache.commit(valid)
         return cache
@@ -143,7 +143,7 @@ class TransformersDenoiser:
         self._require_blocks("extend")
         assert isinstance(cache, BlockCache)
         sees = torch.cat([cache.valid, valid], dim=1)[:, None, None, :]
-        with _evaluating(self.module):
+        with evaluating(self.module):
             hidden = self._run(tokens, positions, sees, cache)
         if commit:
             cache.commit(valid)
@@ -173,16 +173,3 @@ class TransformersDenoiser:
     def _require_blocks(self, what: str) -> None:
         if self.block_size is None:
             raise UserError(f"{what}: family '{self.family.name}' has full attention, an exact cache does not exist")
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    # In training mode gradient checkpointing silently drops the cache and adapters apply dropout.
-    training = module.training
-    if training:
-        module.eval()
-    try:
-        yield
-    finally:
-        if training:
-            module.train()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -59,59 +59,92 @@ class ExtraRollout:
     block_size: int | None = None
 
 
-class Algorithm:
-    """A training method: which noised copies are scored, how rewards become advantages, and the loss.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Needs:
+    """What an algorithm asks of the parts around it.
 
     Attributes:
         source: "rollouts" trains on fresh samples, "demonstrations" on reference completions, "pairs" on preferences:
             rows 2j and 2j + 1 are then the chosen and the rejected completion of pair j, with rewards 1 and 0.
-        min_group: fewest samples per prompt from which its advantages can learn; 1 if they need no group.
-        trains: "model", or "policy": the unmasking strategy's network, with the model frozen. Likelihoods are then
-            (N, T) log-probabilities of the choice of each forward, and rows need no draws.
+        trains: the model, the unmasking strategy's policy, or both. What is not trained is frozen; estimates have
+            choice_logp if the policy is trained, and no token is scored if the model is not.
+        group_size: fewest samples per prompt from which its advantages can learn; 1 if they need no group.
+        reference: loss() reads experience.reference.
+        entropy: loss() reads experience.entropy.
+        trajectory: masks() or loss() reads unmask_step; then refused with strategies that revise committed tokens.
+        behaviour_logp: it reads batch.behaviour_logp as the learner's own; then refused with engines whose
+            log-probabilities are approximate, unless rollout.correction replaces them.
+        fresh_masks: every optimiser update of a step has draws of its own; else all of them share one.
+        draws: loss() reads the log-probabilities of each draw (draw_token_logp).
+        traces: prompts carry the tokens of their trace.
+        values: it is a ValueBaseline, and advantages come from credit().
     """
+
+    source: Literal["rollouts", "demonstrations", "pairs"] = "rollouts"
+    trains: frozenset[Literal["model", "policy"]] = frozenset({"model"})
+    group_size: int = 2
+    reference: bool = False
+    entropy: bool = False
+    trajectory: bool = False
+    behaviour_logp: bool = False
+    fresh_masks: bool = False
+    draws: bool = False
+    traces: bool = False
+    values: bool = False
+
+
+class Algorithm:
+    """A training method: which noised copies are scored, how rewards become advantages, and the loss."""
 
     @dataclass(frozen=True, slots=True, kw_only=True)
     class Config:
         """Options of the algorithm."""
 
-    source: ClassVar[Literal["rollouts", "demonstrations", "pairs"]] = "rollouts"
-    min_group: ClassVar[int] = 2
-    trains: ClassVar[Literal["model", "policy"]] = "model"
-
     def __init__(self, config: Any) -> None:
         self.config = config
 
     @property
-    def needs_reference(self) -> bool:
-        """Whether loss() reads experience.reference."""
-        return False
-
-    @property
-    def replays_trajectory(self) -> bool:
-        """Whether masks() reads unmask_step; then refused with strategies that revise committed tokens."""
-        return False
-
-    @property
-    def needs_entropy(self) -> bool:
-        """Whether loss() reads experience.entropy."""
-        return False
-
-    @property
-    def value_clip(self) -> float | None:
-        """Half-width of the clip of value predictions, if the learner is to train a value model for credit()."""
-        return None
-
-    def credit(self, rewards: Rewards, batch: RolloutBatch, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Advantages and value targets, both (N, L), from value predictions (N, L); in place of advantages()."""
-        raise NotImplementedError
-
-    @property
-    def asks_further(self) -> bool:
-        """Whether extra_rollouts() may ask for more rollouts; prompts then carry the tokens of their trace."""
-        return False
+    def needs(self) -> Needs:
+        """What it asks for; a function of the configuration alone."""
+        return Needs()
 
     def check_plan(self, plan: Plan) -> None:
-        """Raise ValueError, in one line, if the algorithm cannot work with this plan."""
+        """Raise UserError, in one line, if the algorithm cannot work with this plan."""
+
+    def keep(self, rewards: Rewards, batch: RolloutBatch) -> Tensor:
+        """(N,) bool: rows to train on. Groups dropped here cost no learner time."""
+        return rewards.included
+
+    def advantages(self, rewards: Rewards, batch: RolloutBatch) -> Tensor:
+        """Advantages, float32; rows that are not included get 0 and do not enter any baseline.
+
+        Returns:
+            (N,) per row, (N, L) per token, or (K, N, L) per token of each of the K draws that masks() makes.
+        """
+        raise NotImplementedError
+
+    def masks(self, batch: RolloutBatch, generator: torch.Generator, update: int = 0) -> MaskSample:
+        """The draws that old, reference and current policy are scored with.
+
+        Args:
+            batch: rows of the step.
+            generator: CPU generator.
+            update: number of the optimiser update within the step; 0 unless needs.fresh_masks.
+        """
+        raise NotImplementedError
+
+    def loss(self, new: LikelihoodEstimate, experience: Experience) -> Loss:
+        """Scalar loss; differentiable in new.differentiable, and only through it.
+
+        Sums over rows divided by experience.num_tokens, num_rows or num_choices, so that it does not depend on
+        sharding.
+        """
+        raise NotImplementedError
+
+
+@runtime_checkable
+class ExtraRollouts(Protocol):
+    """An algorithm that asks for more rollouts in view of the ordinary ones: hints, experts."""
 
     def extra_rollouts(
         self,
@@ -122,7 +155,7 @@ class Algorithm:
         canvas: int,
         generator: torch.Generator,
     ) -> Sequence[ExtraRollout]:
-        """More rollouts to make, in view of the ordinary ones.
+        """More rollouts to make.
 
         Args:
             prompts: of the groups; group g of the batch belongs to prompts[g].
@@ -131,36 +164,29 @@ class Algorithm:
             canvas: tokens of the completion canvas.
             generator: CPU generator.
         """
-        return ()
 
     def select_rows(self, extra: Tensor, rewards: Rewards, batch: RolloutBatch, generator: torch.Generator) -> Tensor:
-        """Which rows to learn from, once the further rollouts are there.
+        """Which rows to learn from, once the extra rollouts are there; int64 row numbers.
 
         Args:
             extra: (N,) bool; the rows that extra_rollouts() asked for, at the end.
             rewards: of all rows.
             batch: all rows.
             generator: CPU generator.
-        Returns:
-            int64 row numbers.
         """
-        return (~extra).nonzero().flatten()
 
-    def keep(self, rewards: Rewards, batch: RolloutBatch) -> Tensor:
-        """(N,) bool: rows to train on. Groups dropped here cost no learner time."""
-        return rewards.included
 
-    def advantages(self, rewards: Rewards, batch: RolloutBatch) -> Tensor:
-        """(N,) or (N, L) float32 advantages; rows that are not included get 0 and do not enter any baseline."""
-        raise NotImplementedError
+@runtime_checkable
+class ValueBaseline(Protocol):
+    """An algorithm whose advantages come from a value model, if needs.values says so.
 
-    def masks(self, batch: RolloutBatch, generator: torch.Generator) -> MaskSample:
-        """The draws that old, reference and current policy are scored with. Called once per batch."""
-        raise NotImplementedError
+    Attributes:
+        value_clip: half-width of the clip of value predictions, in units of the reward.
+    """
 
-    def loss(self, new: LikelihoodEstimate, experience: Experience) -> Loss:
-        """Scalar loss; differentiable in new.token_logp, and only through it.
+    @property
+    def value_clip(self) -> float:
+        """A plain attribute will do."""
 
-        Sums over rows divided by experience.num_tokens or num_rows, so that it does not depend on sharding.
-        """
-        raise NotImplementedError
+    def credit(self, rewards: Rewards, batch: RolloutBatch, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Advantages and value targets, both (N, L), from value predictions (N, L); in place of advantages()."""

@@ -105,7 +105,8 @@ class EngineSetup:
         rank: number of the engine.
         path: folder or hub name of the model, the same on every node.
         strategies: role -> name and options of its unmasking strategy.
-        trains: what the learner sends: weights of the "model", or of the strategy's "policy" (by parameter name).
+        trains: what the learner sends by parameter name: the "model", the unmasking strategy's "policy", or both, the
+            names of the policy then with "policy." in front.
         load: gives the model as a Denoiser of ours on this process's device, and its tokenizer; takes memory only if it
             is called.
         shared: the learner's model, if the learner is in this process.
@@ -114,7 +115,7 @@ class EngineSetup:
     rank: int
     path: str
     strategies: Mapping[str, Mapping[str, Any]]
-    trains: Literal["model", "policy"]
+    trains: frozenset[Literal["model", "policy"]]
     load: Callable[[], tuple[Any, Any]]
     shared: SharedModel | None = None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -24,25 +24,41 @@ class Learner(Protocol):
 
     step: int
 
-    def score(self, batch: RolloutBatch, masks: MaskSample, *, reference: bool = False) -> LikelihoodEstimate:
-        """Likelihoods without gradient under the current weights, or the frozen reference."""
+    def score(
+        self, batch: RolloutBatch, masks: MaskSample, *, reference: bool = False, draws: bool = False
+    ) -> LikelihoodEstimate:
+        """Likelihoods without gradient under the current weights, or the frozen reference.
+
+        Args:
+            batch: rows.
+            masks: draws, for the same rows.
+            reference: score the frozen reference instead.
+            draws: with the log-probabilities of each draw.
+        """
 
     def update(
         self,
         batch: RolloutBatch,
         rewards: Rewards,
         advantage: Tensor,
-        masks: MaskSample,
+        masks: Sequence[MaskSample],
         algorithm: Algorithm,
         *,
-        reference: LikelihoodEstimate | None,
+        reference: Sequence[LikelihoodEstimate] | None,
         counts: GlobalCounts | None = None,
     ) -> Mapping[str, float]:
         """Train on one batch; the old policy is the one that enters. Returns metrics.
 
-        A rank that holds some rows of a larger batch is told its share of it; None = the batch is whole.
-
         A non-finite loss or gradient raises before the weights change, and dumps the batch.
+
+        Args:
+            batch: rows.
+            rewards: of the rows.
+            advantage: (N,), (N, L) or (K, N, L).
+            masks: draws of each optimiser update; a single entry is shared by all of them.
+            algorithm: the method.
+            reference: under each entry of masks, or None if the algorithm needs none.
+            counts: what a rank that holds some rows of a larger batch is told of it; None = the batch is whole.
         """
 
     def reference_digest(self) -> str:

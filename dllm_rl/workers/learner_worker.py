@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dllm_rl.cluster.group import WorkerRank
 from dllm_rl.config.schema import Config
 from dllm_rl.diffusion.layout import block_rule
-from dllm_rl.learner.policy_learner import PolicyLearner
+from dllm_rl.learner.policy_scorer import PolicyScorer
 from dllm_rl.learner.torch_learner import TorchLearner
 from dllm_rl.models.denoiser import TransformersDenoiser
 from dllm_rl.models.lora import merged_updates
@@ -55,15 +55,14 @@ def make_learner(
         sampling: of training.
         place: of this rank.
     """
-    seed, total_steps = config.run.seed, config.run.steps
-    if algorithm.trains == "policy":
+    needs, policy = algorithm.needs, None
+    if "model" not in needs.trains:
         denoiser.module.requires_grad_(False)
+    if "policy" in needs.trains:
         size, origin = block_rule(denoiser, sampling)
-        return PolicyLearner(
+        policy = PolicyScorer(
             strategy,
-            config.learner,
-            total_steps=total_steps,
-            seed=seed,
+            config.learner.tokens_per_microbatch,
             block_size=size,
             block_origin=origin,
             sees_block_only=denoiser.block_size is not None,
@@ -79,10 +78,12 @@ def make_learner(
         denoiser,
         tokenizer,
         config.learner,
-        total_steps=total_steps,
-        seed=seed,
-        keep_reference=algorithm.needs_reference,
-        keep_values=algorithm.value_clip is not None,
+        total_steps=config.run.steps,
+        seed=config.run.seed,
+        keep_reference=needs.reference,
+        keep_values=needs.values,
+        trains_model="model" in needs.trains,
+        policy=policy,
         dump_folder=folder / "dumps",
     )
 
@@ -111,10 +112,10 @@ class LearnerWorker:
         self.learner, self._denoiser = learner, denoiser
         self._shares = shares and denoiser.device.type == "cuda"
         trained = dict(learner.named_weights())
-        if merged and denoiser.adapter is not None:
-            outgoing = [OutgoingTensor(name, sources, make) for name, sources, make in merged_updates(denoiser)]
-        else:
-            outgoing = [OutgoingTensor(name, [p], functools.partial(_itself, p)) for name, p in trained.items()]
+        plain = {name: p for name, p in trained.items() if not (merged and ".lora_" in name)}
+        updates = merged_updates(denoiser) if len(plain) < len(trained) else ()
+        outgoing = [OutgoingTensor(name, sources, make) for name, sources, make in updates]
+        outgoing += [OutgoingTensor(name, [p], functools.partial(_itself, p)) for name, p in plain.items()]
         gathering = getattr(learner, "reading", _as_they_are)
         self._sender = WeightSender(outgoing, gathering, leader=place.rank == 0)
         self._host = place.host
@@ -132,10 +133,10 @@ class LearnerWorker:
         batch: RolloutBatch,
         rewards: Rewards,
         advantage: Tensor,
-        masks: MaskSample,
+        masks: Sequence[MaskSample],
         algorithm: Algorithm,
         *,
-        reference: LikelihoodEstimate | None,
+        reference: Sequence[LikelihoodEstimate] | None,
         counts: GlobalCounts | None = None,
     ) -> Mapping[str, float]:
         """See Learner."""
@@ -144,10 +145,11 @@ class LearnerWorker:
             torch.cuda.empty_cache()  # what the backward pass needed is kept for the next one otherwise
         return metrics
 
-    def score(self, batch: RolloutBatch, masks: MaskSample, *, reference: bool) -> LikelihoodEstimate:
+    def score(
+        self, batch: RolloutBatch, masks: MaskSample, *, reference: bool, draws: bool = False
+    ) -> LikelihoodEstimate:
         """See Learner; on the CPU."""
-        found = self.learner.score(batch, masks, reference=reference)
-        return LikelihoodEstimate(token_logp=found.token_logp.cpu(), draw_logp=found.draw_logp.cpu())
+        return self.learner.score(batch, masks, reference=reference, draws=draws).cpu()
 
     def skip(self) -> None:
         """See Learner."""

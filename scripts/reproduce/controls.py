@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from algorithms.coupled_grpo import CoupledGRPO
 from algorithms.igpo import IGPO
 from algorithms.trace_rl import TraceRL
-from dllm_rl.types import Rewards, RolloutBatch
+from dllm_rl.protocols.algorithm import ExtraRollout
+from dllm_rl.types import Prompt, Rewards, RolloutBatch
 
 
 class ShuffledTraceRL(TraceRL):
@@ -52,4 +57,6 @@ class CreditedCoupledGRPO(CoupledGRPO):
 class WithoutHints(IGPO):
     """IGPO's likelihood, ratio and loss, without its hints: the GRPO that it is compared with."""
 
-    asks_further = False
+    @override
+    def extra_rollouts(self, prompts: Sequence[Prompt], *arguments: Any, **options: Any) -> Sequence[ExtraRollout]:
+        return ()

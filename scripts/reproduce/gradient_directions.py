@@ -44,8 +44,8 @@ def gradient(run: Run, batch: RolloutBatch, masks: MaskSample, weight: Tensor) -
     module.zero_grad(set_to_none=True)
     needed = MaskSample(mask=masks.mask, weight=masks.weight * (weight != 0)[None, :, None])
     for work in likelihood.plan(batch, needed, 1 << 16):
-        values, pair, _ = likelihood.score(run.denoiser, batch, needed, work)
-        (values * weight[work.row[pair]]).sum().backward()
+        logp, pair, position = likelihood.score(run.denoiser, batch, needed, work)
+        (likelihood.weights(needed, work, pair, position) * logp * weight[work.row[pair]]).sum().backward()
     return torch.cat([p.grad.flatten().double() for p in module.parameters() if p.grad is not None])
 
 
@@ -57,10 +57,9 @@ def misplaced(run: Run, batch: RolloutBatch, masks: MaskSample, weight: Tensor, 
     blamed = total = 0.0
     with torch.no_grad():
         for work in likelihood.plan(batch, masks, 1 << 16):
-            values, pair, position = likelihood.score(run.denoiser, batch, masks, work)
-            row, draw = work.row[pair], work.draw[pair]
-            scale = masks.weight[draw, row, position]
-            size = (weight[row] * scale * (1 - (values / scale).exp())).square().double()
+            logp, pair, position = likelihood.score(run.denoiser, batch, masks, work)
+            row, scale = work.row[pair], likelihood.weights(masks, work, pair, position)
+            size = (weight[row] * scale * (1 - logp.exp())).square().double()
             blamed += float(size[(weight[row] < 0) & right[row, position]].sum())
             total += float(size.sum())
     return blamed, total

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dllm_rl import registry
-from dllm_rl.config.load import validate
+from dllm_rl.config.load import load_config, validate
 from dllm_rl.tasks.sudoku import Sudoku4
 from dllm_rl.train import train
 from rollouts.strategies.low_confidence import LowConfidence
@@ -30,7 +30,7 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "learned": {"strategy": {"name": "learned", "width": 16}, "temperature": 0.0},
     "one that revises": {"strategy": {"name": "matrix:Undecided"}, "tokens_per_step": 2},
 }
-OPTIONS: dict[str, dict[str, Any]] = {"igpo": {"reserve": 0, "chunk": [1, 3]}}
+METHODS = Path(__file__).resolve().parents[2] / "configs" / "methods"
 
 
 class Shapes(Sudoku4):
@@ -69,7 +69,7 @@ def run(algorithm: str, strategy: str, engine: str, family: str) -> Cell:
             },
             "sampling": {"max_new_tokens": 16} | STRATEGIES[strategy],
             "engine": {"name": engine},
-            "algorithm": {"name": algorithm} | OPTIONS.get(algorithm, {}),
+            "algorithm": load_config(METHODS / f"{algorithm}_tiny.yaml").algorithm.model_dump(),
             "rewards": [{"name": "sudoku", "mode": "cells"}, {"name": "format", "pattern": "[12]$"}],
             "reward_pool": {"self_test": 0, "workers": 1},
             "learner": {"lr": 1e-3},

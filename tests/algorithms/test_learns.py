@@ -12,9 +12,11 @@ from dllm_rl.config.schema import Config
 from dllm_rl.protocols.task import Task
 from dllm_rl.train import train
 from dllm_rl.types import Example
+from tests.methods import paces_itself, sections
 
 BAR = 0.8  # mean share of right characters on greedy completions; a random model has about 0.1
 FAST = 3.5  # tokens per forward, of at most 4
+SFT_STEPS = 60  # after which the task is solved, slowly
 
 
 class Echo(Task):
@@ -55,50 +57,33 @@ def share(prompts, completions, *, answer, **columns):
     ]
 
 
-SETTINGS = {
-    "igpo": {"algorithm": {"reserve": 0, "chunk": [1, 2]}},
-    "just_grpo": {"sampling": {"strategy": {"name": "left_to_right"}, "tokens_per_step": 1}},
-    # It speeds up a model that solves the task; its reward is tokens per forward where the answers are right.
-    "lightning_rl": {
-        "sft_steps": 25,
-        "lr": 1e-3,
-        "sampling": {"strategy": {"name": "confidence_threshold", "threshold": 0.7}},
-    },
-    # Its reward is speed as well: when to commit how much, for a model that solves the task and stays as it is.
-    "unmasking_policy": {
-        "sft_steps": 60,
-        "lr": 3e-3,
-        "sampling": {"strategy": {"name": "learned", "width": 32}, "temperature": 0.0},
-    },
-}
-
-
 @pytest.mark.parametrize("name", sorted(registry.names("algorithms")))
 def test_learns(name, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
-    more = SETTINGS.get(name, {})
+    method = sections(name)
+    method["sampling"]["tokens_per_step"] = min(2, method["sampling"]["tokens_per_step"])  # of 4
     config = {
         "run": {"name": "run", "steps": 150, "output": str(tmp_path), "threads": 1},
         "model": {"family": "tiny", "init": {"hidden_size": 32, "num_layers": 1, "num_heads": 4, "max_length": 16}},
         "data": {"task": {"name": "test_learns:Echo"}, "prompts_per_step": 6, "samples_per_prompt": 8},
-        "sampling": {"max_new_tokens": 4, "tokens_per_step": 2} | more.get("sampling", {}),
-        "algorithm": {"name": name} | more.get("algorithm", {}),
+        "sampling": {"max_new_tokens": 4} | method["sampling"],
+        "algorithm": method["algorithm"],
         "learner": {"lr": 3e-3, "schedule": "constant"},
         "evaluate": {"at_start": True},
     }
-    if "sft_steps" in more:
+    fast = paces_itself(name)
+    if fast:  # it speeds up a model that solves the task: tokens per forward where the answers are right
         start = {
-            "run": {"name": "sft", "steps": more["sft_steps"], "output": str(tmp_path)},
+            "run": {"name": "sft", "steps": SFT_STEPS, "output": str(tmp_path)},
             "algorithm": {"name": "masked_sft"},
             "sampling": {"max_new_tokens": 4},  # an untrained policy is refused
         }
         folder = train(Config.model_validate(config | start)).folder
-        config["learner"] = {"lr": more["lr"], "schedule": "constant"}
         config["model"] = {"path": str(next(folder.glob("checkpoints/*/model")))}
     summary = train(Config.model_validate(config))
     before, after = summary.before[0], summary.after[0]
     assert after.components["test_learns:share"] > BAR, (before, after)
-    if "sft_steps" in more:
+    if fast:
         assert before.tokens_per_forward < 2 and after.tokens_per_forward > FAST, (before, after)
     else:
         assert before.components["test_learns:share"] < 0.4, before

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import shutil
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,11 +18,12 @@ from dllm_rl.conformance import cases
 from dllm_rl.conformance.algorithms import Subject
 from dllm_rl.data.collate import collate
 from dllm_rl.diffusion import advantage
-from dllm_rl.learner.policy_learner import PolicyLearner
+from dllm_rl.learner.policy_scorer import PolicyScorer
+from dllm_rl.learner.torch_learner import TorchLearner
 from dllm_rl.protocols.strategy import UnmaskingStrategy
 from dllm_rl.seeding import generator_for
 from dllm_rl.train import train
-from dllm_rl.types import LikelihoodEstimate, Prompt, Sampling, WeightsVersion
+from dllm_rl.types import Prompt, Sampling, WeightsVersion
 from rollouts.native import NativeSampler
 from rollouts.policy_network import UnmaskingPolicy, load_policy, save_policy
 from rollouts.reference import ReferenceSampler
@@ -75,14 +78,24 @@ def prompts_of(denoiser, lengths=(3, 6, 1, 5)):
 
 
 def learner_for(strategy, denoiser, sampling, **settings):
-    return PolicyLearner(
+    config = LearnerSection(**{"lr": 1e-2, "tokens_per_microbatch": 64} | settings)
+    policy = PolicyScorer(
         strategy,
-        LearnerSection(**{"lr": 1e-2, "tokens_per_microbatch": 64} | settings),
-        total_steps=4,
-        seed=0,
+        config.tokens_per_microbatch,
         block_size=denoiser.block_size or sampling.block_size or sampling.max_new_tokens,
         block_origin=denoiser.block_origin if denoiser.block_size else "response",
         sees_block_only=denoiser.block_size is not None,
+    )
+    return TorchLearner(
+        denoiser,
+        None,
+        config,
+        total_steps=4,
+        seed=0,
+        keep_reference=False,
+        trains_model=False,
+        policy=policy,
+        dump_folder=Path(tempfile.gettempdir()),
     )
 
 
@@ -110,7 +123,7 @@ def test_the_learner_scores_what_the_engine_did(tiny_denoiser, model, distributi
     spy = Spy(strategy)
     one_row = collate_one(denoiser, spy, sampling)
     for batch, choices in one_row:
-        scored = learner_for(strategy, denoiser, sampling).score(batch, None).token_logp[0]
+        scored = learner_for(strategy, denoiser, sampling).score(batch, None).choice_logp[0]
         torch.testing.assert_close(scored, torch.cat(choices), atol=1e-4, rtol=0)
         assert len(scored) == int(batch.num_forwards[0]) and float(scored.min()) < -0.1
 
@@ -157,13 +170,13 @@ def test_update_has_the_gradient_of_one_graph_whatever_the_micro_batches(tiny_de
         scored = cases.rewards([1.0, 0.0] * 4)
         learner = learner_for(strategy, denoiser, sampling, tokens_per_microbatch=budget, max_grad_norm=None)
         weight = algorithm.advantages(scored, batch)
-        learner.update(batch, scored, weight, None, algorithm, reference=None)
+        learner.update(batch, scored, weight, [None], algorithm, reference=None)
         gradients.append(torch.cat([p.grad.flatten() for p in strategy.policy.parameters() if p.grad is not None]))
     strategy = learned()
     learner = learner_for(strategy, denoiser, sampling)
     happened = torch.arange(int(batch.num_forwards.max())) < batch.num_forwards[:, None]
     row, forward = happened.nonzero(as_tuple=True)
-    logp = learner._log_prob(batch, row, forward)
+    logp = learner._scorers["model"]._log_prob(batch, row, forward)
     loss = -(logp * weight[row] / batch.num_forwards[row]).sum() / len(batch)  # REINFORCE, mean over forwards
     want = torch.autograd.grad(loss, [p for p in strategy.policy.parameters()], allow_unused=True)
     want = torch.cat([g.flatten() for g in want if g is not None])
@@ -193,7 +206,7 @@ def test_gradient_by_hand_without_and_with_experts():
             want = -experience.advantage[row].double() / (4 * 6)
             share = torch.ones(4, dtype=torch.float64)
             if expert is not None and expert[row]:
-                policy = math.log(2 / 3) + experience.old.token_logp[row]
+                policy = math.log(2 / 3) + experience.old.choice_logp[row]
                 share = (policy - torch.logaddexp(policy, torch.tensor(math.log(1 / 3)))).exp()
             torch.testing.assert_close(gradient[row], want * share)
 
@@ -203,14 +216,12 @@ def test_ratio_of_an_expert_is_bounded_where_the_policy_never_goes():
     batch = dataclasses.replace(subject.batch(False), expert=torch.tensor([False, False, True] * 2))
     experience = subject.experience(batch)
     far = torch.full((6, 4), -200.0, dtype=torch.float64)
-    draws = torch.zeros(0, 6)
-    at = dataclasses.replace(experience, batch=batch, old=LikelihoodEstimate(token_logp=far, draw_logp=draws))
-    near = LikelihoodEstimate(token_logp=torch.zeros_like(far), draw_logp=draws)
+    old = dataclasses.replace(experience.old, choice_logp=far)
+    at = dataclasses.replace(experience, batch=batch, old=old)
+    near = dataclasses.replace(old, choice_logp=torch.zeros_like(far))
     rows = torch.tensor([2, 5])
-    kept = dataclasses.replace(
-        at, batch=batch.select(rows), advantage=at.advantage[rows], old=cases.select(at.old, rows)
-    )
-    metrics = subject.algorithm.loss(cases.select(near, rows), kept).metrics
+    kept = dataclasses.replace(at, batch=batch.select(rows), advantage=at.advantage[rows], old=at.old.select(rows))
+    metrics = subject.algorithm.loss(near.select(rows), kept).metrics
     assert float(metrics["ratio_mean"]) < 3.0
 
 

@@ -67,7 +67,7 @@ class Particular(TraceRL):
 
 class Unnamed(TraceRL):
     @property
-    def replays_trajectory(self):
+    def needs(self):
         return self.no_such_attribute
 
 class NotAnAlgorithm:
@@ -113,7 +113,7 @@ for base, methods in RAISE.items():
 FAULTS += [
     ("Half", "engine.name", ["generate() must return a list of Trajectory, N in all, returned list of "]),
     ("BadConfig", "algorithm.name", ["Config raised KeyError: 0.2"]),
-    ("Unnamed", "algorithm.name", ["replays_trajectory raised AttributeError", "no_such_attribute"]),
+    ("Unnamed", "algorithm.name", ["needs raised AttributeError", "no_such_attribute"]),
     ("NotAnAlgorithm", "algorithm.name", ["must be a subclass of dllm_rl.protocols.algorithm.Algorithm"]),
     ("function", "rewards", ["__call__() raised ZeroDivisionError: division by zero"]),
 ]

@@ -17,14 +17,14 @@ from dllm_rl.config import contracts
 from dllm_rl.config.plugins import build
 from dllm_rl.conformance.cases import MIXED, batch, rewards
 from dllm_rl.errors import RunStopped, UserError
-from dllm_rl.protocols.algorithm import Algorithm
+from dllm_rl.protocols.algorithm import Algorithm, Needs
 from dllm_rl.types import Loss
 
 
 class Mine(Algorithm):
     """Help."""
 
-    min_group = 3
+    flag = 3
 
     def __init__(self, config):
         super().__init__(config)
@@ -69,7 +69,7 @@ def mine() -> Mine:
 
 def test_it_stays_what_it_is(mine):
     assert isinstance(mine, Mine) and type(mine).__name__ == "Mine" and type(mine).Config is Algorithm.Config
-    assert mine.min_group == 3 and mine.source == "rollouts" and mine.loss.__name__ == "loss"
+    assert mine.flag == 3 and mine.needs == Needs() and mine.loss.__name__ == "loss"
     mine.value_clip = 0.5
     assert mine.value_clip == 0.5
     assert mine.keep(rewards(MIXED), batch(block_causal=False)).all()

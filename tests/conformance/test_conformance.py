@@ -22,6 +22,7 @@ from dllm_rl.conformance.rewards import reads_files
 from dllm_rl.conformance.suite import CHECKS, SUBJECTS, check_plugin
 from dllm_rl.conformance.violation import NotChecked, Violation
 from dllm_rl.models.digest import tensor_digests
+from dllm_rl.protocols.algorithm import Needs
 from dllm_rl.protocols.strategy import UnmaskingStrategy
 from dllm_rl.seeding import generator_for
 from dllm_rl.tasks.sudoku import Sudoku4
@@ -63,7 +64,7 @@ def test_registered_plugins_keep_their_contract(kind, name, tmp_path, request):
 
 
 class Peeks(CoupledGRPO):
-    def masks(self, batch, generator):
+    def masks(self, batch, generator, update=0):
         sample = super().masks(batch, generator)
         return MaskSample(
             mask=sample.mask & torch.rand(sample.mask.shape, generator=generator).lt(0.9), weight=sample.weight
@@ -71,18 +72,18 @@ class Peeks(CoupledGRPO):
 
 
 class CountsTwice(CoupledGRPO):
-    def masks(self, batch, generator):
+    def masks(self, batch, generator, update=0):
         sample = super().masks(batch, generator)
         return MaskSample(mask=sample.mask, weight=sample.weight * 2)
 
 
 class SharesMasksByGlobalSeed(CoupledGRPO):
-    def masks(self, batch, generator):
+    def masks(self, batch, generator, update=0):
         return super().masks(batch, generator_for(time.perf_counter_ns()))
 
 
 class ScoresThePrompt(TraceRL):
-    def masks(self, batch, generator):
+    def masks(self, batch, generator, update=0):
         sample = super().masks(batch, generator)
         first = torch.zeros_like(batch.valid)
         first[:, 1] = True
@@ -90,15 +91,15 @@ class ScoresThePrompt(TraceRL):
 
 
 class ShowsTheTail(CoupledGRPO):
-    def masks(self, batch, generator):
+    def masks(self, batch, generator, update=0):
         sample = super().masks(batch, generator)
         return MaskSample(mask=sample.mask & ~batch.tail, weight=sample.weight)
 
 
 class HidesItsReplay(TraceRL):
     @property
-    def replays_trajectory(self):
-        return False
+    def needs(self):
+        return Needs()
 
 
 class CountsFailuresAsZero(TraceRL):
@@ -137,11 +138,19 @@ class Backwards(TraceRL):
 
 
 class NoReference(TraceRL):
-    needs_reference = True
+    @property
+    def needs(self):
+        return dataclasses.replace(super().needs, reference=True)
+
+
+class BelievesTheEngine(TraceRL):
+    def loss(self, new, experience):
+        behaviour = dataclasses.replace(experience.old, token_logp=experience.batch.behaviour_logp.double())
+        return super().loss(new, dataclasses.replace(experience, old=behaviour))
 
 
 class ChangesTheBatch(TraceRL):
-    def masks(self, batch, generator):
+    def masks(self, batch, generator, update=0):
         batch.tokens.add_(1)
         return super().masks(batch, generator)
 
@@ -341,6 +350,7 @@ FAULTS: list[tuple[str, str, str]] = [
     ("algorithms", "LocalMean", "loss_does_not_depend_on_sharding"),
     ("algorithms", "TrainsOnPadding", "loss_reads_only_completions"),
     ("algorithms", "Backwards", "better_rows_become_likelier"),
+    ("algorithms", "BelievesTheEngine", "behaviour_is_read_as_declared"),
     ("algorithms", "NoReference", "reference_is_needed_as_declared"),
     ("algorithms", "ChangesTheBatch", "the_batch_is_left_as_it_was"),
     ("strategies", "Sum", "rows_do_not_see_each_other"),

@@ -78,7 +78,8 @@ def test_equals_the_naive_version_with_gradients(tiny_denoiser, family):
     torch.testing.assert_close(got.draw_logp.mean(0), got.sequence_logp, atol=ATOL_F64, rtol=0)
     loss = torch.zeros((), dtype=torch.float64)
     for work in likelihood.plan(batch, masks, 20):
-        values, pair, position = likelihood.score(denoiser, batch, masks, work)
+        logp, pair, position = likelihood.score(denoiser, batch, masks, work)
+        values = likelihood.weights(masks, work, pair, position) * logp
         loss = loss + (values * coefficient[work.row[pair], position]).sum()
     for mine, theirs in zip(torch.autograd.grad(loss, parameters), want_gradient, strict=True):
         torch.testing.assert_close(mine, theirs, atol=ATOL_F64, rtol=0)

@@ -131,7 +131,7 @@ def engine(lora, rank=0):
         rank=rank,
         path="",
         strategies={"train": {"name": "low_confidence"}},
-        trains="model",
+        trains=frozenset({"model"}),
         load=functools.partial(model, lora),
     )
     return kind(kind.Config(), setup)

@@ -58,7 +58,7 @@ def learner(kind, case: Case, algorithm, denoiser, **more):
         LearnerSection(**case.options(), **more),
         total_steps=STEPS,
         seed=0,
-        keep_reference=algorithm.needs_reference,
+        keep_reference=algorithm.needs.reference,
         dump_folder=Path(tempfile.mkdtemp()),
     )
 
@@ -66,8 +66,8 @@ def learner(kind, case: Case, algorithm, denoiser, **more):
 def train(made, algorithm, batch, rewards, advantage, masks, counts=None, steps=STEPS):
     out = []
     for _ in range(steps):
-        reference = made.score(batch, masks, reference=True) if algorithm.needs_reference else None
-        out.append(made.update(batch, rewards, advantage, masks, algorithm, reference=reference, counts=counts))
+        reference = [made.score(batch, masks, reference=True)] if algorithm.needs.reference else None
+        out.append(made.update(batch, rewards, advantage, [masks], algorithm, reference=reference, counts=counts))
     return out
 
 
@@ -80,7 +80,7 @@ def by_torch(case: Case):
 
 def own_rows(case: Case, rank: int, size: int):
     algorithm, denoiser, batch, rewards, masks = parts(case)
-    counts = GlobalCounts(num_tokens=int(batch.completion.sum()), num_rows=len(batch), idle=case.idle and rank == 1)
+    counts = dataclasses.replace(GlobalCounts.of(batch), idle=case.idle and rank == 1)
     rows = torch.arange(rank * len(batch) // size, (rank + 1) * len(batch) // size)
     if case.idle:
         rows = torch.tensor([0]) if counts.idle else torch.arange(len(batch))

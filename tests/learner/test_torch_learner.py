@@ -83,7 +83,7 @@ def one_update(
         LearnerSection(**settings),
         total_steps=10,
         seed=0,
-        keep_reference=algorithm.needs_reference,
+        keep_reference=algorithm.needs.reference,
         dump_folder=tmp_path,
     )
     whole = make_batch(denoiser, extra=extra)
@@ -97,8 +97,8 @@ def one_update(
     with torch.no_grad():  # move off the reference, so that a KL term acts
         for parameter in denoiser.module.parameters():
             parameter.mul_(1.01)
-    reference = torch_learner.score(whole, masks, reference=True) if algorithm.needs_reference else None
-    metrics = torch_learner.update(whole, rewards, advantage, masks, algorithm, reference=reference)
+    reference = [torch_learner.score(whole, masks, reference=True)] if algorithm.needs.reference else None
+    metrics = torch_learner.update(whole, rewards, advantage, [masks], algorithm, reference=reference)
     return torch.cat([p.detach().flatten() for p in denoiser.module.parameters()]), metrics, torch_learner
 
 
@@ -133,7 +133,7 @@ def test_two_phase_gradient_is_the_gradient_of_the_loss(tiny_denoiser, tmp_path)
             dump_folder=tmp_path,
         )
         rewards = make_rewards()
-        learner.update(batch, rewards, algorithm.advantages(rewards, batch), masks, algorithm, reference=None)
+        learner.update(batch, rewards, algorithm.advantages(rewards, batch), [masks], algorithm, reference=None)
         gradients.append(torch.cat([p.grad.flatten() for p in module.module.parameters()]))
     advantage = algorithm.advantages(make_rewards(), batch)
     total = torch.zeros((), dtype=torch.float64)
@@ -179,7 +179,7 @@ def test_zero_advantage_leaves_the_weights_alone(tiny_denoiser, tmp_path):
     )
     batch = make_batch(denoiser)
     masks = algorithm.masks(batch, seeding.generator_for(0))
-    metrics = learner.update(batch, make_rewards(), torch.zeros(6), masks, algorithm, reference=None)
+    metrics = learner.update(batch, make_rewards(), torch.zeros(6), [masks], algorithm, reference=None)
     assert metrics["grad_norm"] == 0.0
     assert all(torch.equal(a, b) for a, b in zip(before, denoiser.module.parameters(), strict=True))
 
@@ -203,7 +203,7 @@ def test_a_non_finite_loss_stops_before_the_update_and_dumps_the_batch(tiny_deno
     masks = algorithm.masks(batch, seeding.generator_for(0))
     advantage = torch.tensor([1.0, float("nan"), 0, 0, 0, 0])
     with pytest.raises(NonFiniteError, match="loss is nan at step 0"):
-        learner.update(batch, make_rewards(), advantage, masks, algorithm, reference=None)
+        learner.update(batch, make_rewards(), advantage, [masks], algorithm, reference=None)
     assert learner.step == 0
     assert all(torch.equal(a, b) for a, b in zip(before, denoiser.module.parameters(), strict=True))
     dump = torch.load(next(tmp_path.glob("non-finite-*.pt")), weights_only=True)
@@ -225,7 +225,7 @@ def test_saved_state_loads_to_the_same_bits_and_the_same_next_update(tiny_denois
     batch = make_batch(learner.denoiser)
     masks = algorithm.masks(batch, seeding.generator_for(1))
     for one in (learner, other):
-        one.update(batch, make_rewards(), torch.ones(6), masks, algorithm, reference=None)
+        one.update(batch, make_rewards(), torch.ones(6), [masks], algorithm, reference=None)
     assert other.version() == learner.version()
 
 

@@ -30,7 +30,7 @@ def learner(tmp_path, family="tiny", **settings):
 
 def step(one, algorithm, batch, rewards):
     masks = algorithm.masks(batch, seeding.generator_for(0))
-    return one.update(batch, rewards, algorithm.advantages(rewards, batch), masks, algorithm, reference=None)
+    return one.update(batch, rewards, algorithm.advantages(rewards, batch), [masks], algorithm, reference=None)
 
 
 @pytest.mark.parametrize(("family", "blocks"), [("tiny", False), ("sdar", True)])
@@ -80,7 +80,7 @@ def test_checkpoints_hold_it(tmp_path):
     step(whole, algorithm, batch, scored)
     folder = tmp_path / "checkpoint"
     folder.mkdir()
-    whole._tokenizer = character_tokenizer("0123456789")
+    whole._model._tokenizer = character_tokenizer("0123456789")
     whole.save(folder)
     again = learner(tmp_path)
     again.load(folder)

@@ -20,7 +20,7 @@ def setup(**options):
         rank=3,
         path="",
         strategies={"train": {"name": "low_confidence"}, "evaluate": {"name": "left_to_right"}},
-        trains="model",
+        trains=frozenset({"model"}),
         load=lambda: (cases.denoiser("tiny"), cases.tokenizer()),
         **options,
     )
