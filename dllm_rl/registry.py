@@ -10,12 +10,12 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import entry_points
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from dllm_rl.errors import RunStopped, UserError, nearest
 
 Kind = Literal["algorithms", "engines", "strategies", "rewards", "tasks", "rollouters", "families", "transports"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
+
 OWNER = "dllm-rl"
 _OWNED_PACKAGES = ("algorithms", "rollouts", "rewards")
 

@@ -36,10 +36,7 @@ def ray_connection(address: str | None, namespace: str, cpus: float) -> Iterator
     handler = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(
-            address=where,
-            namespace=namespace,
-            logging_level=logging.ERROR,
-            **(private if where == "local" else {}),
+            address=where, namespace=namespace, logging_level=logging.ERROR, **(private if where == "local" else {})
         )
         if callable(handler) and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, handler)  # Ray has put its own in place, which exits at once

@@ -88,7 +88,4 @@ def equal_texts_get_equal_rewards(subject: Subject) -> None:
             )
 
 
-CHECKS: tuple[Callable[[Subject], None], ...] = (
-    every_text_gets_a_verdict,
-    equal_texts_get_equal_rewards,
-)
+CHECKS: tuple[Callable[[Subject], None], ...] = (every_text_gets_a_verdict, equal_texts_get_equal_rewards)

@@ -73,11 +73,7 @@ def byte_bpe_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedToken
 
 def _finished(tokenizer: tokenizers.Tokenizer) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token=PAD,
-        mask_token=MASK,
-        eos_token=EOS,
-        clean_up_tokenization_spaces=False,
+        tokenizer_object=tokenizer, pad_token=PAD, mask_token=MASK, eos_token=EOS, clean_up_tokenization_spaces=False
     )
 
 

@@ -7,9 +7,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from dllm_rl.types import (
-    BlockOrigin,
-)
+from dllm_rl.types import BlockOrigin
 
 
 class Cache(Protocol):

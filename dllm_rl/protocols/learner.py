@@ -9,14 +9,7 @@ from typing import Protocol
 from torch import Tensor
 
 from dllm_rl.protocols.algorithm import Algorithm
-from dllm_rl.types import (
-    GlobalCounts,
-    LikelihoodEstimate,
-    MaskSample,
-    Rewards,
-    RolloutBatch,
-    WeightsVersion,
-)
+from dllm_rl.types import GlobalCounts, LikelihoodEstimate, MaskSample, Rewards, RolloutBatch, WeightsVersion
 
 
 class Learner(Protocol):

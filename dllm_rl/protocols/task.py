@@ -6,9 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from dllm_rl.types import (
-    Example,
-)
+from dllm_rl.types import Example
 
 
 class Task:

@@ -60,13 +60,7 @@ class _Worker:
         from_child, child_out = os.pipe()
         self.process = subprocess.Popen(
             # -P: our own path in its order; the current directory must not shadow what the parent imported.
-            [
-                sys.executable,
-                "-P",
-                "-m",
-                "dllm_rl.reward_pool.worker",
-                *map(str, (child_in, child_out, os.getpid())),
-            ],
+            [sys.executable, "-P", "-m", "dllm_rl.reward_pool.worker", *map(str, (child_in, child_out, os.getpid()))],
             pass_fds=(child_in, child_out),
             start_new_session=True,
             stdin=subprocess.DEVNULL,
