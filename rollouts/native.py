@@ -109,7 +109,7 @@ class NativeSampler:
         partial: Sequence[Trajectory] | None = None,
         max_blocks: int | None = None,
     ) -> list[Trajectory]:
-        """See protocols.RolloutEngine."""
+        """Decode; see RolloutEngine.generate."""
         wanted = requests(self._denoiser, prompts, sampling, seed, samples_per_prompt, partial)
         finished = {r.index: r.partial for r in wanted if r.partial is not None and r.partial.finish != "paused"}
         todo = [request for request in wanted if request.index not in finished]

@@ -50,7 +50,7 @@ class ReferenceSampler:
         partial: Sequence[Trajectory] | None = None,
         max_blocks: int | None = None,
     ) -> list[Trajectory]:
-        """See protocols.RolloutEngine."""
+        """Decode; see RolloutEngine.generate."""
         rows = requests(self._denoiser, prompts, sampling, seed, samples_per_prompt, partial)
         with inference(self._denoiser.module):
             return [self._decode(request, sampling, max_blocks) for request in rows]

@@ -14,7 +14,7 @@ from dllm_rl.reward_pool.pool import RewardPool, RewardSpec
 from dllm_rl.reward_pool.self_test import run_self_test
 from dllm_rl.types import Example
 
-CANARY = 32
+SELF_TESTED = 32
 Split = Literal["train", "test"]
 SPLITS: tuple[Split, ...] = ("train", "test")
 
@@ -89,7 +89,7 @@ def gold_is_right_and_wrong_is_wrong(subject: Subject) -> None:
     with RewardPool([RewardSpec(name=name) for name in task.rewards]) as pool:
         for split in SPLITS:
             try:
-                run_self_test(pool, task, subject.examples[split][:CANARY])
+                run_self_test(pool, task, subject.examples[split][:SELF_TESTED])
             except ValueError as error:
                 require(False, f"{split}: {error}")
 

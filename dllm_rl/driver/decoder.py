@@ -55,7 +55,7 @@ class BatchDecoder:
         self._timer, self._taken = Clock(partial.seconds), 0
 
     def generate(self, prompts: Sequence[Prompt], *, samples_per_prompt: int = 1) -> list[Trajectory]:
-        """See protocols.Decoder."""
+        """Decode, or repeat what a former decoder of the batch has decoded; see Decoder."""
         partial, begin = self._partial, self._taken
         self._taken += len(prompts) * samples_per_prompt
         found: list[Trajectory] | None = partial.trajectories[begin : self._taken]

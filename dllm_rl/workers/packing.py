@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,8 +12,9 @@ from torch import Tensor
 
 from dllm_rl.types import Trajectory
 
-_TENSORS = tuple(f.name for f in dataclasses.fields(Trajectory) if "Tensor" in str(f.type))
-_OTHERS = tuple(f.name for f in dataclasses.fields(Trajectory) if "Tensor" not in str(f.type))
+_HINTS = typing.get_type_hints(Trajectory)
+_TENSORS = tuple(name for name, hint in _HINTS.items() if Tensor in (hint, *typing.get_args(hint)))
+_OTHERS = tuple(name for name in _HINTS if name not in _TENSORS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,22 +44,22 @@ def pack(trajectories: Sequence[Trajectory]) -> PackedTrajectories:
     return PackedTrajectories(flat, shapes, [tuple(getattr(t, name) for name in _OTHERS) for t in trajectories])
 
 
-def unpack(parcel: PackedTrajectories) -> list[Trajectory]:
+def unpack(packed: PackedTrajectories) -> list[Trajectory]:
     """The trajectories; their tensors share memory of their own."""
     columns: dict[str, list[Any]] = {}
     for name in _TENSORS:
-        shapes = parcel.shapes[name]
-        if parcel.flat[name] is None:
+        shapes = packed.shapes[name]
+        if packed.flat[name] is None:
             columns[name] = [None] * len(shapes)
             continue
-        whole = torch.tensor(parcel.flat[name])  # a copy: what came through shared memory must not be written to
+        whole = torch.tensor(packed.flat[name])  # a copy: what came through shared memory must not be written to
         sizes = [0 if shape is None else torch.Size(shape).numel() for shape in shapes]
         pieces = whole.split(sizes)
         columns[name] = [
             None if shape is None else piece.view(shape) for shape, piece in zip(shapes, pieces, strict=True)
         ]
     found = []
-    for row, others in enumerate(parcel.others):
+    for row, others in enumerate(packed.others):
         values: dict[str, Any] = dict(zip(_OTHERS, others, strict=True))
         found.append(Trajectory(**values, **{name: columns[name][row] for name in _TENSORS}))
     return found

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from dllm_rl.diffusion.decoding import take_best
 from dllm_rl.errors import UserError
@@ -31,8 +32,9 @@ class ConfidenceThreshold(UnmaskingStrategy):
 
     config: Config
 
+    @override
     def select(self, candidates: Candidates) -> Tensor:
-        """See UnmaskingStrategy; ignores tokens_per_step."""
+        """Ignores tokens_per_step."""
         sure = candidates.eligible & (candidates.logp >= math.log(self.config.threshold))
         one = torch.ones_like(candidates.count)
         return sure | take_best(candidates.logp, candidates.eligible, one)

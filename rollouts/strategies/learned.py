@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from dllm_rl.errors import UserError
 from dllm_rl.protocols.strategy import Candidates, UnmaskingStrategy
@@ -53,8 +54,9 @@ class Learned(UnmaskingStrategy):
         self.distribution = config.distribution or about.get("distribution", "bernoulli")
         self.vocabulary: str | None = about.get("vocabulary")
 
+    @override
     def bind(self, vocabulary: str, device: torch.device, *, trained_here: bool) -> None:
-        """See UnmaskingStrategy.
+        """Refuse a foreign or untrained policy, then move it to the device.
 
         Raises:
             UserError: the policy was trained with another vocabulary, or was never trained.
@@ -72,22 +74,23 @@ class Learned(UnmaskingStrategy):
         self.vocabulary = vocabulary
         self.policy.to(device)
 
+    @override
     def save(self, folder: Path) -> None:
-        """See UnmaskingStrategy."""
         save_policy(self.policy, folder, {"distribution": self.distribution, "vocabulary": self.vocabulary})
 
+    @override
     def load(self, folder: Path) -> None:
-        """See UnmaskingStrategy."""
         self.policy.load_state_dict(load_policy(folder)[0].state_dict())
 
+    @override
     def select(self, candidates: Candidates) -> Tensor:
-        """See UnmaskingStrategy; ignores tokens_per_step."""
+        """Ignores tokens_per_step."""
         draw = choices.draw_bernoulli if self.distribution == "bernoulli" else choices.draw_plackett_luce
         with torch.no_grad():
             return draw(self._utility(candidates), candidates.eligible, candidates.noise)
 
+    @override
     def log_prob(self, candidates: Candidates, order: Tensor) -> Tensor:
-        """See UnmaskingStrategy."""
         logp = choices.bernoulli_logp if self.distribution == "bernoulli" else choices.plackett_luce_logp
         return logp(self._utility(candidates), candidates.eligible, order)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from dllm_rl.diffusion.decoding import take_best
 from dllm_rl.protocols.strategy import Candidates, UnmaskingStrategy
@@ -12,6 +13,6 @@ from dllm_rl.protocols.strategy import Candidates, UnmaskingStrategy
 class LeftToRight(UnmaskingStrategy):
     """Leftmost first; tokens_per_step positions a forward."""
 
+    @override
     def select(self, candidates: Candidates) -> Tensor:
-        """See UnmaskingStrategy."""
         return take_best(torch.zeros_like(candidates.logp), candidates.eligible, candidates.count)

@@ -6,6 +6,7 @@ Source: the reverse process of absorbing diffusion, Austin et al. 2021 (D3PM), a
 from __future__ import annotations
 
 from torch import Tensor
+from typing_extensions import override
 
 from dllm_rl.diffusion.decoding import take_best
 from dllm_rl.protocols.strategy import Candidates, UnmaskingStrategy
@@ -14,6 +15,6 @@ from dllm_rl.protocols.strategy import Candidates, UnmaskingStrategy
 class RandomOrder(UnmaskingStrategy):
     """Uniformly random positions; tokens_per_step positions a forward."""
 
+    @override
     def select(self, candidates: Candidates) -> Tensor:
-        """See UnmaskingStrategy."""
         return take_best(candidates.noise, candidates.eligible, candidates.count)

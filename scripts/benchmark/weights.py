@@ -13,7 +13,9 @@ import functools
 import os
 import statistics
 import threading
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
@@ -23,6 +25,7 @@ import psutil
 import ray
 import torch
 from torch import nn
+from typing_extensions import override
 
 from dllm_rl.cluster.group import WorkerRank
 from dllm_rl.cluster.placement import Placement, ResourceRequest
@@ -30,82 +33,63 @@ from dllm_rl.cluster.ray_group import RayWorkerGroup
 from dllm_rl.driver.engine_pool import EnginePool
 from dllm_rl.driver.learner_group import LearnerGroup
 from dllm_rl.driver.weight_sync import DistributedWeightSync
-from dllm_rl.weight_transfer.broadcast import Broadcast
-from dllm_rl.weight_transfer.receiver import WeightReceiver, size_of
-from dllm_rl.weight_transfer.sender import OutgoingTensor, WeightSender, received
+from dllm_rl.models.digest import tensor_digests
+from dllm_rl.protocols.engine import RolloutEngine, TensorSpec
+from dllm_rl.workers.engine_worker import EngineWorker
+from dllm_rl.workers.learner_worker import LearnerWorker
 
 ROWS = 1 << 10
 
 
-class Sender:
-    """A learner with nothing but weights."""
+class Weights:
+    """A learner with nothing but weights: as much of one as LearnerWorker looks at when it pushes."""
 
-    ticks = 0
+    step = 0
 
-    def __init__(self, mb: int, place: WorkerRank) -> None:
+    def __init__(self, mb: int) -> None:
         count = max(1, (mb << 20) // (4 * ROWS * ROWS))
-        weights = {f"layer{number}": nn.Parameter(torch.randn(ROWS, ROWS)) for number in range(count)}
-        outgoing = [
-            OutgoingTensor(name, [value], functools.partial(lambda v: v, value)) for name, value in weights.items()
-        ]
-        self._sender = WeightSender(outgoing, _whole, leader=True, host=place.host)
-        self.open, self.join, self.send, self.finish = (
-            getattr(self._sender, name) for name in ("open", "join", "send", "finish")
-        )
+        self._named = [(f"layer{number}", nn.Parameter(torch.randn(ROWS, ROWS))) for number in range(count)]
 
-    def entries(self) -> Any:
-        """See WeightSender."""
-        return self._sender.entries
+    def named_weights(self) -> Iterable[tuple[str, nn.Parameter]]:
+        """Parameters by name."""
+        return iter(self._named)
 
 
-class Receiver:
+class Store(RolloutEngine):
     """An engine with nothing but weights."""
 
-    ticks = 0
-
-    def __init__(self, mb: int, place: WorkerRank) -> None:
+    def __init__(self, mb: int) -> None:
         count = max(1, (mb << 20) // (4 * ROWS * ROWS))
-        self._place = place
-        self._receiver = WeightReceiver(
-            {f"layer{number}": torch.zeros(ROWS, ROWS) for number in range(count)}, "engine"
-        )
-        self._layout: Any = ()
-        self._device = torch.device("cpu")
+        self._values = {f"layer{number}": torch.zeros(ROWS, ROWS) for number in range(count)}
 
-    def join(self, address: Any, size: int, timeout_s: float) -> None:
-        """See EngineWorker."""
-        place = self._place
-        self._broadcast = Broadcast(
-            address, rank=place.rank + 1, size=size, host=place.host, device=self._device, timeout_s=timeout_s
-        )
+    @override
+    def heartbeat(self) -> int:
+        return 0
 
-    def begin(self, step: int, layout: Any, *, allow_older: bool) -> None:
-        """See EngineWorker."""
-        self._receiver.begin(step, layout, allow_older=allow_older)
-        self._layout = layout
+    @override
+    def begin_weights(self, tensors: Sequence[TensorSpec]) -> None:
+        assert {spec.name for spec in tensors} == self._values.keys()
 
-    def write(self, number: int, payload: Any) -> None:
-        """See EngineWorker."""
-        if payload is None:
-            buffer = torch.empty(size_of(self._layout[number]), dtype=torch.uint8)
-            self._broadcast(buffer)
-        else:
-            buffer = received(payload, self._device)
-        self._receiver.write(number, buffer)
+    @override
+    def write_weights(self, values: Mapping[str, torch.Tensor]) -> None:
+        for name, value in values.items():
+            self._values[name].copy_(value)
 
-    def commit(self, step: int) -> dict[str, int]:
-        """See EngineWorker."""
-        return self._receiver.commit(step)
-
-    def activate(self, version: Any) -> None:
-        """See EngineWorker."""
-        self._receiver.accept()
+    @override
+    def commit_weights(self) -> Mapping[str, int]:
+        return tensor_digests(self._values.items())
 
 
-def _whole(parameters: Any) -> Any:
-    import contextlib
+def sender(mb: int, rank: WorkerRank) -> LearnerWorker:
+    """What a learner's actor builds."""
+    nothing: Any = SimpleNamespace(device=torch.device("cpu"), adapter=None)
+    weights: Any = Weights(mb)
+    return LearnerWorker(weights, rank, nothing)
 
-    return contextlib.nullcontext()
+
+def receiver(mb: int, rank: WorkerRank) -> EngineWorker:
+    """What an engine's actor builds."""
+    return EngineWorker(Store(mb), rank, packed=True)
 
 
 class Peak:
@@ -154,8 +138,12 @@ def main() -> None:
         log=print,
     )
     environment = {"OMP_NUM_THREADS": "1"}
-    senders = RayWorkerGroup("learner", functools.partial(Sender, arguments.mb), placement.learners, environment)
-    receivers = RayWorkerGroup("engine", functools.partial(Receiver, arguments.mb), placement.engines, environment)
+    senders: RayWorkerGroup[LearnerWorker] = RayWorkerGroup(
+        "learner", functools.partial(sender, arguments.mb), placement.learners, environment
+    )
+    receivers: RayWorkerGroup[EngineWorker] = RayWorkerGroup(
+        "engine", functools.partial(receiver, arguments.mb), placement.engines, environment
+    )
     with ThreadPoolExecutor(2) as both:
         for started in [both.submit(group.restart, range(group.size)) for group in (senders, receivers)]:
             started.result()
@@ -166,7 +154,7 @@ def main() -> None:
         sync = DistributedWeightSync(
             learner,
             pool,
-            transport=transport,  # type: ignore[arg-type]
+            transport=transport,
             bucket_bytes=arguments.bucket_mb << 20,
             timeout_s=120,
             log=print,
