@@ -126,7 +126,7 @@ class ModelScorer:
         if self.denoiser.adapter is not None:
             load_adapter(self.denoiser, folder)
             return
-        family, dtype = self.denoiser.family.name, next(self.denoiser.module.parameters()).dtype
+        family, dtype = self.denoiser.family, next(self.denoiser.module.parameters()).dtype
         saved = dict(load_denoiser(folder, family=family, dtype=dtype)[0].module.named_parameters())
         own = dict(self.denoiser.module.named_parameters())
         odd = sorted(

@@ -25,6 +25,7 @@ from dllm_rl.reports.clock import Clock
 from dllm_rl.reports.progress import Quiet
 from dllm_rl.reports.run_folder import comparable, read_rows
 from dllm_rl.train import train
+from dllm_rl.workers.engine_worker import EngineWorker
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 PLUGIN = '''
@@ -159,9 +160,9 @@ def test_what_was_said_before_is_given_and_never_scored(collected, method):
     assert not masks.weight[:, given].any() and not masks.mask[:, given].any()
     assert masks.weight[:, batch.completion].any()
     advantage = run.algorithm.advantages(found.rewards, batch)
-    old = cases.estimate(batch, masks, seed=1)
-    reference = cases.estimate(batch, masks, seed=2)
-    noise = torch.where(batch.valid, cases.estimate(batch, masks, seed=3).token_logp - 0.5, 0.0).requires_grad_()
+    old = cases.estimate(batch, masks, run.algorithm.needs, seed=1)
+    reference = cases.estimate(batch, masks, run.algorithm.needs, seed=2)
+    noise = torch.where(batch.valid, cases.estimate(batch, masks, run.algorithm.needs, seed=3).token_logp - 0.5, 0.0).requires_grad_()
     new = dataclasses.replace(old, token_logp=noise)
     experience = cases.experience(batch, found.rewards, advantage, masks, old, reference)
     run.algorithm.loss(new, experience).value.backward()
@@ -287,7 +288,7 @@ def test_a_begun_batch_of_two_turns_goes_on_where_it_was(tiny, tmp_path):
                 raise InterruptedError
             yield
 
-        with pytest.raises(InterruptedError):  # the first turn takes four calls: the second has had one of them
+        with pytest.raises(UserError, match="roll_out.. raised InterruptedError"):  # the first turn takes four calls: the second has had one of them
             decode(run, config, prompts, BatchDecoder(run, config, 1, partial, engines))
         assert len(partial.trajectories) == 16 + 10 and partial.blocks == 1
         assert any(t.finish == "paused" for t in partial.trajectories[16:])
@@ -295,7 +296,7 @@ def test_a_begun_batch_of_two_turns_goes_on_where_it_was(tiny, tmp_path):
             prefetcher._partial[1] = partial
             prefetcher.save(tmp_path)
             prefetcher.load(tmp_path, 0)
-            run.engines.group.call("activate", dataclasses.replace(run.engines.weights, step=1))
+            run.engines.group.call(EngineWorker.activate, dataclasses.replace(run.engines.weights, step=1))
             begun = prefetcher._partial[1]
             batch = prefetcher._collect(1, begun).batch
         assert torch.equal(batch.tokens, whole.tokens) and torch.equal(batch.episode, whole.episode)
