@@ -162,7 +162,9 @@ def test_what_was_said_before_is_given_and_never_scored(collected, method):
     advantage = run.algorithm.advantages(found.rewards, batch)
     old = cases.estimate(batch, masks, run.algorithm.needs, seed=1)
     reference = cases.estimate(batch, masks, run.algorithm.needs, seed=2)
-    noise = torch.where(batch.valid, cases.estimate(batch, masks, run.algorithm.needs, seed=3).token_logp - 0.5, 0.0).requires_grad_()
+    noise = torch.where(
+        batch.valid, cases.estimate(batch, masks, run.algorithm.needs, seed=3).token_logp - 0.5, 0.0
+    ).requires_grad_()
     new = dataclasses.replace(old, token_logp=noise)
     experience = cases.experience(batch, found.rewards, advantage, masks, old, reference)
     run.algorithm.loss(new, experience).value.backward()
@@ -288,7 +290,9 @@ def test_a_begun_batch_of_two_turns_goes_on_where_it_was(tiny, tmp_path):
                 raise InterruptedError
             yield
 
-        with pytest.raises(UserError, match="roll_out.. raised InterruptedError"):  # the first turn takes four calls: the second has had one of them
+        with pytest.raises(
+            UserError, match=r"roll_out\(\) raised InterruptedError"
+        ):  # the first turn takes four calls: the second has had one of them
             decode(run, config, prompts, BatchDecoder(run, config, 1, partial, engines))
         assert len(partial.trajectories) == 16 + 10 and partial.blocks == 1
         assert any(t.finish == "paused" for t in partial.trajectories[16:])
