@@ -9,8 +9,6 @@ from dllm_rl.config.load import load_config
 from dllm_rl.config.schema import Config
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "methods"
-# For models of a few hundred updates: as small, and as easily sure.
-STRATEGIES: dict[str, dict[str, Any]] = {"confidence_threshold": {"threshold": 0.2}, "learned": {"width": 16}}
 
 
 def tiny(name: str) -> Config:
@@ -18,14 +16,14 @@ def tiny(name: str) -> Config:
     return load_config(CONFIGS / f"{name}_tiny.yaml")
 
 
-def sections(name: str) -> dict[str, dict[str, Any]]:
-    """What it says of the algorithm and of its sampling."""
-    config = tiny(name)
+def sections(name: str, *, threshold: float = 0.2) -> dict[str, dict[str, Any]]:
+    """What it says of the algorithm and of its sampling, with a threshold for models that are sure of little."""
+    config, changed = tiny(name), {"confidence_threshold": {"threshold": threshold}}
     algorithm, strategy = config.algorithm, config.sampling.strategy
     return {
         "algorithm": {"name": name} | algorithm.options,
         "sampling": {
-            "strategy": {"name": strategy.name} | strategy.options | STRATEGIES.get(strategy.name, {}),
+            "strategy": {"name": strategy.name} | strategy.options | changed.get(strategy.name, {}),
             "temperature": config.sampling.temperature,
             "tokens_per_step": config.sampling.tokens_per_step,
         },

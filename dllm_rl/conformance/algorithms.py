@@ -87,8 +87,8 @@ def declares_itself(subject: Subject) -> None:
     require(subject.needs.source in sources, f"needs.source = {subject.needs.source!r}, allowed: {sources}")
     trains = subject.needs.trains
     require(bool(trains) and trains <= trainable, f"needs.trains = {set(trains)}, allowed: some of {trainable}")
-    baseline = isinstance(subject.algorithm, ValueBaseline)
-    require(baseline or not subject.needs.values, f"needs.values = True, but {kind.__name__} is no ValueBaseline")
+    fed = isinstance(subject.algorithm, ValueBaseline) or not subject.needs.values
+    require(fed, f"needs.values = True, but {kind.__name__} is no ValueBaseline")
 
 
 def advantages_have_the_shape_of_rows_or_tokens(subject: Subject) -> None:

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from dllm_rl.diffusion import likelihood
+from dllm_rl.diffusion.likelihood import Work
 from dllm_rl.errors import UserError
+from dllm_rl.learner.scorer import Share
 from dllm_rl.models.denoiser import TransformersDenoiser
 from dllm_rl.models.digest import digest
 from dllm_rl.models.evaluating import evaluating
@@ -50,18 +52,12 @@ class ModelScorer:
             self._reference = copy.deepcopy(denoiser)
             self._reference.module.requires_grad_(False).eval()
 
-    def plan(self, batch: RolloutBatch, masks: MaskSample) -> list[likelihood.Work]:
+    def plan(self, batch: RolloutBatch, masks: MaskSample) -> list[Work]:
         """Micro-batches; the same number on every rank."""
         return likelihood.plan(batch, masks, self._budget)
 
     def add(
-        self,
-        estimate: LikelihoodEstimate,
-        batch: RolloutBatch,
-        masks: MaskSample,
-        work: Sequence[likelihood.Work],
-        *,
-        draws: bool,
+        self, estimate: LikelihoodEstimate, batch: RolloutBatch, masks: MaskSample, work: Sequence[Work], *, draws: bool
     ) -> LikelihoodEstimate:
         """An estimate with the tokens' log-probabilities, with graph (and dropout) if gradients are enabled."""
         forward = functools.partial(self._forward, likelihood.score, batch, masks)
@@ -72,7 +68,7 @@ class ModelScorer:
             found = likelihood.summed(batch, masks, work, forward, draws=draws)
         return dataclasses.replace(found, choice_logp=estimate.choice_logp)
 
-    def shares(self, batch: RolloutBatch, masks: MaskSample, slope: LikelihoodEstimate) -> list[Callable[[], Tensor]]:
+    def shares(self, batch: RolloutBatch, masks: MaskSample, slope: LikelihoodEstimate) -> list[Share]:
         """What to take the gradient of: the derivatives play the part of the weights."""
         factor = slope.token_logp.cpu() * masks.weight
         if slope.draw_token_logp is not None:
@@ -140,11 +136,11 @@ class ModelScorer:
             for name, value in saved.items():
                 own[name].copy_(value)
 
-    def _share(self, batch: RolloutBatch, needed: MaskSample, part: likelihood.Work) -> Tensor:
+    def _share(self, batch: RolloutBatch, needed: MaskSample, part: Work) -> Tensor:
         logp, pair, position = self._forward(likelihood.score, batch, needed, part)
         return (logp * likelihood.weights(needed, part, pair, position)).sum()
 
-    def _forward(self, function: Scoring, batch: RolloutBatch, masks: MaskSample, work: likelihood.Work) -> Scored:
+    def _forward(self, function: Scoring, batch: RolloutBatch, masks: MaskSample, work: Work) -> Scored:
         """A function of likelihood.py on the trained network."""
         self.ticks += 1
         return function(self.denoiser, batch, masks, work)

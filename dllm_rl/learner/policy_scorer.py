@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dllm_rl.diffusion.layout import block_index
 from dllm_rl.errors import UserError
+from dllm_rl.learner.scorer import Share
 from dllm_rl.protocols.strategy import Candidates, UnmaskingStrategy
 from dllm_rl.types import BlockOrigin, LikelihoodEstimate, MaskSample, RolloutBatch
 
@@ -61,7 +62,7 @@ class PolicyScorer:
             logp = logp.index_put(part, self._log_prob(batch, *part).cpu())
         return dataclasses.replace(estimate, choice_logp=logp)
 
-    def shares(self, batch: RolloutBatch, masks: MaskSample, slope: LikelihoodEstimate) -> list[Callable[[], Tensor]]:
+    def shares(self, batch: RolloutBatch, masks: MaskSample, slope: LikelihoodEstimate) -> list[Share]:
         """What to take the gradient of; choices that the loss does not depend on are left out."""
         factor = slope.choice_logp
         assert factor is not None, "add() comes first"

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dllm_rl.types import LikelihoodEstimate, MaskSample, RolloutBatch
 
+Share = Callable[[], Tensor]  # a part of the loss's gradient, as a scalar to differentiate
 Named = Iterable[tuple[str, nn.Parameter]]
 
 
@@ -49,9 +50,7 @@ class Scorer(Protocol):
             draws: fill in the log-probabilities of each draw too.
         """
 
-    def shares(
-        self, batch: RolloutBatch, masks: MaskSample, slope: LikelihoodEstimate
-    ) -> Sequence[Callable[[], Tensor]]:
+    def shares(self, batch: RolloutBatch, masks: MaskSample, slope: LikelihoodEstimate) -> Sequence[Share]:
         """Scalars, one per micro-batch and computed when called, whose gradients add up to that of the loss.
 
         Args:

@@ -12,11 +12,12 @@ from dllm_rl.config.schema import Config
 from dllm_rl.protocols.task import Task
 from dllm_rl.train import train
 from dllm_rl.types import Example
-from tests.methods import paces_itself, sections
+from tests.methods import paces_itself, sections, tiny
 
 BAR = 0.8  # mean share of right characters on greedy completions; a random model has about 0.1
 FAST = 3.5  # tokens per forward, of at most 4
-SFT_STEPS = 60  # after which the task is solved, slowly
+LR = 3e-3
+SFT_STEPS = 25  # after which the task is solved, slowly
 
 
 class Echo(Task):
@@ -60,7 +61,7 @@ def share(prompts, completions, *, answer, **columns):
 @pytest.mark.parametrize("name", sorted(registry.names("algorithms")))
 def test_learns(name, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
-    method = sections(name)
+    method, rates = sections(name, threshold=0.7), tiny(name).learner
     method["sampling"]["tokens_per_step"] = min(2, method["sampling"]["tokens_per_step"])  # of 4
     config = {
         "run": {"name": "run", "steps": 150, "output": str(tmp_path), "threads": 1},
@@ -68,7 +69,7 @@ def test_learns(name, tmp_path, monkeypatch):
         "data": {"task": {"name": "test_learns:Echo"}, "prompts_per_step": 6, "samples_per_prompt": 8},
         "sampling": {"max_new_tokens": 4} | method["sampling"],
         "algorithm": method["algorithm"],
-        "learner": {"lr": 3e-3, "schedule": "constant"},
+        "learner": {"lr": LR, "value_lr": LR * rates.value_lr / rates.lr, "schedule": "constant"},
         "evaluate": {"at_start": True},
     }
     fast = paces_itself(name)
@@ -79,6 +80,7 @@ def test_learns(name, tmp_path, monkeypatch):
             "sampling": {"max_new_tokens": 4},  # an untrained policy is refused
         }
         folder = train(Config.model_validate(config | start)).folder
+        config["learner"] |= {"lr": LR / 3}  # gently, or it forgets
         config["model"] = {"path": str(next(folder.glob("checkpoints/*/model")))}
     summary = train(Config.model_validate(config))
     before, after = summary.before[0], summary.after[0]
