@@ -249,7 +249,7 @@ def test_the_stations_of_the_walks_exist():
 
 
 def test_the_layers_are_those_of_the_code():
-    block = re.search(r"## Import layers.*?```text\n(.*?)```", text, re.S)
+    block = re.search(r"## Import layers.*?```text\n(.*?)```", TEXT, re.S)
     assert block is not None
     written = [line.split() for line in block[1].splitlines()]
     spec = importlib.util.spec_from_file_location("structure", ROOT / "tests" / "test_structure.py")

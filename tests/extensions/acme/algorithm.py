@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from dllm_rl.diffusion import advantage, masking, surrogate
 from dllm_rl.protocols.algorithm import Algorithm
@@ -16,7 +17,7 @@ class OneViewGRPO(Algorithm):
     class Config:
         epsilon: float = 0.2
 
-    metrics = {"acme/surprise": Metric("nats", "mean negative log-probability of a scored token")}
+    metrics: ClassVar = {"acme/surprise": Metric("nats", "mean negative log-probability of a scored token")}
 
     def advantages(self, rewards, batch):
         return advantage.leave_one_out(rewards.total, batch.group, rewards.included, batch.episode)
@@ -33,4 +34,4 @@ class OneViewGRPO(Algorithm):
 class Forgetful(OneViewGRPO):
     """Logs what it has not declared."""
 
-    metrics = {}
+    metrics: ClassVar = {}
