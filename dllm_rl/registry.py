@@ -14,7 +14,9 @@ from typing import Any, Literal
 
 from dllm_rl.errors import RunStopped, UserError, nearest
 
-Kind = Literal["algorithms", "engines", "strategies", "rewards", "tasks", "rollouters", "families", "transports"]
+Kind = Literal[
+    "algorithms", "engines", "strategies", "rewards", "tasks", "rollouters", "families", "transports", "caches"
+]
 
 OWNER = "dllm-rl"
 _OWNED_PACKAGES = ("algorithms", "rollouts", "rewards")

@@ -87,7 +87,7 @@ def train(
         records = RunFolder(folder, stack.enter_context(trackers).log)
         with clock("setup_s"):
             run = stack.enter_context(build_run(config, folder, progress))
-            learner, pool = run.learner, run.reward_pool
+            learner, pool, records.declared = run.learner, run.reward_pool, run.algorithm.metrics
             if pool is not None:
                 stack.enter_context(pool)
                 run_self_test(pool, run.task, run.task.examples("train")[: config.reward_pool.self_test])

@@ -454,6 +454,14 @@ class GlobalCounts:
 
 
 @dataclass(frozen=True, slots=True)
+class Metric:
+    """A metric's unit ("" for none) and its meaning, in one line."""
+
+    unit: str
+    meaning: str
+
+
+@dataclass(frozen=True, slots=True)
 class Loss:
     """A scalar to minimise and detached scalars to log."""
 

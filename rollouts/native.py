@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from dllm_rl import registry
 from dllm_rl.config import ranges
 from dllm_rl.diffusion.decoding import POSITION_NOISE, TOKEN_NOISE, propose
 from dllm_rl.diffusion.layout import block_index, block_rule
-from dllm_rl.protocols.denoiser import Denoiser
+from dllm_rl.models.cache import BlockCache
+from dllm_rl.protocols.denoiser import CacheType, Denoiser
 from dllm_rl.protocols.strategy import Candidates, UnmaskingStrategy
 from dllm_rl.seeding import uniform
 from dllm_rl.types import GIVEN, Prompt, Sampling, Trajectory, WeightsVersion
@@ -83,6 +85,7 @@ class NativeSampler:
         max_batch_tokens: int = 1 << 16,
         keep_confidence: bool = False,
         chunk_elements: int = CHUNK_ELEMENTS,
+        cache_type: CacheType = BlockCache,
     ) -> None:
         """Hold a denoiser.
 
@@ -93,11 +96,13 @@ class NativeSampler:
             max_batch_tokens: padded tokens per forward at most (one row may exceed it).
             keep_confidence: fill Trajectory.confidence, also if the strategy does not read the whole canvas itself.
             chunk_elements: logits held at once at most (the logits of one position may exceed it).
+            cache_type: of keys and values; block-causal families only.
         """
         self.weights = weights
         self._denoiser, self._strategy = denoiser, strategy
         self._max_batch_tokens, self._chunk_elements = max_batch_tokens, chunk_elements
         self._whole = keep_confidence or strategy.reads_canvas
+        self._cache_type = cache_type
 
     def generate(
         self,
@@ -195,7 +200,7 @@ class NativeSampler:
         begin = begin + (current - first) * size  # what is known before it is context, as the prompt is
         longest = int(begin.max())
         clean = torch.arange(longest, device=device) < begin[:, None]
-        cache = denoiser.prefill(rows.tokens[:, :longest], clean, rows.block_ids[:, :longest])
+        cache = denoiser.prefill(rows.tokens[:, :longest], clean, rows.block_ids[:, :longest], self._cache_type)
         while True:
             position = begin[:, None] + torch.arange(size, device=device)
             room = position < rows.tokens.shape[1]
@@ -324,9 +329,11 @@ class NativeEngine(TorchEngine):
         """Options."""
 
         max_batch_tokens: int = 1 << 16  # padded tokens per forward at most
+        cache: str = "block"  # of block-causal families: an entry point of dllm_rl.caches, or "package.module:Name"
 
         def __post_init__(self) -> None:
             ranges.at_least_one(max_batch_tokens=self.max_batch_tokens)
+            registry.load("caches", self.cache)
 
     config: Config
 
@@ -338,4 +345,5 @@ class NativeEngine(TorchEngine):
             weights=self.weights,
             max_batch_tokens=self.config.max_batch_tokens,
             keep_confidence=keep_confidence,
+            cache_type=registry.load("caches", self.config.cache),
         )

@@ -24,7 +24,7 @@ from dllm_rl.driver.check_engine import check_engine
 from dllm_rl.driver.engine_pool import EnginePool
 from dllm_rl.driver.learner_group import LearnerGroup
 from dllm_rl.driver.weight_sync import DistributedWeightSync, InProcessWeightSync, WeightSync
-from dllm_rl.errors import require_package
+from dllm_rl.errors import UserError, require_package
 from dllm_rl.models.denoiser import TransformersDenoiser
 from dllm_rl.models.from_config import load_model
 from dllm_rl.models.tokenizers import vocabulary_digest
@@ -121,8 +121,18 @@ def launch_local(spec: WorkerSpec, stack: ExitStack) -> Workers:
     if engines.call(EngineWorker.shares_weights) == [True]:
         sync = InProcessWeightSync(learner, pool)
     else:
-        sync = _distributed(config, learner, pool, "in_process", lambda text: None)
+        sync = _distributed(config, learner, pool, _local_transport(config), lambda text: None)
     return Workers(denoiser=denoiser, tokenizer=tokenizer, learner=learner, engines=pool, weights=sync)
+
+
+def _local_transport(config: Config) -> str:
+    name = config.cluster.transport
+    if name == "auto":
+        return "in_process"
+    way = registry.load("transports", name)
+    if why := "it works between processes" if way.collective else way.unavailable():
+        raise UserError(f"cluster.transport = {name} with cluster.kind: local: {why}; set cluster.transport: auto")
+    return name
 
 
 def launch_ray(spec: WorkerSpec, stack: ExitStack, log: Callable[[str], None]) -> Workers:

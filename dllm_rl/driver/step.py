@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -19,7 +20,9 @@ from dllm_rl.driver.reference_cache import ReferenceCache
 from dllm_rl.driver.step_masks import step_masks
 from dllm_rl.errors import UserError
 from dllm_rl.learner.diagnostics import estimator_metrics
+from dllm_rl.protocols.algorithm import Algorithm
 from dllm_rl.reports.clock import Clock
+from dllm_rl.reports.metrics import describe
 from dllm_rl.types import RolloutBatch
 
 
@@ -73,12 +76,24 @@ def one_step(
                         learned |= estimator_metrics(learner, algorithm, batch, config.diagnostics, key)
                 with timer("update_s"):
                     learned |= learner.update(batch, rewards, advantage, masks, algorithm, reference=reference)
+                _require_declared(learned, algorithm, config)
         with timer("push_s"), prefetcher.engines_idle():
             run.weights.push()
     parts_of_it = ("wait_s", "sleep_s", "score_s", "diagnose_s", "update_s", "push_s")
     known = sum(timer.seconds.get(name, 0.0) for name in parts_of_it)
     timer.seconds["other_s"] = timer.seconds["step_s"] - known
     return collected, learned, timer
+
+
+def _require_declared(learned: Mapping[str, float], algorithm: Algorithm, config: Config) -> None:
+    try:
+        for name in learned:
+            describe(name, algorithm.metrics)
+    except KeyError:
+        raise UserError(
+            f"algorithm '{config.algorithm.name}': loss() logs the metric '{name}', which is not declared; give its "
+            f"unit and meaning in the class attribute 'metrics'"
+        ) from None
 
 
 def _corrected(

@@ -9,9 +9,9 @@ from torch import Tensor
 class BlockCache:
     """Grows by one window at a time; rows with ragged prompts share one rectangle through a validity mask.
 
-    Passed to transformers' attention as ``past_key_values``: of that interface attention only calls ``update``.
-    Windows are written behind the committed entries into spare room, so a denoising forward copies W entries, not the
-    whole cache, and committing is a change of length.
+    Keeps protocols.denoiser.Cache. Passed to transformers' attention as ``past_key_values``: of that interface
+    attention only calls ``update``. Windows are written behind the committed entries into spare room, so a denoising
+    forward copies W entries, not the whole cache, and committing is a change of length.
 
     Attributes:
         valid: (N, S) bool; entries that every later position of the row may attend to.

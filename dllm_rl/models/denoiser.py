@@ -14,7 +14,7 @@ from dllm_rl.errors import UserError
 from dllm_rl.models.cache import BlockCache
 from dllm_rl.models.evaluating import evaluating
 from dllm_rl.models.family import Family
-from dllm_rl.protocols.denoiser import Cache
+from dllm_rl.protocols.denoiser import Cache, CacheType
 from dllm_rl.types import BlockOrigin
 
 
@@ -125,12 +125,12 @@ class TransformersDenoiser:
         return logits
 
     @torch.no_grad()
-    def prefill(self, tokens: Tensor, valid: Tensor, block_ids: Tensor) -> Cache:
+    def prefill(self, tokens: Tensor, valid: Tensor, block_ids: Tensor, cache_type: CacheType = BlockCache) -> Cache:
         """Keys and values of clean right-padded prompts (N, P), P >= 0, under block-causal attention."""
         self._require_blocks("prefill")
         length = tokens.shape[1]
         self._check_length(length)
-        cache = BlockCache(self.module.config.num_hidden_layers, valid[:, :0])
+        cache = cache_type(self.module.config.num_hidden_layers, valid[:, :0])
         if length:
             with evaluating(self.module):
                 self._run(tokens, self._positions(length), block_causal(block_ids, valid)[:, None], cache)
@@ -141,7 +141,6 @@ class TransformersDenoiser:
     def extend(self, cache: Cache, tokens: Tensor, positions: Tensor, valid: Tensor, *, commit: bool) -> Tensor:
         """Hidden states (N, W, D) of one window per row; see protocols.Denoiser."""
         self._require_blocks("extend")
-        assert isinstance(cache, BlockCache)
         sees = torch.cat([cache.valid, valid], dim=1)[:, None, None, :]
         with evaluating(self.module):
             hidden = self._run(tokens, positions, sees, cache)
@@ -149,7 +148,7 @@ class TransformersDenoiser:
             cache.commit(valid)
         return hidden
 
-    def _run(self, tokens: Tensor, positions: Tensor, attention: Tensor, cache: BlockCache | None = None) -> Tensor:
+    def _run(self, tokens: Tensor, positions: Tensor, attention: Tensor, cache: Cache | None = None) -> Tensor:
         self.forwards += 1
         hidden: Tensor = self.module.base_model(
             input_ids=tokens,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from dllm_rl.types import (
     LikelihoodEstimate,
     Loss,
     MaskSample,
+    Metric,
     Prompt,
     Rewards,
     RolloutBatch,
@@ -94,11 +95,18 @@ class Needs:
 
 
 class Algorithm:
-    """A training method: which noised copies are scored, how rewards become advantages, and the loss."""
+    """A training method: which noised copies are scored, how rewards become advantages, and the loss.
+
+    Attributes:
+        metrics: what its losses log beside the metrics of dllm_rl/reports/metrics.py: name, or a pattern such as
+            "mine/*", -> unit and meaning. A run that meets an undeclared one is refused.
+    """
 
     @dataclass(frozen=True, slots=True, kw_only=True)
     class Config:
         """Options of the algorithm."""
+
+    metrics: ClassVar[Mapping[str, Metric]] = {}
 
     def __init__(self, config: Any) -> None:
         self.config = config

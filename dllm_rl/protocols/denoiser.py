@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -11,10 +12,28 @@ from dllm_rl.types import BlockOrigin
 
 
 class Cache(Protocol):
-    """Keys and values of committed tokens, one entry per row. Opaque to engines."""
+    """Keys and values of committed tokens, one entry per row. Engines call keep_rows() alone, a denoiser the rest.
+
+    Exact: what update() returns for a committed entry is what was committed, since log-probabilities count as the
+    learner's own. Made by ``CacheType(num_layers, valid)``, valid (N, 0) bool on the network's device.
+
+    Attributes:
+        valid: (N, S) bool; entries that every later position of the row may attend to.
+    """
+
+    valid: Tensor
+
+    def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """Committed entries followed by a window's, (N, H, S + W, head width) each; the window is not committed yet."""
+
+    def commit(self, valid: Tensor) -> None:
+        """Keep the window that update() was given last; valid (N, W) bool marks its tokens."""
 
     def keep_rows(self, rows: Tensor) -> None:
         """Keep only these rows (int64 indices), in this order."""
+
+
+CacheType = Callable[[int, Tensor], Cache]
 
 
 @runtime_checkable
@@ -67,7 +86,7 @@ class Denoiser(Protocol):
     def unembed(self, rows: Tensor) -> Tensor:
         """Logits (M, V) of hidden states (M, D), in the dtype of the network."""
 
-    def prefill(self, tokens: Tensor, valid: Tensor, block_ids: Tensor) -> Cache:
+    def prefill(self, tokens: Tensor, valid: Tensor, block_ids: Tensor, cache_type: CacheType = ...) -> Cache:
         """Keys and values of clean (N, P) right-padded prompts under block-causal attention. Block families only."""
 
     def extend(self, cache: Cache, tokens: Tensor, positions: Tensor, valid: Tensor, *, commit: bool) -> Tensor:

@@ -1,18 +1,10 @@
-"""Every metric that a run writes: its name and unit in one place."""
+"""Every metric that a run writes: its name and unit in one place. Algorithms declare their own, Algorithm.metrics."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
-
-@dataclass(frozen=True, slots=True)
-class Metric:
-    """A metric's unit and meaning."""
-
-    unit: str
-    meaning: str
-
+from dllm_rl.types import Metric
 
 METRICS: Mapping[str, Metric] = {
     "reward": Metric("", "mean total reward over scored samples; one of several turns counts with their mean"),
@@ -67,16 +59,20 @@ METRICS: Mapping[str, Metric] = {
 }
 
 
-def describe(name: str) -> Metric:
+def describe(name: str, own: Mapping[str, Metric] = METRICS) -> Metric:
     """The declaration of a metric, by its own name or a pattern of METRICS.
 
+    Args:
+        name: of the metric.
+        own: further declarations, of an algorithm.
     Raises:
         KeyError: an undeclared metric.
     """
-    if name in METRICS:
-        return METRICS[name]
+    known = {**METRICS, **own}
+    if name in known:
+        return known[name]
     parts = name.split("/")
     for pattern in ("/".join([parts[0], "*", parts[-1]]), f"{parts[0]}/*"):
-        if len(parts) > 1 and pattern in METRICS:
-            return METRICS[pattern]
-    raise KeyError(f"metric '{name}' is not declared in dllm_rl/reports/metrics.py")
+        if len(parts) > 1 and pattern in known:
+            return known[pattern]
+    raise KeyError(f"metric '{name}' is not declared in dllm_rl/reports/metrics.py or Algorithm.metrics")

@@ -9,11 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from dllm_rl.errors import UserError
-from dllm_rl.reports.metrics import describe
+from dllm_rl.reports.metrics import METRICS, describe
+from dllm_rl.types import Metric
 
 
 class RunFolder:
-    """Writes a run's records. Every line is flushed, so a killed run loses at most the line being written."""
+    """Writes a run's records. Every line is flushed, so a killed run loses at most the line being written.
+
+    Attributes:
+        declared: metrics that may be logged beside METRICS.
+    """
 
     def __init__(
         self, path: Path, also: Callable[[int, Mapping[str, float]], None] = lambda step, values: None
@@ -25,6 +30,7 @@ class RunFolder:
             also: told every row of metrics.
         """
         self.path, self._also = path, also
+        self.declared: Mapping[str, Metric] = METRICS
         self.checkpoints = path / "checkpoints"
         path.mkdir(parents=True, exist_ok=True)
 
@@ -35,7 +41,7 @@ class RunFolder:
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Append one row of metrics; every name must be declared."""
         for name in values:
-            describe(name)
+            describe(name, self.declared)
         self._append("metrics.jsonl", [{"step": step, **values}])
         self._also(step, values)
 
