@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from dllm_rl import registry
@@ -86,6 +86,3 @@ def equal_texts_get_equal_rewards(subject: Subject) -> None:
             require(
                 len(numbers) == 1, f"{text[:40]!r} got {[v.item() for v in seen]} in a batch, in reverse, and alone"
             )
-
-
-CHECKS: tuple[Callable[[Subject], None], ...] = (every_text_gets_a_verdict, equal_texts_get_equal_rewards)

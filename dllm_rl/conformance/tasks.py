@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from dllm_rl.config.plugins import build
@@ -92,13 +92,3 @@ def gold_is_right_and_wrong_is_wrong(subject: Subject) -> None:
                 run_self_test(pool, task, subject.examples[split][:CANARY])
             except ValueError as error:
                 require(False, f"{split}: {error}")
-
-
-CHECKS: tuple[Callable[[Subject], None], ...] = (
-    examples_are_always_the_same,
-    uids_are_unique,
-    held_out_examples_are_held_out,
-    prompts_are_not_empty,
-    characters_cover_the_texts,
-    gold_is_right_and_wrong_is_wrong,
-)
