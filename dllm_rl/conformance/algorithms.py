@@ -21,7 +21,7 @@ from dllm_rl.learner.policy_scorer import PolicyScorer
 from dllm_rl.learner.torch_learner import TorchLearner
 from dllm_rl.models.tokenizers import character_tokenizer
 from dllm_rl.protocols.algorithm import Algorithm, Needs, ValueBaseline
-from dllm_rl.types import GIVEN, Experience, LikelihoodEstimate, MaskSample, Rewards, RolloutBatch
+from dllm_rl.types import GIVEN, Experience, LikelihoodEstimate, MaskSample, Rewards, RolloutBatch, TrainingBatch
 
 REPEATS = 400  # of the six rows: 2,400 draws for the partition of unity
 TOLERANCE = 1e-10
@@ -292,7 +292,8 @@ def the_learner_can_train_with_it(subject: Subject, batch: RolloutBatch) -> None
     reference = None
     if subject.needs.reference:
         reference = [learner.score(batch, masks, reference=True, draws=subject.needs.draws)]
-    learner.update(batch, scored, algorithm.advantages(scored, batch), [masks], algorithm, reference=reference)
+    training = TrainingBatch(batch, scored, algorithm.advantages(scored, batch), [masks], reference)
+    learner.update(training, algorithm)
     require(learner.version().digest != before, f"{family}: the weights did not move")
 
 

@@ -20,7 +20,7 @@ from dllm_rl.driver.step_masks import step_masks
 from dllm_rl.errors import UserError
 from dllm_rl.learner.diagnostics import estimator_metrics
 from dllm_rl.reports.clock import Clock
-from dllm_rl.types import RolloutBatch
+from dllm_rl.types import RolloutBatch, TrainingBatch
 
 
 def one_step(
@@ -72,7 +72,8 @@ def one_step(
                         key = seeding.derive(seed, "diagnostics", step)
                         learned |= estimator_metrics(learner, algorithm, batch, config.diagnostics, key)
                 with timer("update_s"):
-                    learned |= learner.update(batch, rewards, advantage, masks, algorithm, reference=reference)
+                    training = TrainingBatch(batch, rewards, advantage, masks, reference)
+                    learned |= learner.update(training, algorithm)
         with timer("push_s"), prefetcher.engines_idle():
             run.weights.push()
     parts_of_it = ("wait_s", "sleep_s", "score_s", "diagnose_s", "update_s", "push_s")
