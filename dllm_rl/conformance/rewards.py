@@ -7,8 +7,9 @@ from typing import Any
 
 from dllm_rl import registry
 from dllm_rl.config.plugins import build
+from dllm_rl.config.schema import RewardPlugin
 from dllm_rl.conformance.violation import require
-from dllm_rl.reward_pool.pool import RewardPool, RewardSpec
+from dllm_rl.reward_pool.pool import RewardPool
 from dllm_rl.types import Example, Rewards
 
 HOSTILE = (
@@ -35,7 +36,7 @@ class Subject:
 
     def __init__(self, name: str, options: Mapping[str, Any]) -> None:
         self.columns = _columns(name)
-        self.pool = RewardPool([RewardSpec(name=name, options=options, timeout_s=TIMEOUT_S)])
+        self.pool = RewardPool([RewardPlugin(name=name, timeout_s=TIMEOUT_S, **options)])
 
     def close(self) -> None:
         """End the workers."""

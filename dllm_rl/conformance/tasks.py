@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from dllm_rl.config.plugins import build
+from dllm_rl.config.schema import RewardPlugin
 from dllm_rl.conformance.violation import require
 from dllm_rl.models.tokenizers import character_tokenizer
 from dllm_rl.protocols.task import Task
-from dllm_rl.reward_pool.pool import RewardPool, RewardSpec
+from dllm_rl.reward_pool.pool import RewardPool
 from dllm_rl.reward_pool.self_test import run_self_test
 from dllm_rl.types import Example
 
@@ -86,7 +87,7 @@ def gold_is_right_and_wrong_is_wrong(subject: Subject) -> None:
     if not task.rewards:
         return
     require(task.success in task.rewards, f"success = '{task.success}' is none of rewards {task.rewards}")
-    with RewardPool([RewardSpec(name=name) for name in task.rewards]) as pool:
+    with RewardPool([RewardPlugin(name=name) for name in task.rewards]) as pool:
         for split in SPLITS:
             try:
                 run_self_test(pool, task, subject.examples[split][:CANARY])

@@ -32,7 +32,7 @@ from dllm_rl.protocols.rollouter import Rollouter
 from dllm_rl.protocols.strategy import UnmaskingStrategy
 from dllm_rl.protocols.task import Task
 from dllm_rl.reports.progress import Progress
-from dllm_rl.reward_pool.pool import RewardPool, RewardSpec
+from dllm_rl.reward_pool.pool import RewardPool
 from dllm_rl.types import Example, Prompt, Sampling
 
 
@@ -332,5 +332,4 @@ def _reward_pool(config: Config, task: Task) -> RewardPool | None:
     plugins = reward_plugins(config, task)
     if not plugins:
         return None
-    specs = [RewardSpec(name=p.name, weight=p.weight, timeout_s=p.timeout_s, options=p.options) for p in plugins]
-    return RewardPool(specs, num_workers=config.reward_pool.workers, success=task.success)
+    return RewardPool(plugins, num_workers=config.reward_pool.workers, success=task.success)
