@@ -139,7 +139,7 @@ def _build_run(config: Config, folder: Path, progress: Progress, stack: ExitStac
             f"algorithm '{config.algorithm.name}' replays trajectories, but strategy '{config.sampling.strategy.name}' "
             f"revises committed tokens; choose another of the two"
         )
-    sampling = _sampling(config)
+    sampling = Sampling(**config.sampling.model_dump(exclude={"strategy"}))
     train_examples = task.examples("train")
     algorithm.check_plan(
         Plan(
@@ -267,29 +267,10 @@ def _check_source(config: Config, algorithm: Algorithm, strategy: UnmaskingStrat
         )
 
 
-def _sampling(config: Config) -> Sampling:
-    s = config.sampling
-    return Sampling(
-        max_new_tokens=s.max_new_tokens,
-        block_size=s.block_size,
-        tokens_per_step=s.tokens_per_step,
-        temperature=s.temperature,
-        top_k=s.top_k,
-        top_p=s.top_p,
-    )
-
-
 def _eval_samplings(config: Config, sampling: Sampling) -> list[Sampling]:
     speeds = config.evaluate.tokens_per_step or [sampling.tokens_per_step]
-    return [
-        Sampling(
-            max_new_tokens=sampling.max_new_tokens,
-            block_size=sampling.block_size,
-            tokens_per_step=speed,
-            temperature=config.evaluate.temperature,
-        )
-        for speed in speeds
-    ]
+    whole = dataclasses.replace(sampling, temperature=config.evaluate.temperature, top_k=None, top_p=None)
+    return [dataclasses.replace(whole, tokens_per_step=speed) for speed in speeds]
 
 
 def _demonstration(example: Example) -> Sequence[str]:
