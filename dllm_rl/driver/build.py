@@ -24,6 +24,7 @@ from dllm_rl.driver.launch import WorkerSpec, launch_local, launch_ray
 from dllm_rl.driver.learner_group import LearnerGroup
 from dllm_rl.driver.weight_sync import WeightSync
 from dllm_rl.errors import UserError, require_package
+from dllm_rl.evaluation.evaluate import Evaluation, evaluate
 from dllm_rl.models.denoiser import TransformersDenoiser
 from dllm_rl.models.from_config import model_path
 from dllm_rl.protocols.algorithm import Algorithm, ExtraRollouts, Plan
@@ -94,6 +95,13 @@ class Run:
     def expert_engine(self, plugin: Mapping[str, Any]) -> Sampler:
         """Decodes with another strategy, given as name and options."""
         return self.engines.role(plugin)
+
+    def evaluate(self, pool: RewardPool, seed: int, progress: Progress) -> list[Evaluation]:
+        """Held-out figures of the weights that the engines hold, one for each of eval_samplings."""
+        seed, total = seeding.derive(seed, "evaluate"), len(self.held_out) * len(self.eval_samplings)
+        common = (self.eval_engine, pool, self.held_out, self.tokenizer)
+        with progress.track("evaluating", total) as advance:
+            return [evaluate(*common, sampling, seed=seed, advance=advance) for sampling in self.eval_samplings]
 
     def __enter__(self) -> Self:
         return self
