@@ -13,6 +13,7 @@ and always reveals the last chunk (``paper_exact: true`` does the latter; the an
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -21,7 +22,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from dllm_rl.config import ranges
-from dllm_rl.diffusion import advantage, hints, masking, surrogate
+from dllm_rl.diffusion import advantage, masking, surrogate
 from dllm_rl.errors import UserError
 from dllm_rl.protocols.algorithm import Algorithm, ExtraRollout, Needs, Plan
 from dllm_rl.types import Experience, LikelihoodEstimate, Loss, MaskSample, Prompt, Rewards, RolloutBatch
@@ -97,7 +98,7 @@ class IGPO(Algorithm):
             shares = low + (high - low) * torch.rand(size, generator=generator).sort().values
             for number, share in enumerate(shares.tolist()):
                 prompt = prompts[group]
-                given = hints.cut(
+                given = cut_hint(
                     prompt.trace,
                     share=share,
                     chunk=c.chunk,
@@ -136,7 +137,7 @@ class IGPO(Algorithm):
         c, batch = self.config, experience.batch
         counts = {"num_tokens": experience.num_tokens, "num_rows": experience.num_rows}
         assert experience.entropy is not None, "needs.entropy"
-        trained = batch.completion & (~batch.hint | hints.least_sure(experience.entropy, batch.hint, c.hint_tokens))
+        trained = batch.completion & (~batch.hint | least_sure(experience.entropy, batch.hint, c.hint_tokens))
         change = surrogate.sequence_logp(new, experience) - surrogate.sequence_logp(experience.old, experience)
         log_ratio = change / batch.completion.sum(-1)
         gain = surrogate.clipped(log_ratio, experience.advantage, c.epsilon)[:, None].expand_as(new.token_logp)
@@ -149,3 +150,68 @@ class IGPO(Algorithm):
             metrics["kl"] = surrogate.reduce(kl.detach(), trained, "token_mean", **counts)
             gain = gain - c.beta * kl
         return Loss(-surrogate.reduce(gain, trained, "token_mean", **counts), metrics)
+
+
+def cut_hint(
+    trace: Sequence[int],
+    *,
+    share: float,
+    chunk: tuple[int, int],
+    room: int,
+    max_gap: int,
+    reveal_last: bool = False,
+    generator: torch.Generator,
+) -> dict[int, int]:
+    """Cut a trace into chunks, reveal some, spread them over the canvas.
+
+        f = clip(room / length, 1, 1.5);  the first revealed chunk goes to floor(start f), every later one to the end of
+        the one before plus min(floor(gap f), max_gap), where gap is what lay between the two in the trace
+
+    Args:
+        trace: tokens, at least one; what exceeds the room is cut off.
+        share: of the chunks that is revealed, in (0, 1]; at least one.
+        chunk: fewest and most tokens per chunk.
+        room: canvas tokens that hints may use.
+        max_gap: tokens between two revealed chunks at most.
+        reveal_last: reveal the last chunk for certain.
+        generator: CPU generator.
+    Returns:
+        canvas offset -> token; a chunk that would leave the room is dropped.
+    Source: IGPO, arXiv:2509.10396; the short chunk at the end is kept, where the released code drops it.
+    """
+    tokens = list(trace)[:room]
+    bounds = [0]
+    while bounds[-1] < len(tokens):
+        size = int(torch.randint(chunk[0], chunk[1] + 1, (), generator=generator))
+        bounds.append(min(bounds[-1] + size, len(tokens)))
+    chunks = list(itertools.pairwise(bounds))
+    order: list[int] = torch.randperm(len(chunks), generator=generator).tolist()
+    if reveal_last:
+        order.remove(len(chunks) - 1)
+        order.insert(0, len(chunks) - 1)
+    revealed = sorted(order[: max(1, len(chunks) - int(len(chunks) * (1 - share)))])
+    stretch = min(1.5, max(1.0, room / len(tokens)))
+    injected: dict[int, int] = {}
+    place = before = 0
+    for number, index in enumerate(revealed):
+        start, end = chunks[index]
+        gap = int((start - before) * stretch)
+        place += gap if number == 0 else min(gap, max_gap)
+        if place + end - start > room:
+            break
+        injected |= {place + i: tokens[start + i] for i in range(end - start)}
+        place, before = place + end - start, end
+    return injected
+
+
+def least_sure(entropy: Tensor, hint: Tensor, share: float) -> Tensor:
+    """(N, L) bool: of each row's hint tokens the share with the highest entropy, at least one where there is any.
+
+    Args:
+        entropy: (N, L) nats.
+        hint: (N, L) bool.
+        share: in (0, 1].
+    """
+    count = (hint.sum(-1, keepdim=True) * share).floor().long().clamp(min=1)
+    rank = entropy.masked_fill(~hint, float("-inf")).argsort(stable=True, dim=-1, descending=True).argsort(-1)
+    return torch.logical_and(hint, rank < count)

@@ -7,7 +7,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from dllm_rl import seeding
 from dllm_rl.cluster.group import WorkerLost
 from dllm_rl.cluster.usage import UsageMeter
 from dllm_rl.config.load import dump
@@ -19,7 +18,7 @@ from dllm_rl.driver.prefetch import RolloutPrefetcher
 from dllm_rl.driver.recovery import State, recover, starting_point
 from dllm_rl.driver.reference_cache import ReferenceCache
 from dllm_rl.driver.step import one_step
-from dllm_rl.evaluation.evaluate import Evaluation, evaluate
+from dllm_rl.evaluation.evaluate import Evaluation
 from dllm_rl.learner import checkpoint
 from dllm_rl.reports.clock import Clock
 from dllm_rl.reports.plot import plot_run
@@ -142,19 +141,8 @@ def _hold_out(
     if not run.held_out:
         progress.log("the task has no held-out examples: evaluation is left out")
         return ()
-    results, total = [], len(run.held_out) * len(run.eval_samplings)
-    with prefetcher.engines_idle(), clock("evaluate_s"), progress.track("evaluating", total) as advance:
-        for sampling in run.eval_samplings:
-            result = evaluate(
-                run.eval_engine,
-                run.reward_pool,
-                run.held_out,
-                run.tokenizer,
-                sampling,
-                seed=seeding.derive(seed, "evaluate"),
-                advance=advance,
-            )
-            results.append(result)
+    with prefetcher.engines_idle(), clock("evaluate_s"):
+        results = run.evaluate(run.reward_pool, seed, progress)
     records.log(run.learner.step, {name: value for result in results for name, value in result.metrics().items()})
     return results
 

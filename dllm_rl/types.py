@@ -462,6 +462,38 @@ class Metric:
 
 
 @dataclass(frozen=True, slots=True)
+class TrainingBatch:
+    """What a learner trains on in one step.
+
+    Attributes:
+        batch: the rows.
+        rewards: their rewards.
+        advantage: (N,), (N, L) or (K, N, L) float32.
+        masks: draws of each optimiser update; a single entry is shared by all of them.
+        reference: likelihood under the frozen reference for each entry of masks, or None if the algorithm needs none.
+        counts: what a rank that holds some rows of a larger batch is told of it; None = the batch is whole.
+    """
+
+    batch: RolloutBatch
+    rewards: Rewards
+    advantage: Tensor
+    masks: Sequence[MaskSample]
+    reference: Sequence[LikelihoodEstimate] | None = None
+    counts: GlobalCounts | None = None
+
+    def select(self, rows: Tensor, counts: GlobalCounts) -> TrainingBatch:
+        """What the rank that holds these rows (int64 indices or a bool mask over N) of it trains on."""
+        return TrainingBatch(
+            self.batch.select(rows),
+            self.rewards.select(rows),
+            self.advantage[rows] if self.advantage.dim() == 1 else self.advantage[..., rows, :],
+            [drawn.select(rows) for drawn in self.masks],
+            None if self.reference is None else [one.select(rows) for one in self.reference],
+            counts,
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Loss:
     """A scalar to minimise and detached scalars to log."""
 

@@ -27,7 +27,7 @@ from dllm_rl.protocols.algorithm import Algorithm
 from dllm_rl.reports.clock import Clock
 from dllm_rl.reports.plot import plot_curves
 from dllm_rl.reports.progress import Progress
-from dllm_rl.types import Rewards, RolloutBatch
+from dllm_rl.types import Rewards, RolloutBatch, TrainingBatch
 
 _KNOBS = ("pairs", "draws", "nodes")  # what the algorithms here call it
 _VALUES = {"nodes": [1, 2, 3, 4, 5]}
@@ -139,7 +139,7 @@ def _update(run: Run, config: Config, batch: RolloutBatch, rewards: Rewards, adv
     reference = None
     if needs.reference:
         reference = [run.learner.score(batch, drawn, reference=True, draws=needs.draws) for drawn in masks]
-    run.learner.update(batch, rewards, advantage, masks, run.algorithm, reference=reference)
+    run.learner.update(TrainingBatch(batch, rewards, advantage, masks, reference), run.algorithm)
 
 
 def _row(value: Any, forwards: int, old: torch.Tensor, ratio: torch.Tensor) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from rich.console import Console
 
 import dllm_rl
 from dllm_rl.cli.errors import exit_code
+from dllm_rl.errors import UserError
 
 # Heavy imports (torch, transformers) happen inside the commands: a misspelt key is reported in a fraction of a second.
 app = typer.Typer(
@@ -23,8 +24,25 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, for example learner.lr=2e-6")]
-JsonPath = Annotated[Path | None, typer.Option("--json", help="write the result there, for machines")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress")]
+
+
+def _json_path(path: Path | None) -> Path | None:
+    """Before any work: can the result be written there?
+
+    Raises:
+        UserError: the folder is missing, or the path is a folder.
+    """
+    if path is not None and path.is_dir():
+        raise UserError(f"--json {path}: is a folder; name a file")
+    if path is not None and not path.absolute().parent.is_dir():
+        raise UserError(f"--json {path}: the folder '{path.absolute().parent}' does not exist; make it first")
+    return path
+
+
+JsonPath = Annotated[
+    Path | None, typer.Option("--json", callback=_json_path, help="write the result there, for machines")
+]
 
 
 def _version(show: bool) -> None:
@@ -50,10 +68,9 @@ def train(
     quiet: Quiet = False,
 ) -> None:
     """Train. Example: dllm-rl train configs/sudoku4_rl.yaml run.seed=1 learner.lr=3e-5."""
-    from dllm_rl.cli.output import check_json_path, evaluation_table, stdout, write_json
+    from dllm_rl.cli.output import evaluation_table, stdout, write_json
     from dllm_rl.config.load import load_config
 
-    check_json_path(json)
     loaded = load_config(config, overrides or [])
     from dllm_rl.cli.signals import terminated
     from dllm_rl.train import train as run
@@ -116,9 +133,7 @@ def evaluate(
     quiet: Quiet = False,
 ) -> None:
     """Evaluate on held-out examples. Example: dllm-rl eval runs/sudoku4-rl evaluate.limit=1000."""
-    from dllm_rl.cli.output import check_json_path, evaluation_table, stdout, write_json
-
-    check_json_path(json)
+    from dllm_rl.cli.output import evaluation_table, stdout, write_json
     from dllm_rl.driver.evaluate_target import evaluate_target
 
     results = evaluate_target(target, overrides or [], _progress(quiet))
@@ -144,9 +159,6 @@ def check_plugin(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="show failures only")] = False,
 ) -> int:
     """Hold plugins to their contracts. Example: dllm-rl check-plugin algorithms my_package.my_file:MyMethod."""
-    from dllm_rl.cli.output import check_json_path
-
-    check_json_path(json)
     from dllm_rl.cli.check import run_checks
 
     return run_checks(kind, name, options or [], json, quiet)
@@ -164,10 +176,8 @@ def draws(
     quiet: Quiet = False,
 ) -> None:
     """How many draws does the likelihood need? Example: dllm-rl draws configs/sudoku4_rl.yaml algorithm.name=espo."""
-    from dllm_rl.cli.output import check_json_path
     from dllm_rl.config.load import load_config
 
-    check_json_path(json)
     loaded = load_config(config, overrides or [])
     from dllm_rl.cli.draws import run_draws
 
@@ -182,9 +192,6 @@ def demo(
     quiet: Quiet = False,
 ) -> None:
     """Teach a tiny model 4x4 Sudoku, then to decode it in parallel with reinforcement learning (a few minutes)."""
-    from dllm_rl.cli.output import check_json_path
-
-    check_json_path(json)
     from dllm_rl.cli.demo import run_demo
 
     run_demo(seed, output, json, _progress(quiet))

@@ -12,27 +12,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from dllm_rl.errors import UserError
 from dllm_rl.evaluation.evaluate import Evaluation
 
 
 def stdout() -> Console:
     """Standard output: as wide as the terminal, or wide enough for a table when it goes to a file."""
     return Console(width=None if sys.stdout.isatty() else 160)
-
-
-def check_json_path(path: Path | None) -> None:
-    """Before any work: can the result be written there?
-
-    Raises:
-        UserError: the folder is missing, or the path is a folder.
-    """
-    if path is None:
-        return
-    if path.is_dir():
-        raise UserError(f"--json {path}: is a folder; name a file")
-    if not path.absolute().parent.is_dir():
-        raise UserError(f"--json {path}: the folder '{path.absolute().parent}' does not exist; make it first")
 
 
 def write_json(path: Path | None, values: Mapping[str, Any]) -> None:

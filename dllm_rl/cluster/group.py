@@ -7,7 +7,7 @@ any of several workers, with a deadline, is concurrent.futures.wait.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar
@@ -117,6 +117,12 @@ class WorkerGroup(ABC, Generic[W]):
     @abstractmethod
     def close(self) -> None:
         """End all workers."""
+
+    def calls(
+        self, ranks: Iterable[int], method: Callable[Concatenate[W, P], R], /, *args: P.args, **kwargs: P.kwargs
+    ) -> dict[str, Future[R]]:
+        """Call a method of some workers at once with the same arguments; the calls by the name of the worker."""
+        return {f"{self.name} {rank}": self.submit(rank, method, *args, **kwargs) for rank in ranks}
 
     def call(self, method: Callable[Concatenate[W, P], R], /, *args: P.args, **kwargs: P.kwargs) -> list[R]:
         """Call a method of all workers at once with the same arguments; results by rank."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -21,7 +21,7 @@ from dllm_rl.learner.policy_scorer import PolicyScorer
 from dllm_rl.learner.torch_learner import TorchLearner
 from dllm_rl.models.tokenizers import character_tokenizer
 from dllm_rl.protocols.algorithm import Algorithm, Needs, ValueBaseline
-from dllm_rl.types import GIVEN, Experience, LikelihoodEstimate, MaskSample, Rewards, RolloutBatch
+from dllm_rl.types import GIVEN, Experience, LikelihoodEstimate, MaskSample, Rewards, RolloutBatch, TrainingBatch
 
 REPEATS = 400  # of the six rows: 2,400 draws for the partition of unity
 TOLERANCE = 1e-10
@@ -37,9 +37,9 @@ class Subject:
         self.rolls_out = self.needs.source == "rollouts"
         self.scores_tokens = "model" in self.needs.trains
 
-    def batches(self) -> list[RolloutBatch]:
+    def cases(self) -> list[tuple[RolloutBatch]]:
         """Full attention and block-causal."""
-        return [self.batch(block_causal) for block_causal in (False, True)]
+        return [(self.batch(block_causal),) for block_causal in (False, True)]
 
     def batch(self, block_causal: bool) -> RolloutBatch:
         """Rollouts in groups of three, demonstrations, or pairs."""
@@ -91,230 +91,210 @@ def declares_itself(subject: Subject) -> None:
     require(fed, f"needs.values = True, but {kind.__name__} is no ValueBaseline")
 
 
-def advantages_have_the_shape_of_rows_or_tokens(subject: Subject) -> None:
+def advantages_have_the_shape_of_rows_or_tokens(subject: Subject, batch: RolloutBatch) -> None:
     """advantages() gives finite float32 values: (N,), (N, L), or (K, N, L) for the K draws of masks()."""
-    for batch in subject.batches():
-        advantage, drawn = subject.algorithm.advantages(subject.scored(), batch), subject.masks(batch).mask
-        require(
-            advantage.shape in (drawn.shape[1:2], drawn.shape[1:], drawn.shape),
-            f"shape {tuple(advantage.shape)} for {len(batch)} rows of {batch.tokens.shape[1]} tokens",
-        )
-        require(advantage.dtype == torch.float32, f"dtype {advantage.dtype}, expected float32")
-        require(bool(torch.isfinite(advantage).all()), f"not finite: {advantage.tolist()}")
+    advantage, drawn = subject.algorithm.advantages(subject.scored(), batch), subject.masks(batch).mask
+    require(
+        advantage.shape in (drawn.shape[1:2], drawn.shape[1:], drawn.shape),
+        f"shape {tuple(advantage.shape)} for {len(batch)} rows of {batch.tokens.shape[1]} tokens",
+    )
+    require(advantage.dtype == torch.float32, f"dtype {advantage.dtype}, expected float32")
+    require(bool(torch.isfinite(advantage).all()), f"not finite: {advantage.tolist()}")
 
 
-def excluded_rows_count_for_nothing(subject: Subject) -> None:
+def excluded_rows_count_for_nothing(subject: Subject, batch: RolloutBatch) -> None:
     """A row whose verifier failed gets advantage 0, and the others' advantages are those of a batch without it."""
     if not subject.rolls_out:
         return
-    for batch in subject.batches():
-        for gone in (1, 3):
-            rest = torch.tensor([row for row in range(len(batch)) if row != gone])
-            scored = cases.rewards(cases.MIXED, excluded=gone)
-            whole = subject.algorithm.advantages(scored, batch)
-            alone = subject.algorithm.advantages(scored.select(rest), batch.select(rest))
-            own, others = select(whole, torch.tensor([gone])), select(whole, rest)
-            require(not bool(own.any()), f"excluded row {gone} has advantage {own.tolist()}")
-            require(
-                torch.allclose(others, alone, atol=1e-6),
-                f"row {gone} failed: advantages of the others {others.tolist()}, without it {alone.tolist()}",
-            )
-
-
-def equal_rewards_teach_nothing(subject: Subject) -> None:
-    """A group whose rewards, and whose speeds, are all equal has advantage 0."""
-    if not subject.rolls_out:
-        return
-    for value in (0.0, 1.0, 0.7):
-        for batch in subject.batches():
-            if subject.scores_tokens:  # else speed is forwards per canvas, equal in the case as it is
-                batch = dataclasses.replace(batch, num_forwards=batch.completion.sum(-1))
-            advantage = subject.algorithm.advantages(cases.rewards([value] * len(batch)), batch)
-            require(float(advantage.abs().max()) < 1e-6, f"all rewards {value}: advantages {advantage.tolist()}")
-
-
-def row_order_does_not_matter(subject: Subject) -> None:
-    """Advantages and kept rows move with their rows."""
-    order = torch.tensor([1, 4, 5, 0, 3, 2])
-    scored = subject.scored()
-    for batch in subject.batches():
-        for method in (subject.algorithm.advantages, subject.algorithm.keep):
-            straight, moved = select(method(scored, batch), order), method(scored.select(order), batch.select(order))
-            require(
-                torch.allclose(straight.double(), moved.double(), atol=1e-6),
-                f"{method.__name__}: {straight.tolist()}, reordered {moved.tolist()}",
-            )
-
-
-def masks_are_drawn_from_the_generator_alone(subject: Subject) -> None:
-    """masks() gives (K, N, L) bool and float32; equal generators give equal draws, whatever happened before."""
-    for batch in subject.batches():
-        first, again = subject.masks(batch), subject.masks(batch)
-        shape = (len(first.mask), *batch.tokens.shape)
-        require(tuple(first.mask.shape) == tuple(first.weight.shape) == shape, f"shapes {first.mask.shape}")
-        require(first.mask.dtype == torch.bool and first.weight.dtype == torch.float32, f"dtype {first.weight.dtype}")
-        same = torch.equal(first.mask, again.mask) and torch.equal(first.weight, again.weight)
-        require(same, "two generators of one seed gave different draws")
-
-
-def no_token_is_scored_in_sight(subject: Subject) -> None:
-    """A weight other than 0 is only where the token is masked in that draw (no peeking)."""
-    for batch in subject.batches():
-        for seed in range(20):
-            masks = subject.masks(batch, seed)
-            seen = ((masks.weight != 0) & ~masks.mask).nonzero()
-            require(not len(seen), f"draw {seen[0].tolist() if len(seen) else ''} (draw, row, position) is not masked")
-
-
-def only_the_completion_is_scored(subject: Subject) -> None:
-    """Prompt, padding and whatever follows the end have weight 0, and padding is not masked."""
-    for batch in subject.batches():
-        for seed in range(20):
-            masks = subject.masks(batch, seed)
-            outside = ((masks.weight != 0) & ~batch.completion).nonzero()
-            require(not len(outside), f"weight at {outside[:1].tolist()} (draw, row, position), outside the completion")
-            require(not bool((masks.mask & ~batch.valid).any()), "padding is masked")
-
-
-def what_follows_the_end_is_not_shown(subject: Subject) -> None:
-    """Positions after the first EOS are masked in every draw that does not replay the trajectory."""
-    if subject.needs.trajectory or not subject.scores_tokens or not subject.rolls_out:
-        return
-    for batch in subject.batches():
-        require(bool(subject.masks(batch).mask[:, batch.tail].all()), "a draw shows the canvas after EOS")
-
-
-def weights_are_a_partition_of_unity(subject: Subject) -> None:
-    """Every completion token is counted once in expectation: E sum_k weight = 1. A policy alone draws nothing."""
-    if not subject.scores_tokens:
-        require(all(len(subject.masks(batch).mask) == 0 for batch in subject.batches()), "masks() draws")
-        return
-    for batch in subject.batches():
-        rows = torch.arange(len(batch)).repeat(REPEATS)
-        total = subject.masks(batch.select(rows), seed=1).weight.double().sum(0)
-        total = total.view(REPEATS, len(batch), -1)[:, batch.completion]
-        error = 5 * total.std(0) / REPEATS**0.5 + 1e-6
-        off = (total.mean(0) - 1).abs()
-        worst = int((off - error).argmax())
+    for gone in (1, 3):
+        rest = torch.tensor([row for row in range(len(batch)) if row != gone])
+        scored = cases.rewards(cases.MIXED, excluded=gone)
+        whole = subject.algorithm.advantages(scored, batch)
+        alone = subject.algorithm.advantages(scored.select(rest), batch.select(rest))
+        own, others = select(whole, torch.tensor([gone])), select(whole, rest)
+        require(not bool(own.any()), f"excluded row {gone} has advantage {own.tolist()}")
         require(
-            bool((off <= error).all()),
-            f"a token's weights sum to {float(total.mean(0)[worst]):.3f} on average over {REPEATS} draws, expected 1 "
-            f"within {float(error[worst]):.3f}",
+            torch.allclose(others, alone, atol=1e-6),
+            f"row {gone} failed: advantages of the others {others.tolist()}, without it {alone.tolist()}",
         )
 
 
-def trajectories_are_read_as_declared(subject: Subject) -> None:
+def equal_rewards_teach_nothing(subject: Subject, batch: RolloutBatch) -> None:
+    """A group whose rewards, and whose speeds, are all equal has advantage 0."""
+    if not subject.rolls_out:
+        return
+    if subject.scores_tokens:  # else speed is forwards per canvas, equal in the case as it is
+        batch = dataclasses.replace(batch, num_forwards=batch.completion.sum(-1))
+    for value in (0.0, 1.0, 0.7):
+        advantage = subject.algorithm.advantages(cases.rewards([value] * len(batch)), batch)
+        require(float(advantage.abs().max()) < 1e-6, f"all rewards {value}: advantages {advantage.tolist()}")
+
+
+def row_order_does_not_matter(subject: Subject, batch: RolloutBatch) -> None:
+    """Advantages and kept rows move with their rows."""
+    order = torch.tensor([1, 4, 5, 0, 3, 2])
+    scored = subject.scored()
+    for method in (subject.algorithm.advantages, subject.algorithm.keep):
+        straight, moved = select(method(scored, batch), order), method(scored.select(order), batch.select(order))
+        require(
+            torch.allclose(straight.double(), moved.double(), atol=1e-6),
+            f"{method.__name__}: {straight.tolist()}, reordered {moved.tolist()}",
+        )
+
+
+def masks_are_drawn_from_the_generator_alone(subject: Subject, batch: RolloutBatch) -> None:
+    """masks() gives (K, N, L) bool and float32; equal generators give equal draws, whatever happened before."""
+    first, again = subject.masks(batch), subject.masks(batch)
+    shape = (len(first.mask), *batch.tokens.shape)
+    require(tuple(first.mask.shape) == tuple(first.weight.shape) == shape, f"shapes {first.mask.shape}")
+    require(first.mask.dtype == torch.bool and first.weight.dtype == torch.float32, f"dtype {first.weight.dtype}")
+    same = torch.equal(first.mask, again.mask) and torch.equal(first.weight, again.weight)
+    require(same, "two generators of one seed gave different draws")
+
+
+def no_token_is_scored_in_sight(subject: Subject, batch: RolloutBatch) -> None:
+    """A weight other than 0 is only where the token is masked in that draw (no peeking)."""
+    for seed in range(20):
+        masks = subject.masks(batch, seed)
+        seen = ((masks.weight != 0) & ~masks.mask).nonzero()
+        require(not len(seen), f"draw {seen[0].tolist() if len(seen) else ''} (draw, row, position) is not masked")
+
+
+def only_the_completion_is_scored(subject: Subject, batch: RolloutBatch) -> None:
+    """Prompt, padding and whatever follows the end have weight 0, and padding is not masked."""
+    for seed in range(20):
+        masks = subject.masks(batch, seed)
+        outside = ((masks.weight != 0) & ~batch.completion).nonzero()
+        require(not len(outside), f"weight at {outside[:1].tolist()} (draw, row, position), outside the completion")
+        require(not bool((masks.mask & ~batch.valid).any()), "padding is masked")
+
+
+def what_follows_the_end_is_not_shown(subject: Subject, batch: RolloutBatch) -> None:
+    """Positions after the first EOS are masked in every draw that does not replay the trajectory."""
+    if subject.needs.trajectory or not subject.scores_tokens or not subject.rolls_out:
+        return
+    require(bool(subject.masks(batch).mask[:, batch.tail].all()), "a draw shows the canvas after EOS")
+
+
+def weights_are_a_partition_of_unity(subject: Subject, batch: RolloutBatch) -> None:
+    """Every completion token is counted once in expectation: E sum_k weight = 1. A policy alone draws nothing."""
+    if not subject.scores_tokens:
+        require(len(subject.masks(batch).mask) == 0, "masks() draws")
+        return
+    rows = torch.arange(len(batch)).repeat(REPEATS)
+    total = subject.masks(batch.select(rows), seed=1).weight.double().sum(0)
+    total = total.view(REPEATS, len(batch), -1)[:, batch.completion]
+    error = 5 * total.std(0) / REPEATS**0.5 + 1e-6
+    off = (total.mean(0) - 1).abs()
+    worst = int((off - error).argmax())
+    require(
+        bool((off <= error).all()),
+        f"a token's weights sum to {float(total.mean(0)[worst]):.3f} on average over {REPEATS} draws, expected 1 "
+        f"within {float(error[worst]):.3f}",
+    )
+
+
+def trajectories_are_read_as_declared(subject: Subject, batch: RolloutBatch) -> None:
     """needs.trajectory is True exactly if masks() depends on unmask_step; a policy's choices always do."""
     if "policy" in subject.needs.trains:
         require(subject.needs.trajectory, "training a policy reads the trajectory: needs.trajectory must be True")
         return
     if not subject.rolls_out:
         return
-    for batch in subject.batches():
-        later = dataclasses.replace(
-            batch, unmask_step=torch.where(batch.unmask_step == GIVEN, GIVEN, 3 - batch.unmask_step)
-        )
-        a, b = subject.masks(batch), subject.masks(later)
-        depends = a.mask.shape != b.mask.shape or not torch.equal(a.mask, b.mask)
-        declared = subject.needs.trajectory
-        require(
-            depends == declared, f"needs.trajectory = {declared}, but masks() {'reads' if depends else 'ignores'} it"
-        )
+    later = dataclasses.replace(
+        batch, unmask_step=torch.where(batch.unmask_step == GIVEN, GIVEN, 3 - batch.unmask_step)
+    )
+    a, b = subject.masks(batch), subject.masks(later)
+    depends = a.mask.shape != b.mask.shape or not torch.equal(a.mask, b.mask)
+    declared = subject.needs.trajectory
+    require(depends == declared, f"needs.trajectory = {declared}, but masks() {'reads' if depends else 'ignores'} it")
 
 
-def behaviour_is_read_as_declared(subject: Subject) -> None:
+def behaviour_is_read_as_declared(subject: Subject, batch: RolloutBatch) -> None:
     """needs.behaviour_logp is True exactly if advantages() or loss() depends on behaviour_logp."""
-    for batch in subject.batches():
-        other = dataclasses.replace(batch, behaviour_logp=batch.behaviour_logp - batch.completion.float())
-        first, second = subject.experience(batch), subject.experience(other)
-        new = subject.estimate(batch, first.masks, seed=3)
-        depends = subject.gradient(first, new)[0] != subject.gradient(second, new)[0]
-        declared = subject.needs.behaviour_logp
-        require(depends == declared, f"needs.behaviour_logp = {declared}, but it is {'' if depends else 'not '}read")
+    other = dataclasses.replace(batch, behaviour_logp=batch.behaviour_logp - batch.completion.float())
+    first, second = subject.experience(batch), subject.experience(other)
+    new = subject.estimate(batch, first.masks, seed=3)
+    depends = subject.gradient(first, new)[0] != subject.gradient(second, new)[0]
+    declared = subject.needs.behaviour_logp
+    require(depends == declared, f"needs.behaviour_logp = {declared}, but it is {'' if depends else 'not '}read")
 
 
-def loss_reads_only_completions(subject: Subject) -> None:
+def loss_reads_only_completions(subject: Subject, batch: RolloutBatch) -> None:
     """The loss is one finite number, and its gradient is 0 outside the completion."""
-    for batch in subject.batches():
-        experience = subject.experience(batch)
-        _, gradient = subject.gradient(experience, subject.estimate(batch, experience.masks, seed=3))
-        require(bool(torch.isfinite(gradient).all()), "the gradient is not finite")
-        require(bool(gradient.any()), "the gradient is 0 everywhere")
-        if not subject.scores_tokens:
-            continue
-        tokens = gradient[:, : batch.tokens.shape[1]]
-        require(not bool(tokens[~batch.completion].any()), "tokens outside the completion have a gradient")
+    experience = subject.experience(batch)
+    _, gradient = subject.gradient(experience, subject.estimate(batch, experience.masks, seed=3))
+    require(bool(torch.isfinite(gradient).all()), "the gradient is not finite")
+    require(bool(gradient.any()), "the gradient is 0 everywhere")
+    if not subject.scores_tokens:
+        return
+    tokens = gradient[:, : batch.tokens.shape[1]]
+    require(not bool(tokens[~batch.completion].any()), "tokens outside the completion have a gradient")
 
 
-def loss_does_not_depend_on_sharding(subject: Subject) -> None:
+def loss_does_not_depend_on_sharding(subject: Subject, batch: RolloutBatch) -> None:
     """The losses of two halves of the batch, with the global counts, add up to the loss of the whole."""
-    for batch in subject.batches():
-        experience = subject.experience(batch)
-        new = subject.estimate(batch, experience.masks, seed=3)
-        whole, gradient = subject.gradient(experience, new)
-        cut = 4 if subject.needs.source == "pairs" else 3
-        parts = [torch.arange(cut), torch.arange(cut, len(batch))]
-        losses, gradients = zip(
-            *(subject.gradient(cases.shard(experience, rows), new.select(rows)) for rows in parts), strict=True
-        )
-        require(
-            abs(float(sum(losses) - whole)) <= TOLERANCE, f"halves give {float(sum(losses))}, the whole {float(whole)}"
-        )
-        require(torch.allclose(torch.cat(gradients), gradient, atol=TOLERANCE, rtol=0), "the gradients differ")
+    experience = subject.experience(batch)
+    new = subject.estimate(batch, experience.masks, seed=3)
+    whole, gradient = subject.gradient(experience, new)
+    cut = 4 if subject.needs.source == "pairs" else 3
+    parts = [torch.arange(cut), torch.arange(cut, len(batch))]
+    losses, gradients = zip(
+        *(subject.gradient(cases.shard(experience, rows), new.select(rows)) for rows in parts), strict=True
+    )
+    require(abs(float(sum(losses) - whole)) <= TOLERANCE, f"halves give {float(sum(losses))}, the whole {float(whole)}")
+    require(torch.allclose(torch.cat(gradients), gradient, atol=TOLERANCE, rtol=0), "the gradients differ")
 
 
-def better_rows_become_likelier(subject: Subject) -> None:
+def better_rows_become_likelier(subject: Subject, batch: RolloutBatch) -> None:
     """At the old policy, a step down the loss raises rows of positive advantage and lowers rows of negative."""
-    for batch in subject.batches():
-        experience = subject.experience(batch)
-        at_old = dataclasses.replace(experience, reference=None if experience.reference is None else experience.old)
-        _, gradient = subject.gradient(at_old, experience.old)
-        for row, value in enumerate(per_row(experience.advantage).tolist()):
-            slope = -float(gradient[row].sum())
-            require(
-                value * slope > 0 or value == slope == 0,
-                f"row {row}: advantage {value:g}, likelihood moves by {slope:g}",
-            )
+    experience = subject.experience(batch)
+    at_old = dataclasses.replace(experience, reference=None if experience.reference is None else experience.old)
+    _, gradient = subject.gradient(at_old, experience.old)
+    for row, value in enumerate(per_row(experience.advantage).tolist()):
+        slope = -float(gradient[row].sum())
+        require(
+            value * slope > 0 or value == slope == 0, f"row {row}: advantage {value:g}, likelihood moves by {slope:g}"
+        )
 
 
-def reference_is_needed_as_declared(subject: Subject) -> None:
+def reference_is_needed_as_declared(subject: Subject, batch: RolloutBatch) -> None:
     """needs.reference is True exactly if the loss reads the reference."""
     if not subject.needs.reference:
         return  # every other check has called loss() without a reference
-    for batch in subject.batches():
-        experience = subject.experience(batch)
-        new = subject.estimate(batch, experience.masks, seed=3)
-        other = dataclasses.replace(experience, reference=subject.estimate(batch, experience.masks, seed=9))
-        same = subject.gradient(experience, new)[0] == subject.gradient(other, new)[0]
-        require(not same, "needs.reference = True, but another reference gives the same loss")
+    experience = subject.experience(batch)
+    new = subject.estimate(batch, experience.masks, seed=3)
+    other = dataclasses.replace(experience, reference=subject.estimate(batch, experience.masks, seed=9))
+    same = subject.gradient(experience, new)[0] == subject.gradient(other, new)[0]
+    require(not same, "needs.reference = True, but another reference gives the same loss")
 
 
-def the_batch_is_left_as_it_was(subject: Subject) -> None:
+def the_batch_is_left_as_it_was(subject: Subject, batch: RolloutBatch) -> None:
     """No method changes the batch, the rewards or the draws in place."""
-    for batch in subject.batches():
-        experience = subject.experience(batch)
-        fresh = subject.batch(batch.block_ids is not None)
-        subject.algorithm.keep(experience.rewards, batch)
-        subject.gradient(experience, subject.estimate(batch, experience.masks, seed=3))
-        for f in dataclasses.fields(RolloutBatch):
-            value, was = getattr(batch, f.name), getattr(fresh, f.name)
-            same = torch.equal(value, was) if isinstance(value, Tensor) else value == was
-            require(same, f"batch.{f.name} was changed")
-        require(torch.equal(experience.rewards.total, subject.scored().total), "rewards.total was changed")
-        require(torch.equal(experience.masks.mask, subject.masks(batch).mask), "the draws were changed")
+    experience = subject.experience(batch)
+    fresh = subject.batch(batch.block_ids is not None)
+    subject.algorithm.keep(experience.rewards, batch)
+    subject.gradient(experience, subject.estimate(batch, experience.masks, seed=3))
+    for f in dataclasses.fields(RolloutBatch):
+        value, was = getattr(batch, f.name), getattr(fresh, f.name)
+        same = torch.equal(value, was) if isinstance(value, Tensor) else value == was
+        require(same, f"batch.{f.name} was changed")
+    require(torch.equal(experience.rewards.total, subject.scored().total), "rewards.total was changed")
+    require(torch.equal(experience.masks.mask, subject.masks(batch).mask), "the draws were changed")
 
 
-def the_learner_can_train_with_it(subject: Subject) -> None:
+def the_learner_can_train_with_it(subject: Subject, batch: RolloutBatch) -> None:
     """One update of a tiny model, full attention and block-causal, gives finite figures and moves the weights."""
-    for family, batch in zip(("tiny", "sdar"), subject.batches(), strict=True):
-        algorithm, scored = subject.algorithm, subject.scored()
-        learner, masks = learner_for(subject.needs, batch, family), subject.masks(batch)
-        before = learner.version().digest
-        reference = None
-        if subject.needs.reference:
-            reference = [learner.score(batch, masks, reference=True, draws=subject.needs.draws)]
-        learner.update(batch, scored, algorithm.advantages(scored, batch), [masks], algorithm, reference=reference)
-        require(learner.version().digest != before, f"{family}: the weights did not move")
+    family = "tiny" if batch.block_ids is None else "sdar"
+    algorithm, scored = subject.algorithm, subject.scored()
+    learner, masks = learner_for(subject.needs, batch, family), subject.masks(batch)
+    before = learner.version().digest
+    reference = None
+    if subject.needs.reference:
+        reference = [learner.score(batch, masks, reference=True, draws=subject.needs.draws)]
+    training = TrainingBatch(batch, scored, algorithm.advantages(scored, batch), [masks], reference)
+    learner.update(training, algorithm)
+    require(learner.version().digest != before, f"{family}: the weights did not move")
 
 
 def learner_for(needs: Needs, batch: RolloutBatch, family: str, **settings: Any) -> TorchLearner:
@@ -341,25 +321,3 @@ def learner_for(needs: Needs, batch: RolloutBatch, family: str, **settings: Any)
         policy=policy,
         dump_folder=Path(tempfile.gettempdir()) / "dllm-rl-conformance",
     )
-
-
-CHECKS: tuple[Callable[[Subject], None], ...] = (
-    declares_itself,
-    advantages_have_the_shape_of_rows_or_tokens,
-    excluded_rows_count_for_nothing,
-    equal_rewards_teach_nothing,
-    row_order_does_not_matter,
-    masks_are_drawn_from_the_generator_alone,
-    no_token_is_scored_in_sight,
-    only_the_completion_is_scored,
-    what_follows_the_end_is_not_shown,
-    weights_are_a_partition_of_unity,
-    trajectories_are_read_as_declared,
-    behaviour_is_read_as_declared,
-    loss_reads_only_completions,
-    loss_does_not_depend_on_sharding,
-    better_rows_become_likelier,
-    reference_is_needed_as_declared,
-    the_batch_is_left_as_it_was,
-    the_learner_can_train_with_it,
-)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import ItemsView, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,10 @@ class Subject:
             denoiser.eos_id = int((said.bincount() / len(said) - 0.08).abs().argmin())
             tokenizer.eos_token = tokenizer.convert_ids_to_tokens(denoiser.eos_id)
             save_denoiser(denoiser, tokenizer, self._path(denoiser))
+
+    def cases(self) -> ItemsView[str, TransformersDenoiser]:
+        """The models that the engine serves, by family."""
+        return self.models.items()
 
     def close(self) -> None:
         """Remove the models."""
@@ -117,194 +121,166 @@ def _same(got: Sequence[Trajectory], want: Sequence[Trajectory], what: str) -> N
         require(difference is None, f"{what}, prompt {b.prompt_uid}, sample {b.sample}: {difference}")
 
 
-def it_decodes_what_the_oracle_decodes(subject: Subject) -> None:
+def it_decodes_what_the_oracle_decodes(subject: Subject, family: str, denoiser: TransformersDenoiser) -> None:
     """Greedy and sampled, with every way of choosing positions, trajectories are those of the reference engine."""
     if not subject.capabilities.exact:
         return
-    for family, denoiser in subject.models.items():
-        for strategy in ("low_confidence", "random", "confidence_threshold"):
-            for name, sampling in (("greedy", GREEDY), ("sampled", SAMPLED)):
-                got = subject.make(denoiser, strategy).generate(PROMPTS, sampling, seed=3, samples_per_prompt=2)
-                want = subject.oracle(denoiser, strategy).generate(PROMPTS, sampling, seed=3, samples_per_prompt=2)
-                _same(got, want, f"{family}, {strategy}, {name}")
+    for strategy in ("low_confidence", "random", "confidence_threshold"):
+        for name, sampling in (("greedy", GREEDY), ("sampled", SAMPLED)):
+            got = subject.make(denoiser, strategy).generate(PROMPTS, sampling, seed=3, samples_per_prompt=2)
+            want = subject.oracle(denoiser, strategy).generate(PROMPTS, sampling, seed=3, samples_per_prompt=2)
+            _same(got, want, f"{family}, {strategy}, {name}")
 
 
-def a_trajectory_does_not_depend_on_its_batch(subject: Subject) -> None:
+def a_trajectory_does_not_depend_on_its_batch(subject: Subject, family: str, denoiser: TransformersDenoiser) -> None:
     """It is a function of weights, prompt, sample index, sampling and seed only; order is prompt-major."""
-    for family, denoiser in subject.models.items():
-        engine = subject.make(denoiser)
-        together = engine.generate(PROMPTS, SAMPLED, seed=5, samples_per_prompt=2)
-        order = [(t.prompt_uid, t.sample) for t in together]
-        require(order == [(p.uid, s) for p in PROMPTS for s in range(2)], f"{family}: order {order}")
-        known = dict(zip(order, together, strict=True))
-        alone = [t for p in PROMPTS for t in engine.generate([p], SAMPLED, seed=5, samples_per_prompt=2)]
-        _same(alone, together, f"{family}, one prompt at a time")
-        turned = engine.generate(PROMPTS[::-1], SAMPLED, seed=5)
-        _same(turned, [known[p.uid, 0] for p in PROMPTS[::-1]], f"{family}, prompts in reverse order")
+    engine = subject.make(denoiser)
+    together = engine.generate(PROMPTS, SAMPLED, seed=5, samples_per_prompt=2)
+    order = [(t.prompt_uid, t.sample) for t in together]
+    require(order == [(p.uid, s) for p in PROMPTS for s in range(2)], f"{family}: order {order}")
+    known = dict(zip(order, together, strict=True))
+    alone = [t for p in PROMPTS for t in engine.generate([p], SAMPLED, seed=5, samples_per_prompt=2)]
+    _same(alone, together, f"{family}, one prompt at a time")
+    turned = engine.generate(PROMPTS[::-1], SAMPLED, seed=5)
+    _same(turned, [known[p.uid, 0] for p in PROMPTS[::-1]], f"{family}, prompts in reverse order")
 
 
-def seeds_decide(subject: Subject) -> None:
+def seeds_decide(subject: Subject, family: str, denoiser: TransformersDenoiser) -> None:
     """One seed gives the same samples again, another seed others."""
-    for family, denoiser in subject.models.items():
-        engine = subject.make(denoiser)
-        first = engine.generate(PROMPTS, SAMPLED, seed=1)
-        _same(engine.generate(PROMPTS, SAMPLED, seed=1), first, f"{family}, the same seed")
-        other = engine.generate(PROMPTS, SAMPLED, seed=2)
-        moved = any(not torch.equal(a.tokens, b.tokens) for a, b in zip(first, other, strict=True))
-        require(moved, f"{family}: seeds 1 and 2 give the same tokens")
-        a, b = engine.generate(PROMPTS[:1], SAMPLED, seed=1, samples_per_prompt=2)
-        require(not torch.equal(a.tokens, b.tokens), f"{family}: two samples of a prompt are the same")
+    engine = subject.make(denoiser)
+    first = engine.generate(PROMPTS, SAMPLED, seed=1)
+    _same(engine.generate(PROMPTS, SAMPLED, seed=1), first, f"{family}, the same seed")
+    other = engine.generate(PROMPTS, SAMPLED, seed=2)
+    moved = any(not torch.equal(a.tokens, b.tokens) for a, b in zip(first, other, strict=True))
+    require(moved, f"{family}: seeds 1 and 2 give the same tokens")
+    a, b = engine.generate(PROMPTS[:1], SAMPLED, seed=1, samples_per_prompt=2)
+    require(not torch.equal(a.tokens, b.tokens), f"{family}: two samples of a prompt are the same")
 
 
-def trajectories_are_complete(subject: Subject) -> None:
+def trajectories_are_complete(subject: Subject, family: str, denoiser: TransformersDenoiser) -> None:
     """Events commit every generated position once, in order; given tokens stay; no mask token is left."""
-    for family, denoiser in subject.models.items():
-        for t, prompt in zip(subject.make(denoiser).generate(PROMPTS, SAMPLED, seed=0), PROMPTS, strict=True):
-            where = f"{family}, prompt {t.prompt_uid}"
-            start = len(prompt.token_ids)
-            require(t.prompt_length == start, f"{where}: prompt_length {t.prompt_length}")
-            require(t.tokens[:start].tolist() == list(prompt.token_ids), f"{where}: the prompt was changed")
-            require(len(t.tokens) == start + SAMPLED.max_new_tokens, f"{where}: {len(t.tokens)} tokens")
-            require(denoiser.mask_id not in t.tokens, f"{where}: a mask token is left")
-            for offset, token in prompt.injected.items():
-                kept = t.tokens[start + offset] == token and t.unmask_step[start + offset] == GIVEN
-                require(kept, f"{where}: the injected token at {offset} was generated over")
-            forwards, positions, tokens = t.events.T
-            decoded = (t.unmask_step >= 0) & (t.unmask_step < t.num_forwards)
-            require(bool((forwards.diff() >= 0).all()), f"{where}: events are out of order")
-            require(
-                torch.equal(positions.sort().values, decoded.nonzero().flatten()),
-                f"{where}: events commit {positions.tolist()}, unmask_step says {decoded.nonzero().flatten().tolist()}",
-            )
-            agree = torch.equal(t.unmask_step[positions], forwards) and torch.equal(t.tokens[positions], tokens)
-            require(agree, f"{where}: events contradict tokens or unmask_step")
-            every = forwards.unique().tolist() == list(range(t.num_forwards))
-            require(every, f"{where}: num_forwards {t.num_forwards}, but commits in {forwards.unique().tolist()}")
-            ends = [i for i in positions.sort().values.tolist() if t.tokens[i] == denoiser.eos_id]
-            finish, end = ("eos", ends[0] + 1) if ends else ("length", len(t.tokens))
-            require(
-                (t.finish, t.completion_length) == (finish, end - start), f"{where}: {t.finish}, {t.completion_length}"
-            )
-            require(t.weights == WEIGHTS, f"{where}: weights {t.weights}, the engine was told {WEIGHTS}")
+    for t, prompt in zip(subject.make(denoiser).generate(PROMPTS, SAMPLED, seed=0), PROMPTS, strict=True):
+        where = f"{family}, prompt {t.prompt_uid}"
+        start = len(prompt.token_ids)
+        require(t.prompt_length == start, f"{where}: prompt_length {t.prompt_length}")
+        require(t.tokens[:start].tolist() == list(prompt.token_ids), f"{where}: the prompt was changed")
+        require(len(t.tokens) == start + SAMPLED.max_new_tokens, f"{where}: {len(t.tokens)} tokens")
+        require(denoiser.mask_id not in t.tokens, f"{where}: a mask token is left")
+        for offset, token in prompt.injected.items():
+            kept = t.tokens[start + offset] == token and t.unmask_step[start + offset] == GIVEN
+            require(kept, f"{where}: the injected token at {offset} was generated over")
+        forwards, positions, tokens = t.events.T
+        decoded = (t.unmask_step >= 0) & (t.unmask_step < t.num_forwards)
+        require(bool((forwards.diff() >= 0).all()), f"{where}: events are out of order")
+        require(
+            torch.equal(positions.sort().values, decoded.nonzero().flatten()),
+            f"{where}: events commit {positions.tolist()}, unmask_step says {decoded.nonzero().flatten().tolist()}",
+        )
+        agree = torch.equal(t.unmask_step[positions], forwards) and torch.equal(t.tokens[positions], tokens)
+        require(agree, f"{where}: events contradict tokens or unmask_step")
+        every = forwards.unique().tolist() == list(range(t.num_forwards))
+        require(every, f"{where}: num_forwards {t.num_forwards}, but commits in {forwards.unique().tolist()}")
+        ends = [i for i in positions.sort().values.tolist() if t.tokens[i] == denoiser.eos_id]
+        finish, end = ("eos", ends[0] + 1) if ends else ("length", len(t.tokens))
+        require((t.finish, t.completion_length) == (finish, end - start), f"{where}: {t.finish}, {t.completion_length}")
+        require(t.weights == WEIGHTS, f"{where}: weights {t.weights}, the engine was told {WEIGHTS}")
 
 
-def log_probabilities_are_the_learners(subject: Subject) -> None:
+def log_probabilities_are_the_learners(subject: Subject, family: str, denoiser: TransformersDenoiser) -> None:
     """Where exact is True, behaviour_logp is what the learner's estimator gives along the trajectory."""
-    for family, denoiser in subject.models.items():
-        rows = [t for t in subject.make(denoiser).generate(PROMPTS, SAMPLED, seed=4) if t.exact]
-        if not rows:
-            continue
-        group = list(range(len(rows)))
-        size, origin = denoiser.block_size, denoiser.block_origin
-        batch = collate(rows, pad_id=denoiser.pad_id, group=group, block_size=size, block_origin=origin)
-        masks = masking.along_trajectory(batch.unmask_step, batch.generated, block_ids=batch.block_ids)
-        replayed = likelihood.estimate(denoiser, batch, masks).token_logp
-        off = (replayed - torch.where(batch.generated, batch.behaviour_logp, 0.0)).abs()
-        require(float(off.max()) <= LOGP_TOLERANCE, f"{family}: off by up to {float(off.max()):.2g} nats")
+    rows = [t for t in subject.make(denoiser).generate(PROMPTS, SAMPLED, seed=4) if t.exact]
+    if not rows:
+        return
+    group = list(range(len(rows)))
+    size, origin = denoiser.block_size, denoiser.block_origin
+    batch = collate(rows, pad_id=denoiser.pad_id, group=group, block_size=size, block_origin=origin)
+    masks = masking.along_trajectory(batch.unmask_step, batch.generated, block_ids=batch.block_ids)
+    replayed = likelihood.estimate(denoiser, batch, masks).token_logp
+    off = (replayed - torch.where(batch.generated, batch.behaviour_logp, 0.0)).abs()
+    require(float(off.max()) <= LOGP_TOLERANCE, f"{family}: off by up to {float(off.max()):.2g} nats")
 
 
-def pausing_changes_nothing(subject: Subject) -> None:
+def pausing_changes_nothing(subject: Subject, family: str, denoiser: TransformersDenoiser) -> None:
     """Rows that pause and go on end as those that never did, and tell which weights decoded what."""
     if not subject.capabilities.partial:
         return
-    for family, denoiser in subject.models.items():
-        for strategy in ("low_confidence", "random", "confidence_threshold"):
-            where = f"{family}, {strategy}"
-            engine = subject.make(denoiser, strategy)
-            whole = engine.generate(PROMPTS, SAMPLED, seed=6, samples_per_prompt=2)
-            partial = engine.generate(PROMPTS, SAMPLED, seed=6, samples_per_prompt=2, max_blocks=1)
-            require(any(t.finish == "paused" for t in partial), f"{where}: no row pauses after 1 block")
-            ended = subject.make(denoiser, strategy, NEWER).generate(
-                PROMPTS, SAMPLED, seed=6, samples_per_prompt=2, partial=partial
-            )
-            _same(ended, whole, f"{where}, paused after 1 block")
-            for first, t in zip(partial, ended, strict=True):
-                want = torch.where(t.unmask_step < first.num_forwards, WEIGHTS.step, NEWER.step)
-                if first.finish != "paused":
-                    want = torch.full_like(want, WEIGHTS.step)
-                want[(t.unmask_step == GIVEN) | (t.unmask_step == t.num_forwards)] = GIVEN
-                require(
-                    torch.equal(t.weights_step, want),
-                    f"{where}, prompt {t.prompt_uid}: weights_step {t.weights_step.tolist()}, not {want.tolist()}",
-                )
-                kept = first.unmask_step < first.num_forwards
-                require(
-                    torch.equal(first.tokens[kept], t.tokens[kept])
-                    and torch.equal(first.behaviour_logp[kept], t.behaviour_logp[kept]),
-                    f"{where}, prompt {t.prompt_uid}: what was decoded before the pause has changed",
-                )
-
-
-def weights_arrive_and_act(subject: Subject) -> None:
-    """A push changes what is decoded to what a fresh engine with those weights decodes; digests are of what is held."""
-    for family, denoiser in subject.models.items():
-        engine, other = subject.make(denoiser), cases.denoiser(family, seed=1)
-        named = [(name, value.detach()) for name, value in other.module.named_parameters()]
-        specs = [TensorSpec(name, tuple(value.shape), value.dtype) for name, value in named]
-        before = engine.generate(PROMPTS, GREEDY, seed=0)
-        engine.begin_weights(specs)
-        for name, value in named:
-            buffer = value.clone()
-            engine.write_weights({name: buffer})
-            buffer.zero_()  # a buffer is used again: what the engine keeps must be a copy
-        require(
-            engine.commit_weights() == tensor_digests(named), f"{family}: digests are not those of what was written"
+    for strategy in ("low_confidence", "random", "confidence_threshold"):
+        where = f"{family}, {strategy}"
+        engine = subject.make(denoiser, strategy)
+        whole = engine.generate(PROMPTS, SAMPLED, seed=6, samples_per_prompt=2)
+        partial = engine.generate(PROMPTS, SAMPLED, seed=6, samples_per_prompt=2, max_blocks=1)
+        require(any(t.finish == "paused" for t in partial), f"{where}: no row pauses after 1 block")
+        ended = subject.make(denoiser, strategy, NEWER).generate(
+            PROMPTS, SAMPLED, seed=6, samples_per_prompt=2, partial=partial
         )
-        other.eos_id = denoiser.eos_id
-        after = engine.generate(PROMPTS, GREEDY, seed=0)
-        moved = any(not torch.equal(a.tokens, b.tokens) for a, b in zip(before, after, strict=True))
-        require(moved, f"{family}: other weights decode the same tokens")
-        _same(after, subject.oracle(other).generate(PROMPTS, GREEDY, seed=0), f"{family}, after a push")
-        try:
-            engine.begin_weights([TensorSpec("no.such.weight", (1,), torch.float32)])
-        except UnknownWeight as error:
-            require("no.such.weight" in str(error), f"{family}: the message does not name the tensor: {error}")
-        else:
-            require(False, f"{family}: a tensor that the model does not have was announced, and not refused")
+        _same(ended, whole, f"{where}, paused after 1 block")
+        for first, t in zip(partial, ended, strict=True):
+            want = torch.where(t.unmask_step < first.num_forwards, WEIGHTS.step, NEWER.step)
+            if first.finish != "paused":
+                want = torch.full_like(want, WEIGHTS.step)
+            want[(t.unmask_step == GIVEN) | (t.unmask_step == t.num_forwards)] = GIVEN
+            require(
+                torch.equal(t.weights_step, want),
+                f"{where}, prompt {t.prompt_uid}: weights_step {t.weights_step.tolist()}, not {want.tolist()}",
+            )
+            kept = first.unmask_step < first.num_forwards
+            require(
+                torch.equal(first.tokens[kept], t.tokens[kept])
+                and torch.equal(first.behaviour_logp[kept], t.behaviour_logp[kept]),
+                f"{where}, prompt {t.prompt_uid}: what was decoded before the pause has changed",
+            )
 
 
-def it_wakes_as_it_fell_asleep(subject: Subject) -> None:
+def weights_arrive_and_act(subject: Subject, family: str, denoiser: TransformersDenoiser) -> None:
+    """A push changes what is decoded to what a fresh engine with those weights decodes; digests are of what is held."""
+    engine, other = subject.make(denoiser), cases.denoiser(family, seed=1)
+    named = [(name, value.detach()) for name, value in other.module.named_parameters()]
+    specs = [TensorSpec(name, tuple(value.shape), value.dtype) for name, value in named]
+    before = engine.generate(PROMPTS, GREEDY, seed=0)
+    engine.begin_weights(specs)
+    for name, value in named:
+        buffer = value.clone()
+        engine.write_weights({name: buffer})
+        buffer.zero_()  # a buffer is used again: what the engine keeps must be a copy
+    require(engine.commit_weights() == tensor_digests(named), f"{family}: digests are not those of what was written")
+    other.eos_id = denoiser.eos_id
+    after = engine.generate(PROMPTS, GREEDY, seed=0)
+    moved = any(not torch.equal(a.tokens, b.tokens) for a, b in zip(before, after, strict=True))
+    require(moved, f"{family}: other weights decode the same tokens")
+    _same(after, subject.oracle(other).generate(PROMPTS, GREEDY, seed=0), f"{family}, after a push")
+    try:
+        engine.begin_weights([TensorSpec("no.such.weight", (1,), torch.float32)])
+    except UnknownWeight as error:
+        require("no.such.weight" in str(error), f"{family}: the message does not name the tensor: {error}")
+    else:
+        require(False, f"{family}: a tensor that the model does not have was announced, and not refused")
+
+
+def it_wakes_as_it_fell_asleep(subject: Subject, family: str, denoiser: TransformersDenoiser) -> None:
     """After sleep() and wake() it decodes as before."""
-    for family, denoiser in subject.models.items():
-        if not subject.capabilities.sleep:
-            return
-        engine = subject.make(denoiser)
-        before = engine.generate(PROMPTS, GREEDY, seed=0)
-        engine.sleep()
-        engine.wake()
-        _same(engine.generate(PROMPTS, GREEDY, seed=0), before, f"{family}, after sleep")
+    if not subject.capabilities.sleep:
+        return
+    engine = subject.make(denoiser)
+    before = engine.generate(PROMPTS, GREEDY, seed=0)
+    engine.sleep()
+    engine.wake()
+    _same(engine.generate(PROMPTS, GREEDY, seed=0), before, f"{family}, after sleep")
 
 
-def its_heart_beats(subject: Subject) -> None:
+def its_heart_beats(subject: Subject, family: str, denoiser: TransformersDenoiser) -> None:
     """heartbeat() grows with every call that decodes."""
-    for family, denoiser in subject.models.items():
-        engine = subject.make(denoiser)
-        before = engine.heartbeat()
-        engine.generate(PROMPTS[:1], GREEDY, seed=0)
-        require(engine.heartbeat() > before, f"{family}: heartbeat() is {before} before and after decoding")
+    engine = subject.make(denoiser)
+    before = engine.heartbeat()
+    engine.generate(PROMPTS[:1], GREEDY, seed=0)
+    require(engine.heartbeat() > before, f"{family}: heartbeat() is {before} before and after decoding")
 
 
-def what_does_not_fit_is_refused(subject: Subject) -> None:
+def what_does_not_fit_is_refused(subject: Subject, family: str, denoiser: TransformersDenoiser) -> None:
     """A prompt that leaves no room for the canvas is a ValueError that names it."""
-    for family, denoiser in subject.models.items():
-        long = Prompt(uid="long", token_ids=(3,) * denoiser.max_length, text="", answer="", task="conformance")
-        try:
-            subject.make(denoiser).generate([long], GREEDY, seed=0)
-        except ValueError as error:
-            require("long" in str(error), f"{family}: the message does not name the prompt: {error}")
-        else:
-            require(False, f"{family}: a prompt of {denoiser.max_length} tokens was decoded")
-
-
-CHECKS: tuple[Callable[[Subject], None], ...] = (
-    it_decodes_what_the_oracle_decodes,
-    a_trajectory_does_not_depend_on_its_batch,
-    seeds_decide,
-    trajectories_are_complete,
-    log_probabilities_are_the_learners,
-    pausing_changes_nothing,
-    weights_arrive_and_act,
-    it_wakes_as_it_fell_asleep,
-    its_heart_beats,
-    what_does_not_fit_is_refused,
-)
+    long = Prompt(uid="long", token_ids=(3,) * denoiser.max_length, text="", answer="", task="conformance")
+    try:
+        subject.make(denoiser).generate([long], GREEDY, seed=0)
+    except ValueError as error:
+        require("long" in str(error), f"{family}: the message does not name the prompt: {error}")
+    else:
+        require(False, f"{family}: a prompt of {denoiser.max_length} tokens was decoded")

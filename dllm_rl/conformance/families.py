@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -144,15 +144,3 @@ def a_cache_changes_nothing(subject: Subject) -> None:
         hidden = model.extend(cache, window, positions.expand(2, -1), VALID[:, start:], commit=False)
         off = float((model.unembed(hidden[MASK[:, start:]]) - _logits(model)[MASK]).abs().max())
         require(off <= TOLERANCE, f"off by up to {off:.2g}")
-
-
-CHECKS: tuple[Callable[[Subject], None], ...] = (
-    it_alone_recognises_its_config,
-    names_translate_both_ways,
-    a_checkpoint_comes_back,
-    what_it_does_not_know_is_kept,
-    every_lora_target_matches,
-    predictions_are_the_modules_own,
-    predictions_depend_on_what_is_visible_alone,
-    a_cache_changes_nothing,
-)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from dllm_rl import registry
 from dllm_rl.config.plugins import build
+from dllm_rl.config.schema import RewardPlugin
 from dllm_rl.conformance.violation import require
-from dllm_rl.reward_pool.pool import RewardPool, RewardSpec
+from dllm_rl.reward_pool.pool import RewardPool
 from dllm_rl.types import Example, Rewards
 
 HOSTILE = (
@@ -35,7 +36,7 @@ class Subject:
 
     def __init__(self, name: str, options: Mapping[str, Any]) -> None:
         self.columns = _columns(name)
-        self.pool = RewardPool([RewardSpec(name=name, options=options, timeout_s=TIMEOUT_S)])
+        self.pool = RewardPool([RewardPlugin(name=name, timeout_s=TIMEOUT_S, **options)])
 
     def close(self) -> None:
         """End the workers."""
@@ -86,6 +87,3 @@ def equal_texts_get_equal_rewards(subject: Subject) -> None:
             require(
                 len(numbers) == 1, f"{text[:40]!r} got {[v.item() for v in seen]} in a batch, in reverse, and alone"
             )
-
-
-CHECKS: tuple[Callable[[Subject], None], ...] = (every_text_gets_a_verdict, equal_texts_get_equal_rewards)

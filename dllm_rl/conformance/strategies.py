@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ class Subject:
     def __init__(self, name: str, options: Mapping[str, Any]) -> None:
         self.strategy: UnmaskingStrategy = build("strategies", name, options)
 
-    def candidates(self) -> list[Candidates]:
+    def cases(self) -> list[tuple[Candidates]]:
         """Random ones, and extreme ones: all tied, tokens of probability 0 and 1."""
         generator = generator_for(0, "conformance", "strategies")
         shape = (ROWS, WIDTH)
@@ -50,7 +50,7 @@ class Subject:
                 margin=torch.zeros(shape),
             )
 
-        return [drawn, all_equal(0.0), all_equal(-1.0), all_equal(float("-inf"))]
+        return [(drawn,), *((all_equal(logp),) for logp in (0.0, -1.0, float("-inf")))]
 
 
 def _rows(candidates: Candidates, rows: Tensor) -> Candidates:
@@ -58,64 +58,51 @@ def _rows(candidates: Candidates, rows: Tensor) -> Candidates:
     return Candidates(**fields)
 
 
-def only_hidden_positions_are_chosen(subject: Subject) -> None:
+def only_hidden_positions_are_chosen(subject: Subject, candidates: Candidates) -> None:
     """select() gives an (N, W) bool, or int64 numbers, that are a subset of eligible."""
-    for candidates in subject.candidates():
-        chosen = subject.strategy.select(candidates)
-        require(
-            chosen.dtype in (torch.bool, torch.int64) and chosen.shape == candidates.eligible.shape,
-            f"{chosen.dtype} {chosen.shape}",
-        )
-        outside = ((chosen > 0) & ~candidates.eligible).nonzero()
-        require(not len(outside), f"(row, position) {outside[:1].tolist()} is not eligible")
+    chosen = subject.strategy.select(candidates)
+    require(
+        chosen.dtype in (torch.bool, torch.int64) and chosen.shape == candidates.eligible.shape,
+        f"{chosen.dtype} {chosen.shape}",
+    )
+    outside = ((chosen > 0) & ~candidates.eligible).nonzero()
+    require(not len(outside), f"(row, position) {outside[:1].tolist()} is not eligible")
 
 
-def every_row_moves_on(subject: Subject) -> None:
+def every_row_moves_on(subject: Subject, candidates: Candidates) -> None:
     """A row with masked positions gets at least one chosen, whatever the figures: otherwise it would decode forever."""
-    for candidates in subject.candidates():
-        stuck = (candidates.eligible.any(-1) & ~(subject.strategy.select(candidates) > 0).any(-1)).nonzero()
-        require(not len(stuck), f"row {stuck[:1].tolist()} has masked positions and none is chosen")
+    stuck = (candidates.eligible.any(-1) & ~(subject.strategy.select(candidates) > 0).any(-1)).nonzero()
+    require(not len(stuck), f"row {stuck[:1].tolist()} has masked positions and none is chosen")
 
 
-def rows_do_not_see_each_other(subject: Subject) -> None:
+def rows_do_not_see_each_other(subject: Subject, candidates: Candidates) -> None:
     """The choice of a row alone, or among others in another order, is its choice in the batch."""
     order = torch.arange(ROWS - 1, -1, -1)
-    for candidates in subject.candidates():
-        together = subject.strategy.select(candidates)
-        turned = subject.strategy.select(_rows(candidates, order))
-        require(torch.equal(together[order], turned), "rows in reverse order are chosen otherwise")
-        for row in range(0, ROWS, 7):
-            alone = subject.strategy.select(_rows(candidates, torch.tensor([row])))[0]
-            require(
-                torch.equal(alone, together[row]),
-                f"row {row} alone gets {alone.nonzero().flatten().tolist()}, in the batch "
-                f"{together[row].nonzero().flatten().tolist()}",
-            )
+    together = subject.strategy.select(candidates)
+    turned = subject.strategy.select(_rows(candidates, order))
+    require(torch.equal(together[order], turned), "rows in reverse order are chosen otherwise")
+    for row in range(0, ROWS, 7):
+        alone = subject.strategy.select(_rows(candidates, torch.tensor([row])))[0]
+        require(
+            torch.equal(alone, together[row]),
+            f"row {row} alone gets {alone.nonzero().flatten().tolist()}, in the batch "
+            f"{together[row].nonzero().flatten().tolist()}",
+        )
 
 
-def what_is_in_sight_does_not_matter(subject: Subject) -> None:
+def what_is_in_sight_does_not_matter(subject: Subject, candidates: Candidates) -> None:
     """Tokens at positions that are not masked do not change the choice."""
-    for candidates in subject.candidates():
-        other = dataclasses.replace(candidates, token=torch.where(candidates.eligible, candidates.token, 2))
-        same = torch.equal(subject.strategy.select(candidates), subject.strategy.select(other))
-        require(same, "other visible tokens give another choice")
+    other = dataclasses.replace(candidates, token=torch.where(candidates.eligible, candidates.token, 2))
+    same = torch.equal(subject.strategy.select(candidates), subject.strategy.select(other))
+    require(same, "other visible tokens give another choice")
 
 
 def equal_candidates_give_equal_choices(subject: Subject) -> None:
     """Randomness comes from candidates.noise alone, and the candidates are left as they were."""
-    for candidates, fresh in zip(subject.candidates(), subject.candidates(), strict=True):
+    for (candidates,), (fresh,) in zip(subject.cases(), subject.cases(), strict=True):
         first = subject.strategy.select(candidates)
         require(torch.equal(first, subject.strategy.select(candidates)), "two calls chose differently")
         for f in dataclasses.fields(Candidates):
             require(
                 torch.equal(getattr(candidates, f.name), getattr(fresh, f.name)), f"candidates.{f.name} was changed"
             )
-
-
-CHECKS: tuple[Callable[[Subject], None], ...] = (
-    only_hidden_positions_are_chosen,
-    every_row_moves_on,
-    rows_do_not_see_each_other,
-    what_is_in_sight_does_not_matter,
-    equal_candidates_give_equal_choices,
-)

@@ -21,8 +21,17 @@ _MODULES: Mapping[Kind, Any] = {
     "transports": transports,
     "families": families,
 }
+
+
+def _checks(module: Any) -> tuple[Callable[..., None], ...]:
+    """The functions of a module whose first parameter is the subject, in their order."""
+    return tuple(
+        f for f in vars(module).values() if inspect.isfunction(f) and "subject" in inspect.signature(f).parameters
+    )
+
+
 SUBJECTS: Mapping[Kind, Callable[[str, Mapping[str, Any]], Any]] = {k: m.Subject for k, m in _MODULES.items()}
-CHECKS: Mapping[Kind, tuple[Callable[[Any], None], ...]] = {k: m.CHECKS for k, m in _MODULES.items()}
+CHECKS: Mapping[Kind, tuple[Callable[..., None], ...]] = {k: _checks(m) for k, m in _MODULES.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +49,13 @@ class Finding:
     problem: str | None
 
 
+def hold(check: Callable[..., None], subject: Any) -> None:
+    """Run a check; one that is about a case of the subject, with each of them."""
+    about_cases = len(inspect.signature(check).parameters) > 1
+    for case in subject.cases() if about_cases else [()]:
+        check(subject, *case)
+
+
 def check_plugin(kind: Kind, name: str, options: Mapping[str, Any]) -> Iterator[Finding]:
     """Hold one plugin to its contract, one finding after the other.
 
@@ -55,7 +71,7 @@ def check_plugin(kind: Kind, name: str, options: Mapping[str, Any]) -> Iterator[
         for check in CHECKS[kind]:
             law = " ".join((inspect.getdoc(check) or "").split())
             try:
-                check(subject)
+                hold(check, subject)
             except Violation as violation:
                 yield Finding(check.__name__, law, str(violation))
             except Exception as error:  # a plugin may fail in any way; that is what the suite is there to report

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from dllm_rl.config.plugins import build
+from dllm_rl.config.schema import RewardPlugin
 from dllm_rl.conformance.violation import require
 from dllm_rl.models.tokenizers import character_tokenizer
 from dllm_rl.protocols.task import Task
-from dllm_rl.reward_pool.pool import RewardPool, RewardSpec
+from dllm_rl.reward_pool.pool import RewardPool
 from dllm_rl.reward_pool.self_test import run_self_test
 from dllm_rl.types import Example
 
@@ -86,19 +87,9 @@ def gold_is_right_and_wrong_is_wrong(subject: Subject) -> None:
     if not task.rewards:
         return
     require(task.success in task.rewards, f"success = '{task.success}' is none of rewards {task.rewards}")
-    with RewardPool([RewardSpec(name=name) for name in task.rewards]) as pool:
+    with RewardPool([RewardPlugin(name=name) for name in task.rewards]) as pool:
         for split in SPLITS:
             try:
                 run_self_test(pool, task, subject.examples[split][:SELF_TESTED])
             except ValueError as error:
                 require(False, f"{split}: {error}")
-
-
-CHECKS: tuple[Callable[[Subject], None], ...] = (
-    examples_are_always_the_same,
-    uids_are_unique,
-    held_out_examples_are_held_out,
-    prompts_are_not_empty,
-    characters_cover_the_texts,
-    gold_is_right_and_wrong_is_wrong,
-)

@@ -60,6 +60,3 @@ def what_is_sent_arrives(subject: Subject) -> None:
             require(got.dtype == torch.uint8 and got.shape == (size,), f"receiver {rank}: {got.dtype} {got.shape}")
             require(torch.equal(got, buffer), f"receiver {rank}: other bytes than the {size} that were sent")
         subject.ends[0].release()
-
-
-CHECKS: tuple[Callable[[Subject], None], ...] = (what_is_sent_arrives,)

@@ -24,6 +24,7 @@ from dllm_rl.driver.launch import WorkerSpec, launch_local, launch_ray
 from dllm_rl.driver.learner_group import LearnerGroup
 from dllm_rl.driver.weight_sync import WeightSync
 from dllm_rl.errors import UserError, require_package
+from dllm_rl.evaluation.evaluate import Evaluation, evaluate
 from dllm_rl.models.denoiser import TransformersDenoiser
 from dllm_rl.models.from_config import model_path
 from dllm_rl.protocols.algorithm import Algorithm, ExtraRollouts, Plan
@@ -32,7 +33,7 @@ from dllm_rl.protocols.rollouter import Rollouter
 from dllm_rl.protocols.strategy import UnmaskingStrategy
 from dllm_rl.protocols.task import Task
 from dllm_rl.reports.progress import Progress
-from dllm_rl.reward_pool.pool import RewardPool, RewardSpec
+from dllm_rl.reward_pool.pool import RewardPool
 from dllm_rl.types import Example, Prompt, Sampling
 
 
@@ -95,6 +96,13 @@ class Run:
         """Decodes with another strategy, given as name and options."""
         return self.engines.role(plugin)
 
+    def evaluate(self, pool: RewardPool, seed: int, progress: Progress) -> list[Evaluation]:
+        """Held-out figures of the weights that the engines hold, one for each of eval_samplings."""
+        seed, total = seeding.derive(seed, "evaluate"), len(self.held_out) * len(self.eval_samplings)
+        common = (self.eval_engine, pool, self.held_out, self.tokenizer)
+        with progress.track("evaluating", total) as advance:
+            return [evaluate(*common, sampling, seed=seed, advance=advance) for sampling in self.eval_samplings]
+
     def __enter__(self) -> Self:
         return self
 
@@ -139,7 +147,7 @@ def _build_run(config: Config, folder: Path, progress: Progress, stack: ExitStac
             f"algorithm '{config.algorithm.name}' replays trajectories, but strategy '{config.sampling.strategy.name}' "
             f"revises committed tokens; choose another of the two"
         )
-    sampling = _sampling(config)
+    sampling = Sampling(**config.sampling.model_dump(exclude={"strategy"}))
     train_examples = task.examples("train")
     algorithm.check_plan(
         Plan(
@@ -267,29 +275,10 @@ def _check_source(config: Config, algorithm: Algorithm, strategy: UnmaskingStrat
         )
 
 
-def _sampling(config: Config) -> Sampling:
-    s = config.sampling
-    return Sampling(
-        max_new_tokens=s.max_new_tokens,
-        block_size=s.block_size,
-        tokens_per_step=s.tokens_per_step,
-        temperature=s.temperature,
-        top_k=s.top_k,
-        top_p=s.top_p,
-    )
-
-
 def _eval_samplings(config: Config, sampling: Sampling) -> list[Sampling]:
     speeds = config.evaluate.tokens_per_step or [sampling.tokens_per_step]
-    return [
-        Sampling(
-            max_new_tokens=sampling.max_new_tokens,
-            block_size=sampling.block_size,
-            tokens_per_step=speed,
-            temperature=config.evaluate.temperature,
-        )
-        for speed in speeds
-    ]
+    whole = dataclasses.replace(sampling, temperature=config.evaluate.temperature, top_k=None, top_p=None)
+    return [dataclasses.replace(whole, tokens_per_step=speed) for speed in speeds]
 
 
 def _demonstration(example: Example) -> Sequence[str]:
@@ -332,5 +321,4 @@ def _reward_pool(config: Config, task: Task) -> RewardPool | None:
     plugins = reward_plugins(config, task)
     if not plugins:
         return None
-    specs = [RewardSpec(name=p.name, weight=p.weight, timeout_s=p.timeout_s, options=p.options) for p in plugins]
-    return RewardPool(specs, num_workers=config.reward_pool.workers, success=task.success)
+    return RewardPool(plugins, num_workers=config.reward_pool.workers, success=task.success)

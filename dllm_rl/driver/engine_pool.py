@@ -64,39 +64,37 @@ class EnginePool:
 
     def generate(
         self,
-        role: Role,
         prompts: Sequence[Prompt],
         sampling: Sampling,
         *,
-        seed: int,
         samples_per_prompt: int = 1,
         partial: Sequence[Trajectory] | None = None,
-        max_blocks: int | None = None,
+        **options: Any,
     ) -> list[Trajectory]:
-        """Decode on all engines; see RolloutEngine.generate.
+        """Decode on all engines; the options are the others of RolloutEngine.generate.
 
         Raises:
             WorkerLost: more engines were lost than max_restarts.
         """
         size = max(1, self._rows_per_call // samples_per_prompt)
         begins = range(0, len(prompts), size)
-        calls = [(prompts[begin : begin + size], sampling, seed, samples_per_prompt) for begin in begins]
-        starts: list[PackedTrajectories | None] = [None] * len(calls)
+        parts = [prompts[begin : begin + size] for begin in begins]
+        options |= {"samples_per_prompt": samples_per_prompt}
+        starts: list[PackedTrajectories | None] = [None] * len(parts)
         if partial is not None:
             starts = [pack(partial[begin * samples_per_prompt :][: size * samples_per_prompt]) for begin in begins]
-        waiting, load = deque(range(len(calls))), [0] * self.group.size
+        waiting, load = deque(range(len(parts))), [0] * self.group.size
         running: dict[Future[Any], tuple[int, int]] = {}
         down: dict[int, WorkerLost] = {}
         answers: deque[tuple[int, Any]] = deque()
         found: dict[int, list[Trajectory]] = {}
-        while len(found) < len(calls):
+        while len(found) < len(parts):
             while waiting and (rank := self._next(load, down, len(waiting))) is not None:
                 number = waiting.popleft()
                 load[rank] += 1
                 self._watch.begin(rank)
-                future = self.group.submit(
-                    rank, EngineWorker.generate, role, *calls[number], starts[number], max_blocks
-                )
+                work = (parts[number], sampling)
+                future = self.group.submit(rank, EngineWorker.generate, *work, partial=starts[number], **options)
                 running[future] = (number, rank)
             while answers:  # engines have work meanwhile
                 number, answer = answers.popleft()
@@ -114,7 +112,7 @@ class EnginePool:
                 self.replace(down.pop(rank))
             if running and not finished:
                 self._watch.look({rank for _, rank in running.values()})
-        return [trajectory for number in range(len(calls)) for trajectory in found[number]]
+        return [trajectory for number in range(len(parts)) for trajectory in found[number]]
 
     def _next(self, load: Sequence[int], down: Collection[int], waiting: int) -> int | None:
         """Who gets the next call: an idle engine; while there is enough for all, also one that would be idle soon."""
@@ -198,4 +196,4 @@ class PooledEngine:
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, **options: Any) -> list[Trajectory]:
         """Decode; the options are those of RolloutEngine.generate, without a role."""
-        return self._pool.generate(self._role, prompts, sampling, **options)
+        return self._pool.generate(prompts, sampling, role=self._role, **options)

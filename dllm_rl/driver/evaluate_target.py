@@ -7,11 +7,10 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from dllm_rl import seeding
 from dllm_rl.config.load import load_config
 from dllm_rl.driver.build import build_run
 from dllm_rl.errors import UserError
-from dllm_rl.evaluation.evaluate import Evaluation, evaluate
+from dllm_rl.evaluation.evaluate import Evaluation
 from dllm_rl.learner import checkpoint
 from dllm_rl.reports.progress import Progress
 from dllm_rl.reward_pool.self_test import run_self_test
@@ -44,16 +43,4 @@ def evaluate_target(target: Path, overrides: Sequence[str], progress: Progress) 
             if found is not None:
                 run.learner.load(found)
             run.weights.push()
-            with progress.track("evaluating", len(run.held_out) * len(run.eval_samplings)) as advance:
-                return [
-                    evaluate(
-                        run.eval_engine,
-                        pool,
-                        run.held_out,
-                        run.tokenizer,
-                        sampling,
-                        seed=seeding.derive(config.run.seed, "evaluate"),
-                        advance=advance,
-                    )
-                    for sampling in run.eval_samplings
-                ]
+            return run.evaluate(pool, config.run.seed, progress)

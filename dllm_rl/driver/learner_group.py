@@ -14,10 +14,9 @@ from typing_extensions import override
 
 from dllm_rl.cluster.group import P, R, WorkerGroup, WorkerLost, gather
 from dllm_rl.cluster.watchdog import HEARTBEAT_S, Watchdog
-from dllm_rl.diffusion.advantage import select
 from dllm_rl.protocols.algorithm import Algorithm
 from dllm_rl.protocols.learner import Learner
-from dllm_rl.types import GlobalCounts, LikelihoodEstimate, MaskSample, Rewards, RolloutBatch, WeightsVersion
+from dllm_rl.types import GlobalCounts, LikelihoodEstimate, MaskSample, RolloutBatch, TrainingBatch, WeightsVersion
 from dllm_rl.workers.learner_worker import LearnerWorker
 
 _GRACE_S = 10.0  # after a failed collective, for the news of who died
@@ -47,32 +46,13 @@ class LearnerGroup(Learner):
         self._watch = Watchdog(group, hang_s)
 
     @override
-    def update(
-        self,
-        batch: RolloutBatch,
-        rewards: Rewards,
-        advantage: Tensor,
-        masks: Sequence[MaskSample],
-        algorithm: Algorithm,
-        *,
-        reference: Sequence[LikelihoodEstimate] | None,
-        counts: GlobalCounts | None = None,
-    ) -> Mapping[str, float]:
-        assert counts is None, "the group holds whole batches"
-        submit, update = self.group.submit, LearnerWorker.update
-        calls: list[Future[Mapping[str, float]]] = []
-        if self.group.size == 1:
-            calls.append(submit(0, update, batch, rewards, advantage, masks, algorithm, reference=reference))
-        else:
-            whole = GlobalCounts.of(batch)
-            for rank, rows in enumerate(balance_rows(batch, self.group.size)):
-                idle = not len(rows)
-                rows = torch.zeros(1, dtype=torch.int64) if idle else rows
-                few = (batch.select(rows), rewards.select(rows), select(advantage, rows))
-                drawn = [one.select(rows) for one in masks]
-                part = None if reference is None else [one.select(rows) for one in reference]
-                counts = dataclasses.replace(whole, idle=idle)
-                calls.append(submit(rank, update, *few, drawn, algorithm, reference=part, counts=counts))
+    def update(self, training: TrainingBatch, algorithm: Algorithm) -> Mapping[str, float]:
+        assert training.counts is None, "the group holds whole batches"
+        shares = [training]
+        if self.group.size > 1:
+            whole, dealt = GlobalCounts.of(training.batch), balance_rows(training.batch, self.group.size)
+            shares = [training.select(_or_any(r), dataclasses.replace(whole, idle=not len(r))) for r in dealt]
+        calls = [self.group.submit(rank, LearnerWorker.update, share, algorithm) for rank, share in enumerate(shares)]
         metrics = self._all(calls)[0]
         self.step += 1
         return metrics
@@ -85,11 +65,10 @@ class LearnerGroup(Learner):
         if self.group.size == 1:
             return self._all([submit(0, score, batch, masks, reference=reference, draws=draws)])[0]
         dealt = balance_rows(batch, self.group.size)
-        shares = [rows if len(rows) else torch.zeros(1, dtype=torch.int64) for rows in dealt]
         scored = self._all(
             [
-                submit(rank, score, batch.select(r), masks.select(r), reference=reference, draws=draws)
-                for rank, r in enumerate(shares)
+                submit(rank, score, batch.select(rows), masks.select(rows), reference=reference, draws=draws)
+                for rank, rows in enumerate(map(_or_any, dealt))
             ]
         )
         back = torch.cat(dealt).argsort()
@@ -165,6 +144,11 @@ class LearnerGroup(Learner):
         if lost is not None:  # what others raised is a consequence
             raise lost
         return gather(calls)
+
+
+def _or_any(rows: Tensor) -> Tensor:
+    """The rows of a rank, or one that lets a rank without any keep step with the others."""
+    return rows if len(rows) else torch.zeros(1, dtype=torch.int64)
 
 
 def balance_rows(batch: RolloutBatch, size: int) -> list[Tensor]:

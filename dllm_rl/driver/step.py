@@ -23,7 +23,7 @@ from dllm_rl.learner.diagnostics import estimator_metrics
 from dllm_rl.protocols.algorithm import Algorithm
 from dllm_rl.reports.clock import Clock
 from dllm_rl.reports.metrics import describe
-from dllm_rl.types import RolloutBatch
+from dllm_rl.types import RolloutBatch, TrainingBatch
 
 
 def one_step(
@@ -75,7 +75,8 @@ def one_step(
                         key = seeding.derive(seed, "diagnostics", step)
                         learned |= estimator_metrics(learner, algorithm, batch, config.diagnostics, key)
                 with timer("update_s"):
-                    learned |= learner.update(batch, rewards, advantage, masks, algorithm, reference=reference)
+                    training = TrainingBatch(batch, rewards, advantage, masks, reference)
+                    learned |= learner.update(training, algorithm)
                 _require_declared(learned, algorithm, config)
         with timer("push_s"), prefetcher.engines_idle():
             run.weights.push()

@@ -180,31 +180,24 @@ class DistributedWeightSync(WeightSync):
         stored: list[Any] = []
         for number, bucket in enumerate(layout):
             what = f"{bucket[0].name} and {len(bucket) - 1} more" if len(bucket) > 1 else bucket[0].name
-            calls: dict[str, Future[Any]] = {}
-            for rank in senders:
-                sent = learners.submit(rank, LearnerWorker.send, bucket, transport, keep=self._keep)
-                calls[f"{learners.name} {rank}"] = sent
+            sent = learners.calls(senders, LearnerWorker.send, bucket, transport, keep=self._keep)
+            calls: dict[str, Future[Any]] = {**sent}
             if way.collective:  # both ends at the same time
-                for rank in ranks:
-                    calls[f"{engines.name} {rank}"] = engines.submit(
-                        rank, EngineWorker.receive, number, transport, None
-                    )
+                calls |= engines.calls(ranks, EngineWorker.receive, number, transport, None)
             answers = self._together("broadcast" if way.collective else "send", what, calls)
             if not way.collective:
                 self._write(
                     number, what, transport, {rank: answers[rank if way.every_rank else 0][0] for rank in ranks}
                 )
             stored.append(answers[0][1])
-        finished = {f"{learners.name} {rank}": learners.submit(rank, LearnerWorker.finish) for rank in senders}
-        digests = self._together("finish", "", finished)[0]
+        digests = self._together("finish", "", learners.calls(senders, LearnerWorker.finish))[0]
         version = self._settle(ranks, step, digests)
         self._kept = _Kept(layout, stored, digests) if self._keep else None
         self.bytes_sent, self.seconds = sum(map(size_of, layout)), time.perf_counter() - started
         return version
 
     def _begin(self, ranks: Sequence[int], step: int, layout: Layout, *, allow_older: bool) -> None:
-        engines, begin = self._engines.group, EngineWorker.begin_push
-        calls = {f"{engines.name} {r}": engines.submit(r, begin, step, layout, allow_older=allow_older) for r in ranks}
+        calls = self._engines.group.calls(ranks, EngineWorker.begin_push, step, layout, allow_older=allow_older)
         self._together("begin", "", calls)
 
     def _write(self, number: int, what: str, transport: str, payloads: Mapping[int, Any]) -> None:
@@ -218,12 +211,11 @@ class DistributedWeightSync(WeightSync):
     def _settle(self, ranks: Sequence[int], step: int, sent: Mapping[str, int]) -> WeightsVersion:
         """Compare what engines hold with what was sent; then they may decode."""
         engines = self._engines.group
-        commits = {f"{engines.name} {rank}": engines.submit(rank, EngineWorker.commit_push, step) for rank in ranks}
+        commits = engines.calls(ranks, EngineWorker.commit_push, step)
         for name, held in zip(commits, self._together("commit", "", commits), strict=True):
             compare(name, sent, held)
         version = WeightsVersion(step=step, digest=joined(sent))
-        accepts = {f"{engines.name} {rank}": engines.submit(rank, EngineWorker.activate, version) for rank in ranks}
-        self._together("accept", "", accepts)
+        self._together("accept", "", engines.calls(ranks, EngineWorker.activate, version))
         return version
 
     def _connect(self) -> None:
@@ -231,9 +223,8 @@ class DistributedWeightSync(WeightSync):
         size, limit = 1 + engines.size, self._timeout_s
         try:
             address = learners.submit(0, LearnerWorker.open, name, limit).result(limit)
-            joins = {"learner 0": learners.submit(0, LearnerWorker.join, name, address, size, limit)}
-            for rank in range(engines.size):
-                joins[f"engine {rank}"] = engines.submit(rank, EngineWorker.join, name, address, size, limit)
+            joins = learners.calls([0], LearnerWorker.join, name, address, size, limit)
+            joins |= engines.calls(range(engines.size), EngineWorker.join, name, address, size, limit)
             self._together("join", "", joins)
             self._connected = True
         except (PushTimeout, RuntimeError) as error:

@@ -34,17 +34,3 @@ def paired_difference(before: Sequence[float], after: Sequence[float]) -> tuple[
     variance = sum((d - mean) ** 2 for d in differences) / (n - 1)
     half = _Z * math.sqrt(variance / n)
     return mean, mean - half, mean + half
-
-
-# Student's t, 97.5% quantiles for 1..9 degrees of freedom.
-_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-
-
-def over_seeds(values: Sequence[float]) -> tuple[float, float, float]:
-    """(mean, low, high) of one figure per seed: Student's t interval, 95%, for 2 to 10 seeds."""
-    n = len(values)
-    if not 2 <= n <= len(_T) + 1:
-        raise UserError(f"an interval over seeds needs 2 to {len(_T) + 1} of them, got {n}")
-    mean = sum(values) / n
-    half = _T[n - 2] * math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1) / n)
-    return mean, mean - half, mean + half

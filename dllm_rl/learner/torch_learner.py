@@ -39,8 +39,8 @@ from dllm_rl.types import (
     LikelihoodEstimate,
     Loss,
     MaskSample,
-    Rewards,
     RolloutBatch,
+    TrainingBatch,
     WeightsVersion,
 )
 
@@ -120,25 +120,16 @@ class TorchLearner:
         with torch.no_grad():
             return self._scored(batch, masks, self._plans(batch, masks), draws=draws)
 
-    def update(
-        self,
-        batch: RolloutBatch,
-        rewards: Rewards,
-        advantage: Tensor,
-        masks: Sequence[MaskSample],
-        algorithm: Algorithm,
-        *,
-        reference: Sequence[LikelihoodEstimate] | None,
-        counts: GlobalCounts | None = None,
-    ) -> dict[str, float]:
+    def update(self, training: TrainingBatch, algorithm: Algorithm) -> dict[str, float]:
         """updates_per_step optimiser updates on one batch; the old policy is the one that enters.
 
         Raises:
             NonFiniteError: non-finite loss or gradient; weights are those before the update, the batch is on disk.
         """
         updates, needs = self._config.updates_per_step, algorithm.needs
+        batch, rewards, masks, reference = training.batch, training.rewards, training.masks, training.reference
         assert len(masks) in (1, updates), f"{len(masks)} entries of masks for {updates} updates"
-        counts = counts or GlobalCounts.of(batch)
+        counts = training.counts or GlobalCounts.of(batch)
         seeding.seed_everything(seeding.derive(self._seed, "update", self.step))  # dropout of adapters
         lr = self._optimizer.start(self.step)
         metrics: dict[str, float] = {}
@@ -146,7 +137,7 @@ class TorchLearner:
             Experience(
                 batch=batch,
                 rewards=rewards,
-                advantage=advantage,
+                advantage=training.advantage,
                 masks=drawn,
                 # The first update scores its own draws under the same weights.
                 old=self.score(batch, drawn, draws=needs.draws) if number else LikelihoodEstimate.blank(batch),

@@ -44,12 +44,7 @@ def model_path(config: Config, folder: Path, task: Task, examples: Sequence[Exam
         made = create_denoiser(
             m.family,
             tokenizer,
-            hidden_size=m.init.hidden_size,
-            num_layers=m.init.num_layers,
-            num_heads=m.init.num_heads,
-            num_kv_heads=m.init.num_kv_heads,
-            intermediate_size=m.init.intermediate_size,
-            max_length=m.init.max_length,
+            **m.init.model_dump(exclude={"tokenizer", "vocab_size"}),
             block_size=m.block_size,
             block_origin=m.block_origin or "response",
             seed=seeding.derive(config.run.seed, "model"),
@@ -90,9 +85,7 @@ def load_model(
     if small:
         quantize(denoiser, device)
     if weights and adapter and m.lora is not None:
-        lora = m.lora
-        seed = seeding.derive(config.run.seed, "lora")
-        add_lora(denoiser, rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout, targets=lora.targets, seed=seed)
+        add_lora(denoiser, **m.lora.model_dump(), seed=seeding.derive(config.run.seed, "lora"))
     if weights and m.gradient_checkpointing:
         denoiser.module.gradient_checkpointing_enable()
     return denoiser, tokenizer

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
-from torch import Tensor
-
 from dllm_rl.protocols.algorithm import Algorithm
-from dllm_rl.types import GlobalCounts, LikelihoodEstimate, MaskSample, Rewards, RolloutBatch, WeightsVersion
+from dllm_rl.types import LikelihoodEstimate, MaskSample, RolloutBatch, TrainingBatch, WeightsVersion
 
 
 class Learner(Protocol):
@@ -29,29 +27,14 @@ class Learner(Protocol):
             draws: with the log-probabilities of each draw.
         """
 
-    def update(
-        self,
-        batch: RolloutBatch,
-        rewards: Rewards,
-        advantage: Tensor,
-        masks: Sequence[MaskSample],
-        algorithm: Algorithm,
-        *,
-        reference: Sequence[LikelihoodEstimate] | None,
-        counts: GlobalCounts | None = None,
-    ) -> Mapping[str, float]:
+    def update(self, training: TrainingBatch, algorithm: Algorithm) -> Mapping[str, float]:
         """Train on one batch; the old policy is the one that enters. Returns metrics.
 
         A non-finite loss or gradient raises before the weights change, and dumps the batch.
 
         Args:
-            batch: rows.
-            rewards: of the rows.
-            advantage: (N,), (N, L) or (K, N, L).
-            masks: draws of each optimiser update; a single entry is shared by all of them.
+            training: rows and what is known of them.
             algorithm: the method.
-            reference: under each entry of masks, or None if the algorithm needs none.
-            counts: what a rank that holds some rows of a larger batch is told of it; None = the batch is whole.
         """
 
     def reference_digest(self) -> str:

@@ -14,29 +14,20 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any, Self
 
 import torch
 
 from dllm_rl.config.plugins import configure
+from dllm_rl.config.schema import RewardPlugin
 from dllm_rl.errors import RunStopped, UserError
 from dllm_rl.types import Rewards, RewardStatus
 
 START_UP_S = 120.0  # importing sympy on a loaded machine takes seconds
 _SEVERITY: tuple[RewardStatus, ...] = ("ok", "invalid", "timeout", "error")
 _CHUNK = 32
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RewardSpec:
-    """One reward function of the pool."""
-
-    name: str
-    weight: float = 1.0
-    timeout_s: float = 5.0
-    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +46,7 @@ class Failure:
 class _Worker:
     """One process, and the rows that it still has to score; the first of them is the one in work."""
 
-    def __init__(self, specs: Sequence[RewardSpec]) -> None:
+    def __init__(self, specs: Sequence[RewardPlugin]) -> None:
         child_in, to_child = os.pipe()
         from_child, child_out = os.pipe()
         self.process = subprocess.Popen(
@@ -71,7 +62,7 @@ class _Worker:
         os.close(child_out)
         self.replies = Connection(from_child, writable=False)
         self.requests = Connection(to_child, readable=False)
-        self.requests.send([(spec.name, dict(spec.options)) for spec in specs])
+        self.requests.send([(spec.name, spec.options) for spec in specs])
         self.ready = False
         self.reward = 0  # which reward function the rows are for
         self.rows: deque[int] = deque()
@@ -97,7 +88,7 @@ class RewardPool:
         failures: the latest failed verifications, newest last.
     """
 
-    def __init__(self, specs: Sequence[RewardSpec], *, num_workers: int = 2, success: str = "") -> None:
+    def __init__(self, specs: Sequence[RewardPlugin], *, num_workers: int = 2, success: str = "") -> None:
         """Start the workers; they load their rewards while the caller goes on.
 
         Args:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dllm_rl.cluster.group import WorkerRank
 from dllm_rl.errors import RunStopped
-from dllm_rl.protocols.engine import Role, RolloutEngine
+from dllm_rl.protocols.engine import RolloutEngine
 from dllm_rl.types import Prompt, Sampling, Trajectory, WeightsVersion
 from dllm_rl.weight_transfer.receiver import Layout, WeightReceiver, size_of
 from dllm_rl.weight_transfer.transport import Transports
@@ -38,15 +38,13 @@ class EngineWorker:
 
     def generate(
         self,
-        role: Role,
         prompts: Sequence[Prompt],
         sampling: Sampling,
-        seed: int,
-        samples_per_prompt: int,
+        *,
         partial: PackedTrajectories | None = None,
-        max_blocks: int | None = None,
+        **options: Any,
     ) -> list[Trajectory] | PackedTrajectories:
-        """Decode; see RolloutEngine.
+        """Decode; the options are those of RolloutEngine.generate.
 
         Raises:
             RunStopped: the weights are not those of one version, or not there.
@@ -55,15 +53,8 @@ class EngineWorker:
             raise RunStopped(f"engine {self._rank.rank} holds an unfinished push of weights and decodes nothing")
         if self._asleep:
             raise RunStopped(f"engine {self._rank.rank} is asleep and decodes nothing")
-        found = self.engine.generate(
-            prompts,
-            sampling,
-            seed=seed,
-            samples_per_prompt=samples_per_prompt,
-            partial=None if partial is None else unpack(partial),
-            max_blocks=max_blocks,
-            role=role,
-        )
+        start = None if partial is None else unpack(partial)
+        found = self.engine.generate(prompts, sampling, partial=start, **options)
         return pack(found) if self._packed else found
 
     def activate(self, weights: WeightsVersion) -> None:

@@ -22,7 +22,7 @@ from dllm_rl.protocols.algorithm import Algorithm
 from dllm_rl.protocols.engine import TensorSpec
 from dllm_rl.protocols.learner import Learner
 from dllm_rl.protocols.strategy import UnmaskingStrategy
-from dllm_rl.types import GlobalCounts, LikelihoodEstimate, MaskSample, Rewards, RolloutBatch, Sampling, WeightsVersion
+from dllm_rl.types import LikelihoodEstimate, MaskSample, RolloutBatch, Sampling, TrainingBatch, WeightsVersion
 from dllm_rl.weight_transfer.sender import OutgoingTensor, WeightSender
 
 
@@ -128,19 +128,9 @@ class LearnerWorker:
         """Micro-batches and buckets so far; a sign of life."""
         return getattr(self.learner, "ticks", self.learner.step)
 
-    def update(
-        self,
-        batch: RolloutBatch,
-        rewards: Rewards,
-        advantage: Tensor,
-        masks: Sequence[MaskSample],
-        algorithm: Algorithm,
-        *,
-        reference: Sequence[LikelihoodEstimate] | None,
-        counts: GlobalCounts | None = None,
-    ) -> Mapping[str, float]:
+    def update(self, training: TrainingBatch, algorithm: Algorithm) -> Mapping[str, float]:
         """See Learner."""
-        metrics = self.learner.update(batch, rewards, advantage, masks, algorithm, reference=reference, counts=counts)
+        metrics = self.learner.update(training, algorithm)
         if self._shares:
             torch.cuda.empty_cache()  # what the backward pass needed is kept for the next one otherwise
         return metrics

@@ -59,11 +59,11 @@ class Recorded:
         found, self._intervals = self._intervals, []
         return found
 
-    def generate(self, role: Any, prompts: Any, sampling: Any, seed: int, samples: int, *rest: Any) -> Any:
+    def generate(self, prompts: Any, sampling: Any, **options: Any) -> Any:
         """Of the worker, or made up."""
         if self._simulated:
-            return self._noted(_made_up, prompts, sampling, seed, samples)
-        return self._noted(self._worker.generate, role, prompts, sampling, seed, samples, *rest)
+            return self._noted(_made_up, prompts, sampling, options["seed"], options["samples_per_prompt"])
+        return self._noted(self._worker.generate, prompts, sampling, **options)
 
     def update(self, *arguments: Any, **options: Any) -> Mapping[str, float]:
         """Of the worker, or nothing."""

@@ -32,7 +32,7 @@ import claim_frontier
 from claim_runs import run_all
 
 from dllm_rl.cli.output import write_json
-from dllm_rl.evaluation.intervals import over_seeds
+from dllm_rl.errors import UserError
 
 Results = Mapping[str, list[Any]]  # run or measurement -> one entry per seed
 MEASURES: Mapping[str, Callable[[Path, int], Any]] = {
@@ -42,6 +42,19 @@ MEASURES: Mapping[str, Callable[[Path, int], Any]] = {
     "start": claim_frontier.start,
     "frontier": claim_frontier.frontier,
 }
+
+# Student's t, 97.5% quantiles for 1..9 degrees of freedom.
+_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+
+
+def over_seeds(values: Sequence[float]) -> tuple[float, float, float]:
+    """(mean, low, high) of one figure per seed: Student's t interval, 95%, for 2 to 10 seeds."""
+    n = len(values)
+    if not 2 <= n <= len(_T) + 1:
+        raise UserError(f"an interval over seeds needs 2 to {len(_T) + 1} of them, got {n}")
+    mean = sum(values) / n
+    half = _T[n - 2] * math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1) / n)
+    return mean, mean - half, mean + half
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ BY_HAND = [
 @pytest.mark.parametrize(("name", "options", "formula"), BY_HAND, ids=[f"{n} {o or ''}" for n, o, _ in BY_HAND])
 def test_gradient_at_the_old_policy(name, options, formula):
     subject = Subject(name, options)
-    for batch in subject.batches():
+    for (batch,) in subject.cases():
         experience = subject.experience(batch)
         reference = None if experience.reference is None else experience.old
         _, gradient = subject.gradient(dataclasses.replace(experience, reference=reference), experience.old)

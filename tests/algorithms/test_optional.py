@@ -20,7 +20,7 @@ from dllm_rl.models.loading import load_denoiser
 from dllm_rl.protocols.algorithm import Algorithm, ExtraRollout, ExtraRollouts, Needs, ValueBaseline
 from dllm_rl.seeding import generator_for
 from dllm_rl.train import train
-from dllm_rl.types import Loss
+from dllm_rl.types import Loss, TrainingBatch
 from rollouts.native import NativeEngine
 
 SEEN: list = []  # what the methods here were given
@@ -190,7 +190,7 @@ def test_values_and_entropies_are_those_of_each_updates_masks():
     torch.nn.init.ones_(one._values._head.weight)
     masks = [masking.bernoulli(batch.completion, generator=generator_for(number)) for number in range(2)]
     assert not torch.equal(masks[0].weight, masks[1].weight)
-    one.update(batch, cases.rewards(cases.MIXED), torch.zeros(6), masks, algorithm, reference=None)
+    one.update(TrainingBatch(batch, cases.rewards(cases.MIXED), torch.zeros(6), masks), algorithm)
     for scored, credited, entropic in SEEN:
         assert torch.equal(scored, credited) and torch.equal(scored, entropic)
     assert not torch.equal(SEEN[0][0], SEEN[1][0])

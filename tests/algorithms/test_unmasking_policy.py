@@ -23,7 +23,7 @@ from dllm_rl.learner.torch_learner import TorchLearner
 from dllm_rl.protocols.strategy import UnmaskingStrategy
 from dllm_rl.seeding import generator_for
 from dllm_rl.train import train
-from dllm_rl.types import Prompt, Sampling, WeightsVersion
+from dllm_rl.types import Prompt, Sampling, TrainingBatch, WeightsVersion
 from rollouts.native import NativeSampler
 from rollouts.policy_network import UnmaskingPolicy, load_policy, save_policy
 from rollouts.reference import ReferenceSampler
@@ -170,7 +170,7 @@ def test_update_has_the_gradient_of_one_graph_whatever_the_micro_batches(tiny_de
         scored = cases.rewards([1.0, 0.0] * 4)
         learner = learner_for(strategy, denoiser, sampling, tokens_per_microbatch=budget, max_grad_norm=None)
         weight = algorithm.advantages(scored, batch)
-        learner.update(batch, scored, weight, [None], algorithm, reference=None)
+        learner.update(TrainingBatch(batch, scored, weight, [None]), algorithm)
         gradients.append(torch.cat([p.grad.flatten() for p in strategy.policy.parameters() if p.grad is not None]))
     strategy = learned()
     learner = learner_for(strategy, denoiser, sampling)

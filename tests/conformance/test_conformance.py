@@ -19,7 +19,7 @@ from algorithms.trace_rl import TraceRL
 from dllm_rl import registry
 from dllm_rl.cli.main import main
 from dllm_rl.conformance.rewards import reads_files
-from dllm_rl.conformance.suite import CHECKS, SUBJECTS, check_plugin
+from dllm_rl.conformance.suite import CHECKS, SUBJECTS, check_plugin, hold
 from dllm_rl.conformance.violation import NotChecked, Violation
 from dllm_rl.models.digest import tensor_digests
 from dllm_rl.protocols.algorithm import Needs
@@ -402,7 +402,7 @@ def test_a_fault_is_caught_by_the_check_that_is_meant_for_it(kind, name, check, 
     options = {"train_puzzles": 40, "test_puzzles": 20} if kind == "tasks" else {}
     subject = SUBJECTS[kind](f"{here}:{name}", options)
     with contextlib.closing(subject) if kind == "rewards" else contextlib.nullcontext(), pytest.raises(Violation):
-        next(c for c in CHECKS[kind] if c.__name__ == check)(subject)
+        hold(next(c for c in CHECKS[kind] if c.__name__ == check), subject)
 
 
 def test_every_check_has_caught_something():

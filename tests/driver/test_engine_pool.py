@@ -30,9 +30,9 @@ class Threads(WorkerGroup):
         with self.lock:
             self.held[rank] += 1
             self.most = max(self.most, self.held[rank])
-        return self.workers[rank].submit(self._work, rank, method.__name__, args)
+        return self.workers[rank].submit(self._work, rank, method.__name__, args, kwargs)
 
-    def _work(self, rank, method, args):
+    def _work(self, rank, method, args, options):
         try:
             if self.dead[rank]:
                 raise WorkerLost("engine", rank, "it is dead")
@@ -43,13 +43,13 @@ class Threads(WorkerGroup):
                     raise WorkerLost("engine", rank, f"it died in {method}")
                 return None
             time.sleep(0.002 * (rank + 1))
-            prompts = args[1]
+            prompts = args[0]
             fatal = [prompt for prompt in prompts if prompt in self.deaths]
             if fatal:
                 self.deaths.remove(fatal[0])
                 self.dead[rank] = True
                 raise WorkerLost("engine", rank, "it died over it")
-            return [(prompt, sample) for prompt in prompts for sample in range(args[4])]
+            return [(prompt, sample) for prompt in prompts for sample in range(options["samples_per_prompt"])]
         finally:
             with self.lock:
                 self.held[rank] -= 1
@@ -85,7 +85,7 @@ def test_everything_is_decoded_once_and_in_order(size, deaths):
         pool = pool_of(group)
         synced = []
         pool.sync_worker = synced.append
-        found = pool.generate("train", prompts, None, seed=0, samples_per_prompt=2)
+        found = pool.generate(prompts, None, role="train", seed=0, samples_per_prompt=2)
     assert found == [(prompt, sample) for prompt in prompts for sample in range(2)]
     assert pool.restarts == len(deaths) == len(synced), "one loss, however many calls the engine held"
     assert group.most == 2, "the next call waits at the engine"
@@ -94,13 +94,13 @@ def test_everything_is_decoded_once_and_in_order(size, deaths):
 def test_the_last_calls_are_shared():
     """Two calls for two engines: none of them waits behind the other."""
     with Threads(2) as group:
-        assert len(pool_of(group).generate("train", [1, 2, 3, 4], None, seed=0, samples_per_prompt=2)) == 8
+        assert len(pool_of(group).generate([1, 2, 3, 4], None, role="train", seed=0, samples_per_prompt=2)) == 8
         assert group.most == 1
 
 
 def test_one_loss_too_many_is_raised():
     with Threads(2, (1, 2, 3)) as group, pytest.raises(WorkerLost, match="it died over it"):
-        pool_of(group, max_restarts=2).generate("train", list(range(8)), None, seed=0)
+        pool_of(group, max_restarts=2).generate(list(range(8)), None, role="train", seed=0)
 
 
 @pytest.mark.parametrize("dies_in", [(), ((0, "sleep"),), ((1, "wake"),), ((0, "sleep"), (0, "wake"))])

@@ -229,7 +229,7 @@ def test_a_push_that_goes_wrong_is_named_and_the_engine_gets_no_prompt(well, tra
     if who == "receivers":
         sampling = Sampling(max_new_tokens=4)
         with pytest.raises(RunStopped, match="holds an unfinished push of weights and decodes nothing"):
-            well.pool.generate("train", [PROMPT], sampling, seed=0)
+            well.pool.generate([PROMPT], sampling, role="train", seed=0)
 
 
 def test_stale_weights_are_refused(well):

@@ -7,10 +7,11 @@ import dataclasses
 import pytest
 import torch
 
+from dllm_rl.config.schema import RewardPlugin
 from dllm_rl.evaluation.evaluate import evaluate
 from dllm_rl.evaluation.intervals import wilson
 from dllm_rl.models.tokenizers import character_tokenizer
-from dllm_rl.reward_pool.pool import RewardPool, RewardSpec
+from dllm_rl.reward_pool.pool import RewardPool
 from dllm_rl.types import Prompt, Sampling, Trajectory, WeightsVersion
 
 TOKENIZER = character_tokenizer("0123456789")
@@ -61,7 +62,7 @@ def even(prompts, completions, **columns):
 @pytest.fixture
 def pool(monkeypatch, request):
     monkeypatch.syspath_prepend(str(request.path.parent))
-    specs = [RewardSpec(name="test_evaluate:even"), RewardSpec(name="length", options={"max_tokens": 6, "margin": 2})]
+    specs = [RewardPlugin(name="test_evaluate:even"), RewardPlugin(name="length", max_tokens=6, margin=2)]
     with RewardPool(specs, success="test_evaluate:even") as made:
         yield made
 

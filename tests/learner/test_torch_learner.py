@@ -13,7 +13,7 @@ from dllm_rl.diffusion.layout import block_index
 from dllm_rl.learner.schedule import learning_rate
 from dllm_rl.learner.torch_learner import NonFiniteError, TorchLearner
 from dllm_rl.models.tokenizers import character_tokenizer
-from dllm_rl.types import LikelihoodEstimate, MaskSample, Rewards, RolloutBatch
+from dllm_rl.types import LikelihoodEstimate, MaskSample, Rewards, RolloutBatch, TrainingBatch
 
 ATOL_F64 = 1e-10
 ALGORITHMS = {
@@ -98,7 +98,7 @@ def one_update(
         for parameter in denoiser.module.parameters():
             parameter.mul_(1.01)
     reference = [torch_learner.score(whole, masks, reference=True)] if algorithm.needs.reference else None
-    metrics = torch_learner.update(whole, rewards, advantage, [masks], algorithm, reference=reference)
+    metrics = torch_learner.update(TrainingBatch(whole, rewards, advantage, [masks], reference), algorithm)
     return torch.cat([p.detach().flatten() for p in denoiser.module.parameters()]), metrics, torch_learner
 
 
@@ -133,7 +133,7 @@ def test_two_phase_gradient_is_the_gradient_of_the_loss(tiny_denoiser, tmp_path)
             dump_folder=tmp_path,
         )
         rewards = make_rewards()
-        learner.update(batch, rewards, algorithm.advantages(rewards, batch), [masks], algorithm, reference=None)
+        learner.update(TrainingBatch(batch, rewards, algorithm.advantages(rewards, batch), [masks]), algorithm)
         gradients.append(torch.cat([p.grad.flatten() for p in module.module.parameters()]))
     advantage = algorithm.advantages(make_rewards(), batch)
     total = torch.zeros((), dtype=torch.float64)
@@ -179,7 +179,7 @@ def test_zero_advantage_leaves_the_weights_alone(tiny_denoiser, tmp_path):
     )
     batch = make_batch(denoiser)
     masks = algorithm.masks(batch, seeding.generator_for(0))
-    metrics = learner.update(batch, make_rewards(), torch.zeros(6), [masks], algorithm, reference=None)
+    metrics = learner.update(TrainingBatch(batch, make_rewards(), torch.zeros(6), [masks]), algorithm)
     assert metrics["grad_norm"] == 0.0
     assert all(torch.equal(a, b) for a, b in zip(before, denoiser.module.parameters(), strict=True))
 
@@ -203,7 +203,7 @@ def test_a_non_finite_loss_stops_before_the_update_and_dumps_the_batch(tiny_deno
     masks = algorithm.masks(batch, seeding.generator_for(0))
     advantage = torch.tensor([1.0, float("nan"), 0, 0, 0, 0])
     with pytest.raises(NonFiniteError, match="loss is nan at step 0"):
-        learner.update(batch, make_rewards(), advantage, [masks], algorithm, reference=None)
+        learner.update(TrainingBatch(batch, make_rewards(), advantage, [masks]), algorithm)
     assert learner.step == 0
     assert all(torch.equal(a, b) for a, b in zip(before, denoiser.module.parameters(), strict=True))
     dump = torch.load(next(tmp_path.glob("non-finite-*.pt")), weights_only=True)
@@ -225,7 +225,7 @@ def test_saved_state_loads_to_the_same_bits_and_the_same_next_update(tiny_denois
     batch = make_batch(learner.denoiser)
     masks = algorithm.masks(batch, seeding.generator_for(1))
     for one in (learner, other):
-        one.update(batch, make_rewards(), torch.ones(6), [masks], algorithm, reference=None)
+        one.update(TrainingBatch(batch, make_rewards(), torch.ones(6), [masks]), algorithm)
     assert other.version() == learner.version()
 
 

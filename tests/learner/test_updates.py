@@ -20,7 +20,7 @@ from dllm_rl.learner.torch_learner import TorchLearner
 from dllm_rl.models.tokenizers import character_tokenizer
 from dllm_rl.protocols.algorithm import Algorithm, Needs
 from dllm_rl.seeding import generator_for
-from dllm_rl.types import GlobalCounts, LikelihoodEstimate, Loss
+from dllm_rl.types import GlobalCounts, LikelihoodEstimate, Loss, TrainingBatch
 from tests.learner.test_deepspeed import on_ranks, weights
 
 ATOL_F64 = 1e-10
@@ -184,7 +184,7 @@ def test_gradient_over_draws_is_that_of_one_graph_whatever_the_micro_batches(nam
     for budget in BUDGETS:
         denoiser = double(family)
         one = learner(denoiser, algorithm.needs, tokens_per_microbatch=budget)
-        metrics = one.update(batch, scored, weight, [masks], algorithm, reference=None)
+        metrics = one.update(TrainingBatch(batch, scored, weight, [masks]), algorithm)
         assert metrics["loss"] == pytest.approx(loss.item(), abs=ATOL_F64)
         torch.testing.assert_close(flat(p.grad for p in denoiser.module.parameters()), want, atol=ATOL_F64, rtol=0)
 
@@ -202,7 +202,7 @@ def test_draws_that_the_weighted_sum_leaves_out_are_forwarded_all_the_same():
     gradients = []
     for budget in BUDGETS:
         one = learner(double(), algorithm.needs, tokens_per_microbatch=budget)
-        one.update(batch, scored, algorithm.advantages(scored, batch), [masks], algorithm, reference=None)
+        one.update(TrainingBatch(batch, scored, algorithm.advantages(scored, batch), [masks]), algorithm)
         gradients.append(flat(p.grad for p in one.denoiser.module.parameters()))
     assert float(gradients[0].abs().max()) > 1e-3
     for got in gradients[1:]:
@@ -222,7 +222,7 @@ def test_fresh_masks_are_scored_before_the_first_update_and_used_by_their_own(bu
             parameter.mul_(1.01)
     hand = copy.deepcopy(denoiser)
     reference = [one.score(batch, drawn, reference=True) for drawn in masks]
-    one.update(batch, scored, weight, masks, algorithm, reference=reference)
+    one.update(TrainingBatch(batch, scored, weight, masks, reference), algorithm)
 
     frozen = double()
     parameters = list(hand.module.parameters())
@@ -244,7 +244,7 @@ def test_as_many_masks_as_updates_or_one():
     masks = algorithm.masks(batch, generator_for(0))
     one = learner(double(), Needs(), updates_per_step=3)
     with pytest.raises(AssertionError, match="2 entries of masks for 3 updates"):
-        one.update(batch, scored, torch.ones(6), [masks] * 2, algorithm, reference=None)
+        one.update(TrainingBatch(batch, scored, torch.ones(6), [masks] * 2), algorithm)
 
 
 def both(**options):
@@ -255,7 +255,7 @@ def gradients_of(algorithm, budget):
     batch, scored = cases.batch(block_causal=False), cases.rewards(cases.MIXED)
     one = learner_for(algorithm.needs, batch, "tiny", tokens_per_microbatch=budget, max_grad_norm=None)
     masks = algorithm.masks(batch, generator_for(0))
-    one.update(batch, scored, algorithm.advantages(scored, batch), [masks], algorithm, reference=None)
+    one.update(TrainingBatch(batch, scored, algorithm.advantages(scored, batch), [masks]), algorithm)
     return {name: p.grad for name, p in one.named_weights() if p.grad is not None}
 
 
@@ -274,7 +274,7 @@ def test_a_joint_checkpoint_holds_both(tmp_path):
     masks, ends = algorithm.masks(batch, generator_for(0)), []
 
     def step(one):
-        return one.update(batch, scored, algorithm.advantages(scored, batch), [masks], algorithm, reference=None)
+        return one.update(TrainingBatch(batch, scored, algorithm.advantages(scored, batch), [masks]), algorithm)
 
     whole = learner_for(algorithm.needs, batch, "tiny")
     step(whole)
@@ -309,7 +309,7 @@ def train_on_rank(rank, size, names):
         for _ in range(3):
             reference = [one.score(few, m, reference=True) for m in drawn] if algorithm.needs.reference else None
             share = advantage.select(weight, rows)
-            one.update(few, scored.select(rows), share, drawn, algorithm, reference=reference, counts=counts)
+            one.update(TrainingBatch(few, scored.select(rows), share, drawn, reference, counts), algorithm)
         found = weights(one) if stage is not None else dict(one.named_weights())
         out.append({name: torch.as_tensor(value).detach().numpy().copy() for name, value in found.items()})
     return out

@@ -13,6 +13,7 @@ from dllm_rl.config.plugins import build
 from dllm_rl.conformance import cases
 from dllm_rl.learner.torch_learner import TorchLearner
 from dllm_rl.models.tokenizers import character_tokenizer
+from dllm_rl.types import TrainingBatch
 
 
 def learner(tmp_path, family="tiny", **settings):
@@ -30,7 +31,7 @@ def learner(tmp_path, family="tiny", **settings):
 
 def step(one, algorithm, batch, rewards):
     masks = algorithm.masks(batch, seeding.generator_for(0))
-    return one.update(batch, rewards, algorithm.advantages(rewards, batch), [masks], algorithm, reference=None)
+    return one.update(TrainingBatch(batch, rewards, algorithm.advantages(rewards, batch), [masks]), algorithm)
 
 
 @pytest.mark.parametrize(("family", "blocks"), [("tiny", False), ("sdar", True)])

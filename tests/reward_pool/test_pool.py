@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dllm_rl.reward_pool.pool import RewardPool, RewardSpec
+from dllm_rl.config.schema import RewardPlugin
+from dllm_rl.reward_pool.pool import RewardPool
 from dllm_rl.tasks.sudoku import Sudoku4
 
 SLACK_S = 0.5  # how far beyond its deadline a verifier may live
@@ -22,7 +23,7 @@ def pool(naughty):
     opened: list[RewardPool] = []
 
     def make(*names: str, num_workers: int = 1, timeout_s: float = 5.0) -> RewardPool:
-        opened.append(RewardPool([RewardSpec(name=n, timeout_s=timeout_s) for n in names], num_workers=num_workers))
+        opened.append(RewardPool([RewardPlugin(name=n, timeout_s=timeout_s) for n in names], num_workers=num_workers))
         return opened[-1]
 
     yield make
@@ -63,9 +64,9 @@ def test_a_verifier_sees_one_row_with_its_columns(pool):
 
 def test_components_are_weighted_and_the_worst_status_counts(naughty):
     specs = [
-        RewardSpec(name="naughty:as_told", weight=2.0),
-        RewardSpec(name="naughty:good", weight=-0.5),
-        RewardSpec(name="naughty:Picky", weight=10.0, options={"scale": 3}),
+        RewardPlugin(name="naughty:as_told", weight=2.0),
+        RewardPlugin(name="naughty:good", weight=-0.5),
+        RewardPlugin(name="naughty:Picky", weight=10.0, scale=3),
     ]
     told = ["return [0.25]", "return [Verdict(0.5, 'invalid')]", "return [None]", "raise"]
     with RewardPool(specs) as pool:
@@ -193,8 +194,9 @@ def test_workers_die_with_their_parent(naughty, tmp_path):
     program = f"""
 import sys
 sys.path.insert(0, {str(naughty)!r})
-from dllm_rl.reward_pool.pool import RewardPool, RewardSpec
-pool = RewardPool([RewardSpec(name="naughty:as_told", timeout_s=60)], num_workers=2)
+from dllm_rl.config.schema import RewardPlugin
+from dllm_rl.reward_pool.pool import RewardPool
+pool = RewardPool([RewardPlugin(name="naughty:as_told", timeout_s=60)], num_workers=2)
 pool.score(["p"], ["fine"], {{}})
 print(*(w.process.pid for w in pool._workers), flush=True)
 pool.score(["p"], ["spin"], {{}})
@@ -209,7 +211,7 @@ pool.score(["p"], ["spin"], {{}})
 
 
 def test_close_ends_the_workers(naughty):
-    with RewardPool([RewardSpec(name="naughty:good")], num_workers=2) as pool:
+    with RewardPool([RewardPlugin(name="naughty:good")], num_workers=2) as pool:
         score(pool, "x")
         workers = [worker.process.pid for worker in pool._workers]
     assert not any(map(alive, workers))
@@ -220,18 +222,18 @@ def test_close_ends_the_workers(naughty):
     [
         ([{"name": "sudokuu"}], "unknown reward 'sudokuu'; nearest is 'sudoku'"),
         ([{"name": "sudoku"}, {"name": "sudoku"}], "reward 'sudoku' is listed twice"),
-        ([{"name": "sudoku", "options": {"modee": "cells"}}], r"unknown key 'rewards\.sudoku\.modee'; nearest is 'rew"),
+        ([{"name": "sudoku", "modee": "cells"}], r"unknown key 'rewards\.sudoku\.modee'; nearest is 'rew"),
         ([{"name": "naughty:nothing"}], "module 'naughty' has no 'nothing'"),
     ],
 )
 def test_a_reward_that_cannot_be_made_is_refused_before_any_process_starts(naughty, specs, message):
     with pytest.raises(ValueError, match=message):
-        RewardPool([RewardSpec(**spec) for spec in specs])
+        RewardPool([RewardPlugin(**spec) for spec in specs])
 
 
 def test_a_worker_that_cannot_start_is_an_error_not_a_loop(naughty):
     with (
-        RewardPool([RewardSpec(name="naughty:Unstartable")], num_workers=1) as pool,
+        RewardPool([RewardPlugin(name="naughty:Unstartable")], num_workers=1) as pool,
         pytest.raises(RuntimeError, match="ended at start-up with exit code 3"),
     ):
         score(pool, "x")
@@ -239,7 +241,7 @@ def test_a_worker_that_cannot_start_is_an_error_not_a_loop(naughty):
 
 def test_a_reward_that_refuses_to_be_built_says_why(naughty):
     with (
-        RewardPool([RewardSpec(name="naughty:Refusing")], num_workers=1) as pool,
+        RewardPool([RewardPlugin(name="naughty:Refusing")], num_workers=1) as pool,
         pytest.raises(ValueError, match="no judge model at 'x'"),
     ):
         score(pool, "x")
@@ -249,7 +251,7 @@ def test_throughput():
     """54,000 rows a second on two idle cores; the bound leaves room for busy ones."""
     examples = Sudoku4(Sudoku4.Config(test_puzzles=256)).examples("test")
     columns = {"puzzle": [e.columns["puzzle"] for e in examples], "answer": [e.answer for e in examples]}
-    with RewardPool([RewardSpec(name="sudoku")], num_workers=2) as pool:
+    with RewardPool([RewardPlugin(name="sudoku")], num_workers=2) as pool:
         seconds = []
         for _ in range(5):
             started = time.perf_counter()

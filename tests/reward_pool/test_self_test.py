@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from dllm_rl.reward_pool.pool import RewardPool, RewardSpec
+from dllm_rl.config.schema import RewardPlugin
+from dllm_rl.reward_pool.pool import RewardPool
 from dllm_rl.reward_pool.self_test import run_self_test
 from dllm_rl.tasks.countdown import Countdown
 from dllm_rl.tasks.jsonl import JsonLines
@@ -26,7 +27,7 @@ def jsonl(tmp_path, reward="math_answer") -> JsonLines:
 
 
 def check(task, *rewards: str, timeout_s: float = 5.0) -> None:
-    specs = [RewardSpec(name=name, timeout_s=timeout_s) for name in rewards or task.rewards]
+    specs = [RewardPlugin(name=name, timeout_s=timeout_s) for name in rewards or task.rewards]
     with RewardPool(specs, num_workers=1) as pool:
         run_self_test(pool, task, task.examples("train")[:8])
 

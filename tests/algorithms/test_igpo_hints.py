@@ -7,14 +7,14 @@ import itertools
 import pytest
 import torch
 
-from dllm_rl.diffusion import hints
+from algorithms.igpo import cut_hint, least_sure
 from dllm_rl.seeding import generator_for
 
 TRACE = tuple(range(100, 116))
 
 
 def cut(share=0.5, chunk=(2, 3), room=16, max_gap=100, seed=0, **more):
-    return hints.cut(TRACE, share=share, chunk=chunk, room=room, max_gap=max_gap, generator=generator_for(seed), **more)
+    return cut_hint(TRACE, share=share, chunk=chunk, room=room, max_gap=max_gap, generator=generator_for(seed), **more)
 
 
 def test_everything_revealed_without_room_to_spread_is_the_trace():
@@ -73,4 +73,4 @@ def test_the_last_chunk_is_revealed_only_for_certain_if_asked():
 def test_least_sure_by_hand():
     entropy = torch.tensor([[9.0, 1.0, 3.0, 2.0], [0.1, 0.2, 0.3, 0.4], [1.0, 1.0, 1.0, 1.0]])
     hint = torch.tensor([[False, True, True, True], [True, True, False, False], [False] * 4])
-    assert hints.least_sure(entropy, hint, 0.7).int().tolist() == [[0, 0, 1, 1], [0, 1, 0, 0], [0, 0, 0, 0]]
+    assert least_sure(entropy, hint, 0.7).int().tolist() == [[0, 0, 1, 1], [0, 1, 0, 0], [0, 0, 0, 0]]
