@@ -21,14 +21,11 @@ from dllm_rl.cli.main import main
 from dllm_rl.conformance.rewards import reads_files
 from dllm_rl.conformance.suite import CHECKS, SUBJECTS, check_plugin, hold
 from dllm_rl.conformance.violation import NotChecked, Violation
-from dllm_rl.models.digest import tensor_digests
 from dllm_rl.protocols.algorithm import Needs
 from dllm_rl.protocols.strategy import UnmaskingStrategy
 from dllm_rl.seeding import generator_for
 from dllm_rl.tasks.sudoku import Sudoku4
-from dllm_rl.types import GIVEN, Loss, MaskSample
-from dllm_rl.weight_transfer.in_process import InProcess
-from rollouts.native import NativeEngine
+from dllm_rl.types import Loss, MaskSample
 
 ROWS = {
     "gsm8k": [{"question": f"What is {i} + 1?", "answer": f"Add them.\n#### {i + 1}"} for i in range(6)],
@@ -188,94 +185,6 @@ class Dice(UnmaskingStrategy):
         return candidates.eligible & (noise == noise.amax(-1, keepdim=True))
 
 
-class ByPosition(NativeEngine):
-    """Seeds rows by their place in the batch."""
-
-    def generate(self, prompts, sampling, *, seed, **options):
-        return super().generate(prompts, sampling, seed=seed + len(prompts), **options)
-
-
-class OneSeed(NativeEngine):
-    def generate(self, prompts, sampling, *, seed, **options):
-        return super().generate(prompts, sampling, seed=0, **options)
-
-
-class Approximate(NativeEngine):
-    def generate(self, prompts, sampling, *, seed, **options):
-        rows = super().generate(prompts, sampling, seed=seed, **options)
-        return [dataclasses.replace(t, behaviour_logp=t.behaviour_logp * 1.01) for t in rows]
-
-
-class MiscountsForwards(NativeEngine):
-    def generate(self, prompts, sampling, *, seed, **options):
-        rows = super().generate(prompts, sampling, seed=seed, **options)
-        return [dataclasses.replace(t, num_forwards=t.num_forwards + 1) for t in rows]
-
-
-class CutsPrompts(NativeEngine):
-    def generate(self, prompts, sampling, *, seed, **options):
-        prompts = [dataclasses.replace(p, token_ids=p.token_ids[-40:]) for p in prompts]
-        return super().generate(prompts, sampling, seed=seed, **options)
-
-
-class StartsOver(NativeEngine):
-    """Decodes rows that were paused from the start."""
-
-    def generate(self, prompts, sampling, *, partial=None, **options):
-        return super().generate(prompts, sampling, **options)
-
-
-class ClaimsWhatOthersDecoded(NativeEngine):
-    """Stamps tokens that were decoded before a pause with the weights of after it."""
-
-    def generate(self, prompts, sampling, *, partial=None, **options):
-        rows = super().generate(prompts, sampling, partial=partial, **options)
-        own = [torch.where(t.weights_step == GIVEN, GIVEN, self.weights.step) for t in rows]
-        return [dataclasses.replace(t, weights_step=step) for t, step in zip(rows, own, strict=True)]
-
-
-class KeepsTheBuffer(NativeEngine):
-    """Refers to the buffer of a push instead of copying it."""
-
-    def write_weights(self, values):
-        self._parameters |= values
-        for name, value in values.items():
-            self.denoiser.module.get_parameter(name).data = value
-
-
-class RepeatsTheSendersDigests(NativeEngine):
-    """Says that it holds what was announced, whatever it has done with it."""
-
-    def write_weights(self, values):
-        self.said = getattr(self, "said", {}) | tensor_digests(values.items())
-
-    def commit_weights(self):
-        return self.said
-
-
-class TakesAnyName(NativeEngine):
-    def begin_weights(self, tensors):
-        super().begin_weights([spec for spec in tensors if spec.name in self._parameters])
-
-
-class WakesEmpty(NativeEngine):
-    def wake(self):
-        for parameter in self.denoiser.module.parameters():
-            storage = parameter.data.untyped_storage()
-            storage.resize_(parameter.numel() * parameter.element_size())
-            parameter.data.zero_()
-
-
-class StandsStill(NativeEngine):
-    def heartbeat(self):
-        return 0
-
-
-class DropsTheEnd(InProcess):
-    def send(self, buffer):
-        return torch.cat([buffer[:-1], buffer.new_zeros(1)])
-
-
 def hangs(prompts, completions, **columns):
     if any("boxed" in text for text in completions):
         time.sleep(60)
@@ -389,7 +298,7 @@ FAULTS: list[tuple[str, str, str]] = [
 
 @pytest.fixture
 def here(monkeypatch):
-    """Makes this file importable, also by reward workers, under a name for "package.module:Name"."""
+    """Makes this folder importable, also by reward workers; gives this file's name for "package.module:Name"."""
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
     monkeypatch.delitem(sys.modules, "test_conformance", raising=False)
     return "test_conformance"
@@ -400,7 +309,8 @@ def test_a_fault_is_caught_by_the_check_that_is_meant_for_it(kind, name, check, 
     if kind == "rewards":
         monkeypatch.setattr("dllm_rl.conformance.rewards.TIMEOUT_S", 0.5)
     options = {"train_puzzles": 40, "test_puzzles": 20} if kind == "tasks" else {}
-    subject = SUBJECTS[kind](f"{here}:{name}", options)
+    module = "broken_engines" if kind in ("engines", "transports") else here
+    subject = SUBJECTS[kind](f"{module}:{name}", options)
     with contextlib.closing(subject) if kind == "rewards" else contextlib.nullcontext(), pytest.raises(Violation):
         hold(next(c for c in CHECKS[kind] if c.__name__ == check), subject)
 
