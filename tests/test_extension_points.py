@@ -153,6 +153,21 @@ def test_transports_that_need_several_processes_are_refused(tmp_path, transport,
         train(load_config(config_of(foreign(tmp_path, **changes), tmp_path / "run.yaml")))
 
 
+def test_the_documented_engine_keeps_its_contract_and_trains(tmp_path, monkeypatch):
+    text = (ROOT / "docs" / "plugins.md").read_text(encoding="utf-8")
+    (tmp_path / "documented_engines.py").write_text(text[text.index("# my_package/engines.py") :].partition("```")[0])
+    monkeypatch.syspath_prepend(str(tmp_path))
+    name = "documented_engines:OneForward"
+    assert {f.check: f.problem for f in check_plugin("engines", name, {}) if f.problem is not None} == {}
+    changes = {
+        "model": {"family": "tiny", "init": MODEL["init"]},
+        "engine": {"name": name},
+        "algorithm": {"name": "coupled_grpo", "beta": 0.0},
+    }
+    done = train(load_config(config_of(foreign(tmp_path, **changes), tmp_path / "run.yaml")))
+    assert done.steps == 2 and done.after[0].scored == 4
+
+
 def test_an_undeclared_metric_is_one_line_and_exit_code_2(tmp_path, capsys):
     values = foreign(tmp_path, algorithm={"name": "acme.algorithm:Forgetful"})
     assert main(["train", str(config_of(values, tmp_path / "run.yaml")), "--quiet"]) == 2

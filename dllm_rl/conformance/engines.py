@@ -232,7 +232,9 @@ def pausing_changes_nothing(subject: Subject, family: str, denoiser: Transformer
 
 
 def weights_arrive_and_act(subject: Subject, family: str, denoiser: TransformersDenoiser) -> None:
-    """A push changes what is decoded to what a fresh engine with those weights decodes; digests are of what is held."""
+    """A push changes what is decoded, where exact is True to what the reference engine decodes with those weights;
+    digests are of what is held.
+    """
     engine, other = subject.make(denoiser), cases.denoiser(family, seed=1)
     named = [(name, value.detach()) for name, value in other.module.named_parameters()]
     specs = [TensorSpec(name, tuple(value.shape), value.dtype) for name, value in named]
@@ -247,7 +249,8 @@ def weights_arrive_and_act(subject: Subject, family: str, denoiser: Transformers
     after = engine.generate(PROMPTS, GREEDY, seed=0)
     moved = any(not torch.equal(a.tokens, b.tokens) for a, b in zip(before, after, strict=True))
     require(moved, f"{family}: other weights decode the same tokens")
-    _same(after, subject.oracle(other).generate(PROMPTS, GREEDY, seed=0), f"{family}, after a push")
+    if subject.capabilities.exact:
+        _same(after, subject.oracle(other).generate(PROMPTS, GREEDY, seed=0), f"{family}, after a push")
     try:
         engine.begin_weights([TensorSpec("no.such.weight", (1,), torch.float32)])
     except UnknownWeight as error:
