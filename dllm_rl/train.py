@@ -75,15 +75,8 @@ def train(
     found = starting_point(config, folder, resume, from_checkpoint, progress)
     clock = Clock()
     with ExitStack() as stack:
-        trackers = Trackers(
-            config.tracking.to,
-            project=config.tracking.project,
-            run=config.run.name,
-            folder=folder,
-            settings=config.model_dump(),
-            log=progress.log,
-        )
-        records = RunFolder(folder, stack.enter_context(trackers).log)
+        trackers = stack.enter_context(Trackers(config, folder, progress.log))
+        records = RunFolder(folder, trackers.log)
         with clock("setup_s"):
             run = stack.enter_context(build_run(config, folder, progress))
             learner, pool, records.declared = run.learner, run.reward_pool, run.algorithm.metrics

@@ -240,14 +240,10 @@ def _check_learner(config: Config, algorithm: Algorithm) -> None:
         from dllm_rl.learner.zero import check_options
 
         check_options(config.learner)
-    why = None
-    if trains_policy:
-        why = "trains an unmasking policy"
-    elif values:
-        why = "trains a value model"
-    if why is not None:
+    if trains_policy or values:
+        what = "an unmasking policy" if trains_policy else "a value model"
         raise UserError(
-            f"algorithm '{config.algorithm.name}' {why}, which runs on one rank with learner.backend: torch"
+            f"algorithm '{config.algorithm.name}' trains {what}, which runs on one rank with learner.backend: torch"
         )
 
 

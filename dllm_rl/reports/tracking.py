@@ -6,47 +6,34 @@ metrics.jsonl.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from dllm_rl.config.schema import Config
 from dllm_rl.config.section import flatten
 from dllm_rl.errors import require_package
-
-PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow", "trackio": "trackio"}
 
 
 class Trackers:
     """All trackers of a run. A context manager."""
 
-    def __init__(
-        self,
-        names: Sequence[str],
-        *,
-        project: str,
-        run: str,
-        folder: Path,
-        settings: Mapping[str, Any],
-        log: Callable[[str], None],
-    ) -> None:
+    def __init__(self, config: Config, folder: Path, log: Callable[[str], None]) -> None:
         """Start them.
 
         Args:
-            names: keys of PACKAGES.
-            project: groups runs, where a tracker knows such a thing.
-            run: name of the run.
+            config: of the run; its section tracking names them.
             folder: for trackers that write files: its ``tracking`` folder.
-            settings: the configuration.
             log: told what fails.
         Raises:
             UserError: a tracker whose package is not installed.
         """
         self._log = log
         self._live: dict[str, Any] = {}
-        for name in names:
-            require_package(PACKAGES[name], name, f"tracking.to: {name}")
-        for name in names:
-            self._try(name, self._start, name, project, run, folder / "tracking", settings)
+        for name in config.tracking.to:
+            require_package(name, name, f"tracking.to: {name}")
+        for name in config.tracking.to:
+            self._try(name, self._start, name, config, folder / "tracking")
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Pass a row of metrics on."""
@@ -60,13 +47,14 @@ class Trackers:
         for name in list(self._live):
             self._try(name, self._live[name].finish)
 
-    def _start(self, name: str, project: str, run: str, folder: Path, settings: Mapping[str, Any]) -> None:
+    def _start(self, name: str, config: Config, folder: Path) -> None:
         from accelerate import PartialState
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
         PartialState(cpu=True)  # accelerate's trackers ask it whether this is the main process
         kind = LOGGER_TYPE_TO_CLASS[name]
         folder.mkdir(parents=True, exist_ok=True)
+        run, project = config.run.name, config.tracking.project
         options: dict[str, dict[str, Any]] = {
             "tensorboard": {"run_name": run, "logging_dir": folder},
             "wandb": {"run_name": project, "name": run, "dir": str(folder)},
@@ -75,7 +63,7 @@ class Trackers:
         }
         tracker = kind(**options[name])
         tracker.start()
-        tracker.store_init_configuration(_plain(settings))
+        tracker.store_init_configuration(_plain(config.model_dump()))
         self._live[name] = tracker
 
     def _try(self, name: str, action: Callable[..., Any], *arguments: Any, **options: Any) -> None:

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import pytest
 
+from dllm_rl.config.load import validate
 from dllm_rl.reports.run_folder import RunFolder, read_rows
 from dllm_rl.reports.tracking import Trackers
 
@@ -42,6 +43,18 @@ class Recorder:
         self.finished = True
 
 
+def tracked_by(name):
+    return validate(
+        {
+            "run": {"name": "r", "steps": 1},
+            "model": {"path": "m"},
+            "data": {"task": {"name": "sudoku4"}},
+            "algorithm": {"name": "masked_sft"},
+            "tracking": {"to": [name], "project": "p"},
+        }
+    )
+
+
 @pytest.fixture
 def recorded(monkeypatch, tmp_path):
     import accelerate.tracking
@@ -54,8 +67,7 @@ def recorded(monkeypatch, tmp_path):
     said = []
 
     def make():
-        settings = {"run": {"name": "r", "threads": None}, "tags": [1, 2]}
-        return Trackers(["wandb"], project="p", run="r", folder=tmp_path, settings=settings, log=said.append)
+        return Trackers(tracked_by("wandb"), tmp_path, said.append)
 
     return make, said
 
@@ -68,7 +80,8 @@ def test_rows_and_settings_arrive(recorded, tmp_path):
         run.log(2, {"loss": 0.25})
     (one,) = Recorder.made
     assert one.rows == [(1, {"loss": 0.5}), (2, {"loss": 0.25})] and one.finished and not said
-    assert one.settings == {"run.name": "r", "tags": "[1, 2]"}
+    assert one.settings["run.name"] == "r" and one.settings["tracking.to"] == "['wandb']"
+    assert "run.threads" not in one.settings, "null is left out"
     assert one.options["run_name"] == "p" and one.options["name"] == "r"
 
 
@@ -91,4 +104,4 @@ def test_one_that_is_not_installed_is_refused(monkeypatch, tmp_path):
     with pytest.raises(
         ValueError, match=r"tracking.to: mlflow needs mlflow, which is not installed; pip install 'dllm-rl\[mlflow\]'"
     ):
-        Trackers(["mlflow"], project="p", run="r", folder=tmp_path, settings={}, log=print)
+        Trackers(tracked_by("mlflow"), tmp_path, print)
