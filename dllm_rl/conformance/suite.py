@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dllm_rl.conformance import algorithms, engines, families, rewards, strategies, tasks, transports
+from dllm_rl.conformance import algorithms, engines, families, rewards, strategies, tasks
 from dllm_rl.conformance.violation import Violation
 from dllm_rl.errors import UserError
 from dllm_rl.registry import Kind
@@ -18,7 +18,6 @@ _MODULES: Mapping[Kind, Any] = {
     "engines": engines,
     "rewards": rewards,
     "tasks": tasks,
-    "transports": transports,
     "families": families,
 }
 

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 
-class NotChecked(Exception):
-    """A plugin that cannot be tried here; the message says what is missing."""
-
-
 class Violation(Exception):
     """A broken contract; the message is the counterexample."""
 

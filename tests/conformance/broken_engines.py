@@ -1,4 +1,4 @@
-"""Engines and a transport with one fault each; test_conformance.py shows which check catches it."""
+"""Engines with one fault each; test_conformance.py shows which check catches it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import torch
 
 from dllm_rl.models.digest import tensor_digests
 from dllm_rl.types import GIVEN
-from dllm_rl.weight_transfer.in_process import InProcess
 from rollouts.native import NativeEngine
 
 
