@@ -92,8 +92,3 @@ class WakesEmpty(NativeEngine):
 class StandsStill(NativeEngine):
     def heartbeat(self):
         return 0
-
-
-class DropsTheEnd(InProcess):
-    def send(self, buffer):
-        return torch.cat([buffer[:-1], buffer.new_zeros(1)])
