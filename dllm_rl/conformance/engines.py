@@ -192,8 +192,7 @@ def log_probabilities_are_the_learners(subject: Subject, family: str, denoiser: 
     if not rows:
         return
     group = list(range(len(rows)))
-    size, origin = denoiser.block_size, denoiser.block_origin
-    batch = collate(rows, pad_id=denoiser.pad_id, group=group, block_size=size, block_origin=origin)
+    batch = collate(rows, denoiser, group=group)
     masks = masking.along_trajectory(batch.unmask_step, batch.generated, block_ids=batch.block_ids)
     replayed = likelihood.estimate(denoiser, batch, masks).token_logp
     off = (replayed - torch.where(batch.generated, batch.behaviour_logp, 0.0)).abs()

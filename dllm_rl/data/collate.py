@@ -10,16 +10,15 @@ from torch import Tensor
 
 from dllm_rl.diffusion.layout import block_index
 from dllm_rl.errors import UserError
-from dllm_rl.types import GIVEN, BlockOrigin, Prompt, RolloutBatch, Trajectory
+from dllm_rl.protocols.denoiser import Denoiser
+from dllm_rl.types import GIVEN, Prompt, RolloutBatch, Trajectory
 
 
 def collate(
     trajectories: Sequence[Trajectory],
+    denoiser: Denoiser,
     *,
-    pad_id: int,
     group: Sequence[int],
-    block_size: int | None = None,
-    block_origin: BlockOrigin = "response",
     expert: Sequence[bool] | None = None,
     episode: Sequence[int] | None = None,
     turn: Sequence[int] | None = None,
@@ -28,10 +27,8 @@ def collate(
 
     Args:
         trajectories: at least one.
-        pad_id: padding token.
+        denoiser: says how rows are padded, and where its blocks are.
         group: group number of each row; rows of one prompt share it.
-        block_size: of a block-causal model, else None.
-        block_origin: where its blocks start.
         expert: which rows an expert's strategy decoded; None = none.
         episode: number of the sample that each row is a turn of; None = every row is a sample of its own.
         turn: number of the turn within it; None = 0.
@@ -45,7 +42,7 @@ def collate(
     canvas = valid & (position >= start[:, None])
     completion = canvas & (position < end[:, None])
     return RolloutBatch(
-        tokens=_padded([t.tokens for t in trajectories], width, pad_id),
+        tokens=_padded([t.tokens for t in trajectories], width, denoiser.pad_id),
         valid=valid,
         completion=completion,
         hint=completion & (step == GIVEN),
@@ -56,7 +53,7 @@ def collate(
         group=torch.tensor(group),
         num_forwards=torch.tensor([t.num_forwards for t in trajectories]),
         weights_step=_padded([t.weights_step for t in trajectories], width, GIVEN),
-        block_ids=None if block_size is None else block_index(start, width, block_size, block_origin),
+        block_ids=_block_ids(start, width, denoiser),
         exact=all(t.exact for t in trajectories),
         order=_if_all([t.order for t in trajectories], lambda rows: _padded(rows, width, 0)),
         confidence=_if_all([t.confidence for t in trajectories], lambda rows: _stacked(rows, width)),
@@ -69,14 +66,11 @@ def collate(
 def supervised(
     prompts: Sequence[Prompt],
     completions: Sequence[Sequence[int]],
+    denoiser: Denoiser,
     *,
     group: Sequence[int],
-    eos_id: int,
-    pad_id: int,
     max_new_tokens: int,
     pad_to_canvas: bool = False,
-    block_size: int | None = None,
-    block_origin: BlockOrigin = "response",
 ) -> RolloutBatch:
     """A batch of demonstrations.
 
@@ -86,13 +80,10 @@ def supervised(
     Args:
         prompts: one per row.
         completions: tokens without EOS, one per row.
+        denoiser: says what ends a row and pads it, and where its blocks are.
         group: group number of each row; the completions of a pair share it.
-        eos_id: end token.
-        pad_id: padding token.
         max_new_tokens: canvas length.
         pad_to_canvas: fill the canvas with scored EOS tokens, as LLaDA's SFT does.
-        block_size: of a block-causal model, else None.
-        block_origin: where its blocks start.
     Raises:
         UserError: a completion that is empty or longer than the canvas.
     """
@@ -105,16 +96,16 @@ def supervised(
                 if completion
                 else f"example '{prompt.uid}': its completion is empty"
             )
-        target = [*completion, eos_id][:max_new_tokens]
+        target = [*completion, denoiser.eos_id][:max_new_tokens]
         if pad_to_canvas:
-            target += [eos_id] * (max_new_tokens - len(target))
+            target += [denoiser.eos_id] * (max_new_tokens - len(target))
         rows.append(torch.tensor([*prompt.token_ids, *target]))
     width = max(map(len, rows))
     start = torch.tensor([len(prompt.token_ids) for prompt in prompts])
     position = torch.arange(width)
     valid = position < torch.tensor([len(row) for row in rows])[:, None]
     return RolloutBatch(
-        tokens=_padded(rows, width, pad_id),
+        tokens=_padded(rows, width, denoiser.pad_id),
         valid=valid,
         completion=valid & (position >= start[:, None]),
         hint=torch.zeros_like(valid),
@@ -125,7 +116,7 @@ def supervised(
         group=torch.tensor(group),
         num_forwards=torch.zeros(len(rows), dtype=torch.int64),
         weights_step=torch.full(valid.shape, GIVEN),
-        block_ids=None if block_size is None else block_index(start, width, block_size, block_origin),
+        block_ids=_block_ids(start, width, denoiser),
         exact=True,
     ).check()
 
@@ -133,6 +124,11 @@ def supervised(
 def completion_texts(trajectories: Sequence[Trajectory], tokenizer: Any) -> list[str]:
     """Completions as text, up to and without EOS; a special token inside a completion stays visible."""
     return [tokenizer.decode(_before_eos(t).tolist(), skip_special_tokens=False) for t in trajectories]
+
+
+def _block_ids(start: Tensor, width: int, denoiser: Denoiser) -> Tensor | None:
+    size = denoiser.block_size
+    return None if size is None else block_index(start, width, size, denoiser.block_origin)
 
 
 def _before_eos(t: Trajectory) -> Tensor:

@@ -163,13 +163,10 @@ def _scored(run: Run, turns: list[Turn], timer: Clock, *, expert: bool = False) 
 
 
 def _collate(run: Run, drawn: _Drawn) -> RolloutBatch:
-    denoiser = run.denoiser
     return collate(
         [turn.trajectory for turn in drawn.turns],
-        pad_id=denoiser.pad_id,
+        run.denoiser,
         group=[turn.group for turn in drawn.turns],
-        block_size=denoiser.block_size,
-        block_origin=denoiser.block_origin,
         expert=drawn.expert,
         episode=[turn.episode for turn in drawn.turns],
         turn=[turn.turn for turn in drawn.turns],
@@ -178,18 +175,14 @@ def _collate(run: Run, drawn: _Drawn) -> RolloutBatch:
 
 def demonstrate(run: Run, prompts: Sequence[Prompt]) -> Collected:
     """The reference completions of the prompts with reward 1; of pairs, the chosen one with 1, the rejected with 0."""
-    denoiser = run.denoiser
     completions = [run.demonstrations[prompt.uid] for prompt in prompts]
     batch = supervised(
         [prompt for prompt, texts in zip(prompts, completions, strict=True) for _ in texts],
         [text for texts in completions for text in texts],
+        run.denoiser,
         group=[number for number, texts in enumerate(completions) for _ in texts],
-        eos_id=denoiser.eos_id,
-        pad_id=denoiser.pad_id,
         max_new_tokens=run.sampling.max_new_tokens,
         pad_to_canvas=getattr(run.algorithm.config, "pad_to_canvas", False),
-        block_size=denoiser.block_size,
-        block_origin=denoiser.block_origin,
     )
     n = len(batch)
     status: tuple[RewardStatus, ...] = tuple("ok" for _ in range(n))

@@ -116,13 +116,8 @@ def launch_local(spec: WorkerSpec, stack: ExitStack) -> Workers:
     learners = LocalWorkerGroup("learner", learner_worker)
     engines = LocalWorkerGroup("engine", lambda rank: EngineWorker(_engine(spec, rank, shared), rank, packed=False))
     stack.callback(engines.close)
-    learner, pool = _views(config, learners, engines, sleeps=False, log=lambda text: None)
-    sync: WeightSync
-    if engines.call(EngineWorker.shares_weights) == [True]:
-        sync = InProcessWeightSync(learner, pool)
-    else:
-        sync = _distributed(config, learner, pool, _local_transport(config), lambda text: None)
-    return Workers(denoiser=denoiser, tokenizer=tokenizer, learner=learner, engines=pool, weights=sync)
+    transport = None if engines.call(EngineWorker.shares_weights) == [True] else _local_transport(config)
+    return _workers(config, (denoiser, tokenizer), learners, engines, transport=transport, log=lambda text: None)
 
 
 def _local_transport(config: Config) -> str:
@@ -166,19 +161,11 @@ def launch_ray(spec: WorkerSpec, stack: ExitStack, log: Callable[[str], None]) -
         log=log,
     )
     stack.callback(placement.close)
-    learners: RayWorkerGroup[LearnerWorker] = RayWorkerGroup(
-        "learner",
-        functools.partial(_learner_actor, spec),
-        placement.learners,
-        _environment(config, cluster.cpus_per_learner),
-    )
+    environment = _environment(config, cluster.cpus_per_learner)
+    learners = RayWorkerGroup("learner", functools.partial(_learner_actor, spec), placement.learners, environment)
     stack.callback(learners.close)
-    engines: RayWorkerGroup[EngineWorker] = RayWorkerGroup(
-        "engine",
-        functools.partial(_engine_actor, spec),
-        placement.engines,
-        _environment(config, cluster.cpus_per_engine),
-    )
+    environment = _environment(config, cluster.cpus_per_engine)
+    engines = RayWorkerGroup("engine", functools.partial(_engine_actor, spec), placement.engines, environment)
     stack.callback(engines.close)
     with ThreadPoolExecutor(2) as both:  # importing and loading takes each of them as long
         gather([both.submit(group.restart, range(group.size)) for group in (learners, engines)])
@@ -186,25 +173,26 @@ def launch_ray(spec: WorkerSpec, stack: ExitStack, log: Callable[[str], None]) -
     if sleeps is None:
         can_sleep = spec.engine_capabilities.sleep
         sleeps = can_sleep and cluster.colocate and engine_gpus > 0 and not config.rollout.max_staleness
-    learner, pool = _views(config, learners, engines, sleeps=sleeps, log=log)
     transport = "broadcast"
     if cluster.transport != "auto":
         transport = cluster.transport
     elif learner_gpus and cluster.colocate:
         transport = "cuda_ipc" if cluster.engines <= cluster.learners else "object_store"
-    sync = _distributed(config, learner, pool, transport, log)
-    return Workers(denoiser=denoiser, tokenizer=tokenizer, learner=learner, engines=pool, weights=sync)
+    return _workers(config, (denoiser, tokenizer), learners, engines, transport=transport, sleeps=sleeps, log=log)
 
 
-def _views(
+def _workers(
     config: Config,
+    model: tuple[TransformersDenoiser, Any],
     learners: WorkerGroup[LearnerWorker],
     engines: WorkerGroup[EngineWorker],
     *,
-    sleeps: bool,
+    transport: str | None,
+    sleeps: bool = False,
     log: Callable[[str], None],
-) -> tuple[LearnerGroup, EnginePool]:
-    cluster = config.cluster
+) -> Workers:
+    """The driver's view of both groups; without a transport they hold the same tensors."""
+    cluster, (denoiser, tokenizer) = config.cluster, model
     learner = LearnerGroup(learners, hang_s=cluster.hang_s, max_restarts=cluster.max_restarts)
     pool = EnginePool(
         engines,
@@ -214,22 +202,18 @@ def _views(
         sleeps=sleeps,
         log=log,
     )
-    return learner, pool
-
-
-def _distributed(
-    config: Config, learner: LearnerGroup, pool: EnginePool, transport: str, log: Callable[[str], None]
-) -> DistributedWeightSync:
-    cluster = config.cluster
-    return DistributedWeightSync(
-        learner,
-        pool,
-        transport=transport,
-        bucket_bytes=cluster.bucket_mb << 20,
-        timeout_s=cluster.push_timeout_s,
-        keep=cluster.kind == "ray" and config.rollout.max_staleness > 0,
-        log=log,
-    )
+    weights: WeightSync = InProcessWeightSync(learner, pool)
+    if transport is not None:
+        weights = DistributedWeightSync(
+            learner,
+            pool,
+            transport=transport,
+            bucket_bytes=cluster.bucket_mb << 20,
+            timeout_s=cluster.push_timeout_s,
+            keep=cluster.kind == "ray" and config.rollout.max_staleness > 0,
+            log=log,
+        )
+    return Workers(denoiser=denoiser, tokenizer=tokenizer, learner=learner, engines=pool, weights=weights)
 
 
 def _environment(config: Config, cpus: float) -> Mapping[str, str]:

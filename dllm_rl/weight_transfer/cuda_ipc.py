@@ -21,6 +21,11 @@ class CudaIPC(Transport):
     def __init__(self) -> None:
         self._held: Tensor | None = None
 
+    @classmethod
+    @override
+    def unavailable(cls) -> str:
+        return "" if torch.cuda.is_available() else "it needs a GPU"
+
     @override
     def send(self, buffer: Tensor) -> bytes:
         self._held = buffer  # freeing it before the receiver has copied would hand it memory of something else

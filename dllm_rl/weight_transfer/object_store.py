@@ -14,6 +14,13 @@ from dllm_rl.weight_transfer.transport import Transport
 class ObjectStore(Transport):
     """Host memory that the workers of a node share; other nodes fetch a copy."""
 
+    @classmethod
+    @override
+    def unavailable(cls) -> str:
+        import ray
+
+        return "" if ray.is_initialized() else "it needs a connection to Ray"
+
     @override
     def send(self, buffer: Tensor) -> Any:
         import ray

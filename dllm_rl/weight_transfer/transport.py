@@ -23,6 +23,11 @@ class Transport:
     collective: ClassVar[bool] = False
     every_rank: ClassVar[bool] = False
 
+    @classmethod
+    def unavailable(cls) -> str:
+        """Why it cannot work in this process, "" if it can."""
+        return ""
+
     def open(self, host: str, timeout_s: float) -> Any:
         """Give the address of a new meeting place. Called on learner rank 0 of a collective transport."""
         raise NotImplementedError

@@ -103,13 +103,7 @@ def rollouts(denoiser, strategy, sampling, engine=NativeSampler, samples=2):
     trajectories = engine(denoiser, strategy, weights=WEIGHTS).generate(
         prompts_of(denoiser), sampling, seed=3, samples_per_prompt=samples
     )
-    batch = collate(
-        trajectories,
-        pad_id=denoiser.pad_id,
-        group=[i // samples for i in range(len(trajectories))],
-        block_size=denoiser.block_size,
-        block_origin=denoiser.block_origin,
-    )
+    batch = collate(trajectories, denoiser, group=[i // samples for i in range(len(trajectories))])
     return trajectories, batch
 
 
@@ -133,13 +127,7 @@ def collate_one(denoiser, spy, sampling):
     for prompt in prompts_of(denoiser):
         spy.logp = []
         (trajectory,) = ReferenceSampler(denoiser, spy, weights=WEIGHTS).generate([prompt], sampling, seed=3)
-        batch = collate(
-            [trajectory],
-            pad_id=denoiser.pad_id,
-            group=[0],
-            block_size=denoiser.block_size,
-            block_origin=denoiser.block_origin,
-        )
+        batch = collate([trajectory], denoiser, group=[0])
         yield batch, spy.logp
 
 

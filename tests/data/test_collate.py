@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -7,6 +9,14 @@ from dllm_rl.models.tokenizers import character_tokenizer
 from dllm_rl.types import GIVEN, Prompt, Trajectory, WeightsVersion
 
 PAD, MASK, EOS = 0, 1, 2  # of character_tokenizer
+
+
+def blocks(origin, size=2):
+    """What a batch asks a denoiser."""
+    return SimpleNamespace(pad_id=PAD, eos_id=EOS, block_size=size, block_origin=origin)
+
+
+ROWS = blocks("response", size=None)
 
 
 def trajectory(prompt, canvas, *, length, steps=None, finish="eos", exact=True, step=0) -> Trajectory:
@@ -39,7 +49,7 @@ def test_collate_pads_on_the_right_and_splits_completion_from_tail():
             trajectory([5], [6, EOS, EOS, EOS], length=2, step=3),
             trajectory([5, 6, 7], [8, 9, 8, 9], length=4, finish="length", exact=False),
         ],
-        pad_id=PAD,
+        ROWS,
         group=[4, 9],
     )
     T, F = True, False
@@ -56,7 +66,7 @@ def test_collate_pads_on_the_right_and_splits_completion_from_tail():
 
 
 def test_given_positions_of_the_canvas_are_hints():
-    batch = collate([trajectory([5], [6, 7, EOS], length=3, steps=[0, GIVEN, 1])], pad_id=PAD, group=[0])
+    batch = collate([trajectory([5], [6, 7, EOS], length=3, steps=[0, GIVEN, 1])], ROWS, group=[0])
     assert batch.completion.tolist() == [[False, True, True, True]]
     assert batch.hint.tolist() == [[False, False, True, False]]
     assert batch.tokens_per_forward.tolist() == pytest.approx([2 / 3])
@@ -64,35 +74,33 @@ def test_given_positions_of_the_canvas_are_hints():
 
 def test_blocks_follow_the_origin():
     rows = [trajectory([5, 5, 5], [6, 6, 6, EOS], length=4)]
-    response = collate(rows, pad_id=PAD, group=[0], block_size=2, block_origin="response")
-    sequence = collate(rows, pad_id=PAD, group=[0], block_size=2, block_origin="sequence")
+    response = collate(rows, blocks("response"), group=[0])
+    sequence = collate(rows, blocks("sequence"), group=[0])
     assert response.block_ids.tolist() == [[-2, -1, -1, 0, 0, 1, 1]]
     assert sequence.block_ids.tolist() == [[0, 0, 1, 1, 2, 2, 3]]
 
 
 def test_supervised_ends_in_eos_and_can_fill_the_canvas():
     prompts, completions = [prompt("a", [5]), prompt("b", [5, 6])], [[7, 8], [9]]
-    plain = supervised(prompts, completions, group=range(len(prompts)), eos_id=EOS, pad_id=PAD, max_new_tokens=4)
+    plain = supervised(prompts, completions, ROWS, group=range(len(prompts)), max_new_tokens=4)
     assert plain.tokens.tolist() == [[5, 7, 8, EOS], [5, 6, 9, EOS]]
     assert plain.completion.tolist() == [[False, True, True, True], [False, False, True, True]]
-    filled = supervised(
-        prompts, completions, group=range(len(prompts)), eos_id=EOS, pad_id=PAD, max_new_tokens=4, pad_to_canvas=True
-    )
+    filled = supervised(prompts, completions, ROWS, group=range(len(prompts)), max_new_tokens=4, pad_to_canvas=True)
     assert filled.tokens.tolist() == [[5, 7, 8, EOS, EOS, PAD], [5, 6, 9, EOS, EOS, EOS]]
     assert filled.completion.sum(-1).tolist() == [4, 4]
     assert filled.group.tolist() == [0, 1] and not filled.tail.any()
 
 
 def test_a_completion_that_fills_the_canvas_needs_no_eos():
-    batch = supervised([prompt("a", [5])], [[7, 8]], group=[0], eos_id=EOS, pad_id=PAD, max_new_tokens=2)
+    batch = supervised([prompt("a", [5])], [[7, 8]], ROWS, group=[0], max_new_tokens=2)
     assert batch.tokens.tolist() == [[5, 7, 8]]
 
 
 def test_a_completion_that_does_not_fit_is_refused_never_cut():
     with pytest.raises(ValueError, match=r"'b': its completion has 3 tokens, sampling\.max_new_tokens is 2"):
-        supervised([prompt("b", [5])], [[7, 8, 9]], group=[0], eos_id=EOS, pad_id=PAD, max_new_tokens=2)
+        supervised([prompt("b", [5])], [[7, 8, 9]], ROWS, group=[0], max_new_tokens=2)
     with pytest.raises(ValueError, match="'b': its completion is empty"):
-        supervised([prompt("b", [5])], [[]], group=[0], eos_id=EOS, pad_id=PAD, max_new_tokens=2)
+        supervised([prompt("b", [5])], [[]], ROWS, group=[0], max_new_tokens=2)
 
 
 def test_texts_end_before_eos_and_hide_nothing():
