@@ -120,8 +120,8 @@ class RayWorkerGroup(WorkerGroup[W]):
     @override
     def close(self) -> None:
         # A killed actor leaves behind what it has started itself (an engine's server, say): ask first.
-        asked = [a.invoke.remote("close", (), {}).future() for a in self._actors if a is not None]
-        wait(asked, timeout=CLOSE_S)
+        with contextlib.suppress(Exception):  # the cluster may be gone already
+            wait([a.invoke.remote("close", (), {}).future() for a in self._actors if a is not None], timeout=CLOSE_S)
         for rank in range(self.size):
             self._kill(rank)
 
