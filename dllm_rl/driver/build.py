@@ -32,7 +32,7 @@ from dllm_rl.protocols.engine import EVALUATE, TRAIN, Sampler
 from dllm_rl.protocols.rollouter import Rollouter
 from dllm_rl.protocols.strategy import UnmaskingStrategy
 from dllm_rl.protocols.task import Task
-from dllm_rl.reports.progress import Progress
+from dllm_rl.reports.progress import Progress, each
 from dllm_rl.reward_pool.pool import RewardPool
 from dllm_rl.types import Example, Prompt, Sampling
 
@@ -179,20 +179,11 @@ def _build_run(config: Config, folder: Path, progress: Progress, stack: ExitStac
     limit = min(room, config.data.max_prompt_tokens or room)
 
     def tokenised(examples: Sequence[Example]) -> list[Prompt]:
-        encoded = []
-        with progress.track("tokenising", len(examples)) as advance:
-            for example in examples:
-                encoded.append(
-                    encode(
-                        example,
-                        tokenizer,
-                        max_prompt_tokens=limit,
-                        system_prompt=config.data.system_prompt,
-                        with_trace=algorithm.needs.traces,
-                    )
-                )
-                advance(1, "")
-        return encoded
+        system, traces = config.data.system_prompt, algorithm.needs.traces
+        return [
+            encode(example, tokenizer, max_prompt_tokens=limit, system_prompt=system, with_trace=traces)
+            for example in each(progress, "tokenising", examples)
+        ]
 
     seed = config.run.seed
     prompts = tokenised(train_examples)
@@ -200,12 +191,10 @@ def _build_run(config: Config, folder: Path, progress: Progress, stack: ExitStac
     demonstrations: dict[str, Sequence[Sequence[int]]] = {}
     if algorithm.needs.source != "rollouts":
         wanted = _demonstration if algorithm.needs.source == "demonstrations" else _pair
-        with progress.track("completions", len(train_examples)) as advance:
-            for example in train_examples:
-                demonstrations[example.uid] = [
-                    _completion(text, example, tokenizer, sampling.max_new_tokens) for text in wanted(example)
-                ]
-                advance(1, "")
+        for example in each(progress, "completions", train_examples):
+            demonstrations[example.uid] = [
+                _completion(text, example, tokenizer, sampling.max_new_tokens) for text in wanted(example)
+            ]
     return Run(
         task=task,
         tokenizer=tokenizer,
