@@ -313,11 +313,9 @@ def learner_for(needs: Needs, batch: RolloutBatch, family: str, **settings: Any)
         cases.denoiser(family),
         character_tokenizer("0123456789"),
         config,
+        needs,
         total_steps=1,
         seed=0,
-        keep_reference=needs.reference,
-        keep_values=needs.values,
-        trains_model="model" in needs.trains,
         policy=policy,
         dump_folder=Path(tempfile.gettempdir()) / "dllm-rl-conformance",
     )

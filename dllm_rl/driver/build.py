@@ -19,37 +19,30 @@ from dllm_rl.config.schema import Config, RewardPlugin
 from dllm_rl.data.prompts import encode, encode_completion
 from dllm_rl.data.source import PromptSource
 from dllm_rl.diffusion.layout import block_rule
-from dllm_rl.driver.engine_pool import EnginePool
-from dllm_rl.driver.launch import WorkerSpec, launch_local, launch_ray
-from dllm_rl.driver.learner_group import LearnerGroup
-from dllm_rl.driver.weight_sync import WeightSync
+from dllm_rl.driver.launch import Workers, WorkerSpec, launch_local, launch_ray
 from dllm_rl.errors import UserError, require_package
 from dllm_rl.evaluation.evaluate import Evaluation, evaluate
-from dllm_rl.models.denoiser import TransformersDenoiser
 from dllm_rl.models.from_config import model_path
 from dllm_rl.protocols.algorithm import Algorithm, ExtraRollouts, Plan
 from dllm_rl.protocols.engine import EVALUATE, TRAIN, Sampler
 from dllm_rl.protocols.rollouter import Rollouter
 from dllm_rl.protocols.strategy import UnmaskingStrategy
 from dllm_rl.protocols.task import Task
-from dllm_rl.reports.progress import Progress
+from dllm_rl.reports.progress import Progress, each
 from dllm_rl.reward_pool.pool import RewardPool
 from dllm_rl.types import Example, Prompt, Sampling
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Run:
+class Run(Workers):
     """Everything that the training loop holds. A context manager: engines and learners end with it.
+
+    Of its workers, engines decode, and the learner owns the trained weights, of the model or of the unmasking policy.
 
     Attributes:
         task: the task.
-        tokenizer: of the model.
-        engines: decode.
         algorithm: the method.
         rollouter: makes the samples that it learns from.
-        denoiser: the model of this process; on a cluster without weights, for shapes and token ids.
-        learner: owns the trained weights, of the model or of the unmasking policy.
-        weights: from the learner to the engines.
         reward_pool: reward workers, or None for supervised training on a task without rewards.
         source: prompts of each step.
         demonstrations: uid -> tokens of its completions, for algorithms that train on them: the reference completion,
@@ -61,13 +54,8 @@ class Run:
     """
 
     task: Task
-    tokenizer: Any
-    engines: EnginePool
     algorithm: Algorithm
     rollouter: Rollouter
-    denoiser: TransformersDenoiser
-    learner: LearnerGroup
-    weights: WeightSync
     reward_pool: RewardPool | None
     source: PromptSource[Prompt]
     demonstrations: Mapping[str, Sequence[Sequence[int]]]
@@ -179,20 +167,11 @@ def _build_run(config: Config, folder: Path, progress: Progress, stack: ExitStac
     limit = min(room, config.data.max_prompt_tokens or room)
 
     def tokenised(examples: Sequence[Example]) -> list[Prompt]:
-        encoded = []
-        with progress.track("tokenising", len(examples)) as advance:
-            for example in examples:
-                encoded.append(
-                    encode(
-                        example,
-                        tokenizer,
-                        max_prompt_tokens=limit,
-                        system_prompt=config.data.system_prompt,
-                        with_trace=algorithm.needs.traces,
-                    )
-                )
-                advance(1, "")
-        return encoded
+        system, traces = config.data.system_prompt, algorithm.needs.traces
+        return [
+            encode(example, tokenizer, max_prompt_tokens=limit, system_prompt=system, with_trace=traces)
+            for example in each(progress, "tokenising", examples)
+        ]
 
     seed = config.run.seed
     prompts = tokenised(train_examples)
@@ -200,21 +179,15 @@ def _build_run(config: Config, folder: Path, progress: Progress, stack: ExitStac
     demonstrations: dict[str, Sequence[Sequence[int]]] = {}
     if algorithm.needs.source != "rollouts":
         wanted = _demonstration if algorithm.needs.source == "demonstrations" else _pair
-        with progress.track("completions", len(train_examples)) as advance:
-            for example in train_examples:
-                demonstrations[example.uid] = [
-                    _completion(text, example, tokenizer, sampling.max_new_tokens) for text in wanted(example)
-                ]
-                advance(1, "")
+        for example in each(progress, "completions", train_examples):
+            demonstrations[example.uid] = [
+                _completion(text, example, tokenizer, sampling.max_new_tokens) for text in wanted(example)
+            ]
     return Run(
+        **{f.name: getattr(workers, f.name) for f in dataclasses.fields(workers)},
         task=task,
-        tokenizer=tokenizer,
-        engines=workers.engines,
         algorithm=algorithm,
         rollouter=rollouter,
-        denoiser=denoiser,
-        learner=workers.learner,
-        weights=workers.weights,
         reward_pool=_reward_pool(config, task),
         source=PromptSource(prompts, config.data.prompts_per_step, seed),
         demonstrations=demonstrations,

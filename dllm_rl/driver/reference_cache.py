@@ -19,7 +19,7 @@ from dllm_rl.driver.build import Run
 from dllm_rl.driver.collect import demonstrate
 from dllm_rl.driver.step_masks import step_masks
 from dllm_rl.errors import UserError
-from dllm_rl.reports.progress import Progress
+from dllm_rl.reports.progress import Progress, each
 from dllm_rl.types import LikelihoodEstimate, MaskSample, RolloutBatch
 
 
@@ -58,18 +58,16 @@ class ReferenceCache:
         if not self._cached:
             return
         run = self._run
-        with progress.track("reference", total - first) as advance:
-            for step in range(first, total):
-                batch = demonstrate(run, run.source.batch(step)).batch
-                for masks in step_masks(run.algorithm, batch, self._config, step):
-                    path = self._path(batch, masks)
-                    if not path.exists():
-                        estimate = self._score(batch, masks)
-                        path.parent.mkdir(parents=True, exist_ok=True)
-                        half = path.with_suffix(".part")
-                        torch.save({"draw_logp": estimate.draw_logp, **estimate.differentiable}, half)
-                        half.replace(path)  # whole or not there
-                advance(1, "")
+        for step in each(progress, "reference", range(first, total)):
+            batch = demonstrate(run, run.source.batch(step)).batch
+            for masks in step_masks(run.algorithm, batch, self._config, step):
+                path = self._path(batch, masks)
+                if not path.exists():
+                    estimate = self._score(batch, masks)
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    half = path.with_suffix(".part")
+                    torch.save({"draw_logp": estimate.draw_logp, **estimate.differentiable}, half)
+                    half.replace(path)  # whole or not there
         run.learner.drop_reference()
 
     def of(self, batch: RolloutBatch, masks: Sequence[MaskSample]) -> list[LikelihoodEstimate] | None:

@@ -32,7 +32,7 @@ from dllm_rl.learner.scorer import Scorer, join_names
 from dllm_rl.learner.value_model import ValueModel
 from dllm_rl.models.denoiser import TransformersDenoiser
 from dllm_rl.models.digest import digest
-from dllm_rl.protocols.algorithm import Algorithm, ValueBaseline
+from dllm_rl.protocols.algorithm import Algorithm, Needs, ValueBaseline
 from dllm_rl.types import (
     Experience,
     GlobalCounts,
@@ -63,12 +63,10 @@ class TorchLearner:
         denoiser: TransformersDenoiser,
         tokenizer: Any,
         config: LearnerSection,
+        needs: Needs,
         *,
         total_steps: int,
         seed: int,
-        keep_reference: bool,
-        keep_values: bool = False,
-        trains_model: bool = True,
         policy: PolicyScorer | None = None,
         dump_folder: Path,
     ) -> None:
@@ -78,11 +76,10 @@ class TorchLearner:
             denoiser: trained in place if the model is; engines in this process share it.
             tokenizer: saved beside the weights.
             config: optimiser settings.
+            needs: of the algorithm: whether a frozen copy is held (with LoRA the base below the adapter, which costs
+                nothing), a value model is trained beside the model, and the model itself is trained.
             total_steps: length of the run, for the schedule.
             seed: run seed, for dropout.
-            keep_reference: hold a frozen copy (with LoRA: the base below the adapter, which costs nothing).
-            keep_values: train a value model beside it.
-            trains_model: False = the model stays as it is.
             policy: scores with the unmasking policy that is trained, if one is.
             dump_folder: where the batch of a non-finite loss goes.
         """
@@ -90,16 +87,15 @@ class TorchLearner:
         self._config, self._seed, self._dump_folder = config, seed, dump_folder
         self._model: ModelScorer | None = None
         self._scorers: dict[str, Scorer] = {}  # by the folder of its weights
+        trains_model, budget = "model" in needs.trains, config.tokens_per_microbatch
         if trains_model:
-            self._model = self._model_scorer(
-                denoiser, tokenizer, config.tokens_per_microbatch, keep_reference=keep_reference
-            )
+            self._model = self._model_scorer(denoiser, tokenizer, budget, keep_reference=needs.reference)
             self._scorers["model"] = self._model
         if policy is not None:
             self._scorers["policy" if trains_model else "model"] = policy
         model = None if self._model is None else self._model.trained
         self._trained = join_names(model, None if policy is None else policy.trained)
-        self._values = ValueModel(denoiser, config, total_steps) if keep_values else None
+        self._values = ValueModel(denoiser, config, total_steps) if needs.values else None
         self._optimizer = self._make_optimizer(total_steps)
 
     def _make_optimizer(self, total_steps: int) -> Optimizer:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Protocol
+from typing import Protocol, TypeVar
 
+T = TypeVar("T")
 Advance = Callable[[int, str], None]  # (how many units are done since the last call, a short note to show)
 
 
@@ -17,6 +18,14 @@ class Progress(Protocol):
 
     def log(self, text: str) -> None:
         """One line for the user."""
+
+
+def each(progress: Progress, label: str, items: Sequence[T]) -> Iterator[T]:
+    """The items, one unit of a phase each."""
+    with progress.track(label, len(items)) as advance:
+        for item in items:
+            yield item
+            advance(1, "")
 
 
 class Quiet:

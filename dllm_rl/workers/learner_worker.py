@@ -78,11 +78,9 @@ def make_learner(
         denoiser,
         tokenizer,
         config.learner,
+        needs,
         total_steps=config.run.steps,
         seed=config.run.seed,
-        keep_reference=needs.reference,
-        keep_values=needs.values,
-        trains_model="model" in needs.trains,
         policy=policy,
         dump_folder=folder / "dumps",
     )

@@ -20,6 +20,7 @@ from dllm_rl.data.collate import collate
 from dllm_rl.diffusion import advantage
 from dllm_rl.learner.policy_scorer import PolicyScorer
 from dllm_rl.learner.torch_learner import TorchLearner
+from dllm_rl.protocols.algorithm import Needs
 from dllm_rl.protocols.strategy import UnmaskingStrategy
 from dllm_rl.seeding import generator_for
 from dllm_rl.train import train
@@ -90,10 +91,9 @@ def learner_for(strategy, denoiser, sampling, **settings):
         denoiser,
         None,
         config,
+        Needs(trains=frozenset({"policy"})),
         total_steps=4,
         seed=0,
-        keep_reference=False,
-        trains_model=False,
         policy=policy,
         dump_folder=Path(tempfile.gettempdir()),
     )

@@ -8,6 +8,7 @@ import torch
 from dllm_rl.config.schema import Config
 from dllm_rl.learner.torch_learner import TorchLearner
 from dllm_rl.models.loading import load_denoiser
+from dllm_rl.protocols.algorithm import Needs
 from dllm_rl.train import train
 
 
@@ -95,9 +96,9 @@ def test_a_dropped_reference_is_not_replaced_by_the_policy(tiny_denoiser, tmp_pa
         tiny_denoiser(),
         None,
         config(tmp_path, "a").learner,
+        Needs(reference=True),
         total_steps=1,
         seed=0,
-        keep_reference=True,
         dump_folder=tmp_path,
     )
     learner.drop_reference()

@@ -56,9 +56,9 @@ def learner(kind, case: Case, algorithm, denoiser, **more):
         denoiser,
         character_tokenizer("0123456789 "),
         LearnerSection(**case.options(), **more),
+        algorithm.needs,
         total_steps=STEPS,
         seed=0,
-        keep_reference=algorithm.needs.reference,
         dump_folder=Path(tempfile.mkdtemp()),
     )
 

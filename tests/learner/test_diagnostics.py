@@ -15,6 +15,7 @@ from dllm_rl.conformance import cases
 from dllm_rl.diffusion import likelihood
 from dllm_rl.learner.diagnostics import estimator_metrics
 from dllm_rl.learner.torch_learner import TorchLearner
+from dllm_rl.protocols.algorithm import Needs
 from dllm_rl.train import train
 
 
@@ -23,9 +24,9 @@ def learner(tmp_path):
         cases.denoiser("tiny"),
         None,
         LearnerSection(),
+        Needs(),
         total_steps=1,
         seed=0,
-        keep_reference=False,
         dump_folder=tmp_path,
     )
 

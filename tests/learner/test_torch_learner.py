@@ -13,6 +13,7 @@ from dllm_rl.diffusion.layout import block_index
 from dllm_rl.learner.schedule import learning_rate
 from dllm_rl.learner.torch_learner import NonFiniteError, TorchLearner
 from dllm_rl.models.tokenizers import character_tokenizer
+from dllm_rl.protocols.algorithm import Needs
 from dllm_rl.types import LikelihoodEstimate, MaskSample, Rewards, RolloutBatch, TrainingBatch
 
 ATOL_F64 = 1e-10
@@ -81,9 +82,9 @@ def one_update(
         denoiser,
         character_tokenizer("0123456789 "),
         LearnerSection(**settings),
+        algorithm.needs,
         total_steps=10,
         seed=0,
-        keep_reference=algorithm.needs.reference,
         dump_folder=tmp_path,
     )
     whole = make_batch(denoiser, extra=extra)
@@ -127,9 +128,9 @@ def test_two_phase_gradient_is_the_gradient_of_the_loss(tiny_denoiser, tmp_path)
             module,
             character_tokenizer("0123456789 "),
             LearnerSection(lr=1e-12, max_grad_norm=None, tokens_per_microbatch=budget),
+            Needs(),
             total_steps=1,
             seed=0,
-            keep_reference=False,
             dump_folder=tmp_path,
         )
         rewards = make_rewards()
@@ -172,9 +173,9 @@ def test_zero_advantage_leaves_the_weights_alone(tiny_denoiser, tmp_path):
         denoiser,
         None,
         LearnerSection(lr=1e-2, tokens_per_microbatch=30),
+        Needs(),
         total_steps=1,
         seed=0,
-        keep_reference=False,
         dump_folder=tmp_path,
     )
     batch = make_batch(denoiser)
@@ -194,9 +195,9 @@ def test_a_non_finite_loss_stops_before_the_update_and_dumps_the_batch(tiny_deno
         denoiser,
         None,
         LearnerSection(lr=1e-2, tokens_per_microbatch=budget),
+        Needs(),
         total_steps=1,
         seed=0,
-        keep_reference=False,
         dump_folder=tmp_path,
     )
     batch = make_batch(denoiser)
@@ -235,9 +236,7 @@ def test_loading_another_models_checkpoint_is_refused(tiny_denoiser, tmp_path):
     folder.mkdir()
     learner.save(folder)
     small = tiny_denoiser(characters="0123")
-    other = TorchLearner(
-        small, None, LearnerSection(), total_steps=1, seed=0, keep_reference=False, dump_folder=tmp_path
-    )
+    other = TorchLearner(small, None, LearnerSection(), Needs(), total_steps=1, seed=0, dump_folder=tmp_path)
     with pytest.raises(ValueError, match=r"is of another model: lm_head\.weight"):
         other.load(folder)
 
@@ -257,9 +256,9 @@ def test_reference_is_the_initial_policy(tiny_denoiser, tmp_path):
         tiny_denoiser(dtype=torch.float64),
         None,
         LearnerSection(),
+        Needs(),
         total_steps=1,
         seed=0,
-        keep_reference=False,
         dump_folder=tmp_path,
     )
     batch = make_batch(learner.denoiser)

@@ -125,9 +125,9 @@ def learner(denoiser, needs, *, kind=TorchLearner, **settings):
         denoiser,
         character_tokenizer("0123456789"),
         LearnerSection(**{"lr": 1e-3, "max_grad_norm": None, "weight_decay": 0.0} | settings),
+        needs,
         total_steps=4,
         seed=0,
-        keep_reference=needs.reference,
         dump_folder=Path(tempfile.mkdtemp()),
     )
 

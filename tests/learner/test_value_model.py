@@ -13,6 +13,7 @@ from dllm_rl.config.plugins import build
 from dllm_rl.conformance import cases
 from dllm_rl.learner.torch_learner import TorchLearner
 from dllm_rl.models.tokenizers import character_tokenizer
+from dllm_rl.protocols.algorithm import Needs
 from dllm_rl.types import TrainingBatch
 
 
@@ -21,10 +22,9 @@ def learner(tmp_path, family="tiny", **settings):
         cases.denoiser(family),
         None,
         LearnerSection(**{"lr": 1e-9, "value_lr": 3e-3, "schedule": "constant"} | settings),
+        Needs(values=True),
         total_steps=100,
         seed=0,
-        keep_reference=False,
-        keep_values=True,
         dump_folder=tmp_path,
     )
 
