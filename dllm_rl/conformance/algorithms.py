@@ -19,7 +19,6 @@ from dllm_rl.conformance.violation import require
 from dllm_rl.diffusion.advantage import per_row, select
 from dllm_rl.learner.policy_scorer import PolicyScorer
 from dllm_rl.learner.torch_learner import TorchLearner
-from dllm_rl.models.tokenizers import character_tokenizer
 from dllm_rl.protocols.algorithm import Algorithm, Needs, ValueBaseline
 from dllm_rl.types import GIVEN, Experience, LikelihoodEstimate, MaskSample, Rewards, RolloutBatch, TrainingBatch
 
@@ -311,7 +310,7 @@ def learner_for(needs: Needs, batch: RolloutBatch, family: str, **settings: Any)
         )
     return TorchLearner(
         cases.denoiser(family),
-        character_tokenizer("0123456789"),
+        cases.tokenizer(),
         config,
         needs,
         total_steps=1,

@@ -19,7 +19,6 @@ from dllm_rl.errors import UserError
 from dllm_rl.models.denoiser import TransformersDenoiser
 from dllm_rl.models.families import family_named
 from dllm_rl.models.loading import load_denoiser, save_denoiser
-from dllm_rl.models.tokenizers import character_tokenizer
 from dllm_rl.seeding import generator_for
 
 LENGTH = 2 * cases.BLOCK
@@ -37,7 +36,7 @@ class Subject:
         if options:
             raise UserError(f"model family '{name}' takes no options, got {', '.join(options)}")
         self.name, self.family = name, family_named(name)
-        self.tokenizer = character_tokenizer("0123456789")
+        self.tokenizer = cases.tokenizer()
 
     @cached_property
     def made(self) -> TransformersDenoiser:
