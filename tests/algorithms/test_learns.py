@@ -64,7 +64,7 @@ def test_learns(name, tmp_path, monkeypatch):
     method, rates = sections(name, threshold=0.7), tiny(name).learner
     method["sampling"]["tokens_per_step"] = min(2, method["sampling"]["tokens_per_step"])  # of 4
     config = {
-        "run": {"name": "run", "steps": 150, "output": str(tmp_path), "threads": 1},
+        "run": {"name": "run", "steps": 200, "output": str(tmp_path), "threads": 1},
         "model": {"family": "tiny", "init": {"hidden_size": 32, "num_layers": 1, "num_heads": 4, "max_length": 16}},
         "data": {"task": {"name": "test_learns:Echo"}, "prompts_per_step": 6, "samples_per_prompt": 8},
         "sampling": {"max_new_tokens": 4} | method["sampling"],
