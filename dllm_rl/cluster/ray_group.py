@@ -99,10 +99,9 @@ class RayWorkerGroup(WorkerGroup[W]):
                 )
             self._rendezvous = asked.result()
         address, port = self._rendezvous
-        places = [WorkerRank(rank=rank, size=self.size, address=address, port=port) for rank in ranks]
+        wanted = [WorkerRank(rank=rank, size=self.size, address=address, port=port) for rank in ranks]
         builds = {
-            self._future(place.rank, self._actors[place.rank].build.remote(self._build, place)): place.rank
-            for place in places
+            self._future(one.rank, self._actors[one.rank].build.remote(self._build, one)): one.rank for one in wanted
         }
         late = wait(builds, timeout=START_UP_S, return_when=FIRST_EXCEPTION).not_done
         if late and not any(future.done() and future.exception() for future in builds):

@@ -41,7 +41,7 @@ def make_learner(
     denoiser: TransformersDenoiser,
     tokenizer: Any,
     sampling: Sampling,
-    place: WorkerRank,
+    rank: WorkerRank,
 ) -> LearnerRank:
     """The learner that a configuration asks for, over a model.
 
@@ -53,7 +53,7 @@ def make_learner(
         denoiser: trained in place.
         tokenizer: saved beside the weights.
         sampling: of training.
-        place: of this rank.
+        rank: of this worker.
     """
     needs, policy = algorithm.needs, None
     if "model" not in needs.trains:
@@ -72,7 +72,7 @@ def make_learner(
         from dllm_rl.learner.deepspeed_learner import DeepSpeedLearner
         from dllm_rl.learner.zero import join_ranks
 
-        join_ranks(place.rank, place.size, place.address, place.port)
+        join_ranks(rank.rank, rank.size, rank.address, rank.port)
         kind = DeepSpeedLearner
     return kind(
         denoiser,
@@ -92,7 +92,7 @@ class LearnerWorker:
     def __init__(
         self,
         learner: LearnerRank,
-        place: WorkerRank,
+        rank: WorkerRank,
         denoiser: TransformersDenoiser,
         *,
         merged: bool = False,
@@ -102,7 +102,7 @@ class LearnerWorker:
 
         Args:
             learner: of this rank.
-            place: of this rank.
+            rank: of this worker.
             denoiser: the model.
             merged: send adapted layers whole instead of the adapter.
             shares: an engine in another process is waiting for this one's device.
@@ -115,8 +115,8 @@ class LearnerWorker:
         outgoing = [OutgoingTensor(name, sources, make) for name, sources, make in updates]
         outgoing += [OutgoingTensor(name, [p], functools.partial(_itself, p)) for name, p in plain.items()]
         gathering = getattr(learner, "reading", _as_they_are)
-        self._sender = WeightSender(outgoing, gathering, leader=place.rank == 0)
-        self._host = place.host
+        self._sender = WeightSender(outgoing, gathering, leader=rank.rank == 0)
+        self._host = rank.host
         self._gathering = gathering
         self._probe = next((p for name, p in trained.items() if ".lora_B." in name), None)
         self._kept: Tensor | None = None
