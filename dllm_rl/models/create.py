@@ -71,7 +71,8 @@ def create_denoiser(
         if getattr(tokenizer, f"{name}_id") is None:
             raise UserError(f"the tokenizer has no {name}; add one with tokenizer.add_special_tokens")
     pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    config = chosen.new_config(
+    config = chosen.declared(
+        "new_config",
         Shape(
             vocab_size=len(tokenizer),
             hidden_size=hidden_size,
@@ -86,7 +87,7 @@ def create_denoiser(
             mask_id=tokenizer.mask_token_id,
             eos_id=tokenizer.eos_token_id,
             pad_id=pad_id,
-        )
+        ),
     )
     if chosen.block_causal:
         config |= {"block_size": block_size, "block_origin": block_origin}

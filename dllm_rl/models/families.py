@@ -29,7 +29,10 @@ def family_of(config: Mapping[str, Any], where: str) -> Family:
         UserError: none matches, or several do.
     """
     families = {name: family_named(name) for name in registry.names("families")}
-    matching = [name for name, family in families.items() if family.matches(config)]
+    matching = []
+    for name, family in families.items():
+        with registry.plugin_boundary("families", name, "matches()", type(family).__module__):
+            matching += [name] if family.matches(config) else []
     if len(matching) == 1:
         return families[matching[0]]
     says = f"model_type = {config.get('model_type')!r}, architectures = {config.get('architectures')!r} in config.json"

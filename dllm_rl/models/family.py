@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from dllm_rl import registry
 from dllm_rl.errors import UserError
 from dllm_rl.models.rotary import FLOAT32_ROTARY, Float32Rotary
 
@@ -151,6 +152,21 @@ class Family:
         """Name in the family's checkpoints of a weight or module named as in the transformers module."""
         return _translate(name, ((theirs, ours) for ours, theirs in self.names))
 
+    def declared(self, clause: Literal["to_transformers", "new_config"], argument: Any) -> dict[str, Any]:
+        """What a function of the family gives.
+
+        Raises:
+            UserError: the function is of other people, and raised or gave something else than a dict.
+        """
+        function = getattr(self, clause)
+        with registry.plugin_boundary("families", self.name, f"{clause}()", function.__module__):
+            found: dict[str, Any] = function(argument)
+        if not isinstance(found, dict):
+            raise UserError(
+                f"model family '{self.name}': {clause}() must return a dict, returned {type(found).__name__}"
+            )
+        return found
+
     def skeleton(self, config: Mapping[str, Any], dtype: torch.dtype) -> PreTrainedModel:
         """The module on the meta device: no memory, no random numbers drawn.
 
@@ -159,7 +175,7 @@ class Family:
             dtype: parameter type. In float64 the norms compute in float64 too (transformers' own round to float32),
                 so that float64 is exact enough to verify gradients and invariances.
         """
-        options = {"attn_implementation": "sdpa", "use_cache": False, **self.to_transformers(config)}
+        options = {"attn_implementation": "sdpa", "use_cache": False, **self.declared("to_transformers", config)}
         settings: PretrainedConfig = self.module_class.config_class(**options)
         with torch.device("meta"):
             module = self.module_class(settings).to(dtype)

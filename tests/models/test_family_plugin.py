@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -16,6 +17,7 @@ from dllm_rl import registry
 from dllm_rl.config.load import load_config, validate
 from dllm_rl.conformance.suite import check_plugin
 from dllm_rl.driver.evaluate_target import evaluate_target
+from dllm_rl.errors import UserError
 from dllm_rl.models.create import create_denoiser
 from dllm_rl.models.families import family_named, family_of
 from dllm_rl.models.loading import load_denoiser, save_denoiser
@@ -249,3 +251,25 @@ def test_actors_find_the_package_too(zoo, tmp_path, ray_cluster):
     assert comparable(folders[1]) == comparable(folders[0])
     one, other = (load_file(next(f.glob("checkpoints/step-000002/model/*.safetensors"))) for f in folders)
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize(
+    ("clause", "value", "message"),
+    [
+        (
+            "to_transformers",
+            lambda config: config["no such key"],
+            r"to_transformers\(\) raised KeyError: 'no such key'",
+        ),
+        ("to_transformers", lambda config: None, r"to_transformers\(\) must return a dict, returned NoneType"),
+        ("new_config", lambda shape: [shape], r"new_config\(\) must return a dict, returned list"),
+        ("new_config", lambda shape: shape.no_such_size, r"new_config\(\) raised AttributeError"),
+    ],
+)
+def test_a_fault_of_a_family_is_named(zoo, clause, value, message):
+    broken = dataclasses.replace(family_named("zebra"), **{clause: value})
+    with pytest.raises(UserError, match=f"^model family 'zebra': {message}"):
+        if clause == "new_config":
+            broken.declared(clause, None)
+        else:
+            broken.skeleton({}, torch.float32)
