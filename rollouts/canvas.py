@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dllm_rl.errors import UserError
 from dllm_rl.protocols.denoiser import Denoiser
@@ -103,18 +102,6 @@ def requests(
         Request(index, prompt, sample, derive(seed, prompt.uid, sample), None if partial is None else partial[index])
         for index, (prompt, sample) in enumerate((p, s) for p in prompts for s in range(samples_per_prompt))
     ]
-
-
-@contextmanager
-def inference(module: nn.Module) -> Iterator[None]:
-    """No gradients and no dropout inside; the training mode is put back afterwards, also after an error."""
-    training = module.training
-    module.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        module.train(training)
 
 
 def choose(strategy: UnmaskingStrategy, candidates: Candidates) -> Tensor:

@@ -20,11 +20,12 @@ from dllm_rl.config import ranges
 from dllm_rl.diffusion.decoding import POSITION_NOISE, TOKEN_NOISE, propose
 from dllm_rl.diffusion.layout import block_index, block_rule
 from dllm_rl.models.cache import BlockCache
+from dllm_rl.models.evaluating import evaluating
 from dllm_rl.protocols.denoiser import CacheType, Denoiser
 from dllm_rl.protocols.strategy import Candidates, UnmaskingStrategy
 from dllm_rl.seeding import uniform
 from dllm_rl.types import GIVEN, Prompt, Sampling, Trajectory, WeightsVersion
-from rollouts.canvas import Request, choose, inference, requests, trajectory
+from rollouts.canvas import Request, choose, requests, trajectory
 from rollouts.torch_engine import TorchEngine
 
 CHUNK_ELEMENTS = 1 << 25  # 0.7 GB at the peak of a greedy choice, 1.5 GB with top-k and top-p
@@ -120,7 +121,7 @@ class NativeSampler:
         todo = [request for request in wanted if request.index not in finished]
         todo.sort(key=lambda request: len(request.prompt.token_ids))
         decode = self._decode_full if self._denoiser.block_size is None else self._decode_blocks
-        with inference(self._denoiser.module):
+        with torch.no_grad(), evaluating(self._denoiser.module):
             for batch in self._batches(todo, sampling):
                 finished.update(decode(self._start(batch, sampling, max_blocks), batch, sampling))
         return [finished[index] for index in range(len(wanted))]

@@ -9,11 +9,12 @@ from typing_extensions import override
 
 from dllm_rl.diffusion.decoding import POSITION_NOISE, TOKEN_NOISE, propose
 from dllm_rl.diffusion.layout import block_index, block_rule
+from dllm_rl.models.evaluating import evaluating
 from dllm_rl.protocols.denoiser import Denoiser
 from dllm_rl.protocols.strategy import Candidates, UnmaskingStrategy
 from dllm_rl.seeding import uniform
 from dllm_rl.types import GIVEN, Prompt, Sampling, Trajectory, WeightsVersion
-from rollouts.canvas import Request, choose, inference, requests, trajectory
+from rollouts.canvas import Request, choose, requests, trajectory
 from rollouts.torch_engine import TorchEngine
 
 
@@ -52,7 +53,7 @@ class ReferenceSampler:
     ) -> list[Trajectory]:
         """Decode; see RolloutEngine.generate."""
         rows = requests(self._denoiser, prompts, sampling, seed, samples_per_prompt, partial)
-        with inference(self._denoiser.module):
+        with torch.no_grad(), evaluating(self._denoiser.module):
             return [self._decode(request, sampling, max_blocks) for request in rows]
 
     def _decode(self, request: Request, sampling: Sampling, count: int | None) -> Trajectory:

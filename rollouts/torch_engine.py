@@ -14,6 +14,7 @@ from dllm_rl.config.section import Plugin
 from dllm_rl.diffusion.layout import block_index
 from dllm_rl.errors import UnknownWeight
 from dllm_rl.models.digest import tensor_digests
+from dllm_rl.models.evaluating import evaluating
 from dllm_rl.models.offload import Offloader
 from dllm_rl.models.tokenizers import vocabulary_digest
 from dllm_rl.protocols.engine import (
@@ -28,7 +29,6 @@ from dllm_rl.protocols.engine import (
 )
 from dllm_rl.protocols.strategy import UnmaskingStrategy
 from dllm_rl.types import Prompt, Sampling, Trajectory
-from rollouts.canvas import inference
 
 _PROBED = 8  # tokens of the fixed sequence whose logits show whether an adapter arrives
 
@@ -145,7 +145,7 @@ class TorchEngine(RolloutEngine):
             block_ids = block_index(start, tokens.shape[1], denoiser.block_size, denoiser.block_origin).to(
                 tokens.device
             )
-        with inference(denoiser.module):
+        with torch.no_grad(), evaluating(denoiser.module):
             states = denoiser.hidden_states(tokens, tokens == denoiser.mask_id, valid, block_ids)
             logits: Tensor = denoiser.unembed(states[0]).float().cpu()
         return logits
