@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from dllm_rl.reports.progress import Advance
 
-PLAIN_EVERY_S = 10.0
+PLAIN_EVERY_S = 10.0  # a log file of a long run must not fill with progress
 
 
 class RichProgress:

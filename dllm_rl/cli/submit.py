@@ -17,7 +17,7 @@ from dllm_rl.errors import UserError, require_package
 
 EXCLUDED = ("runs/", ".git/", ".venv/", "venv/", "__pycache__/", "*.pt", "*.safetensors")
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
-RETRY_S = 2.0
+RETRY_S = 2.0  # a head node that restarts refuses connections for seconds
 ATTEMPTS = 30  # a dashboard that is silent for about a minute is given up
 
 

@@ -13,7 +13,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, placement_
 
 from dllm_rl.errors import UserError
 
-SAY_EVERY_S = 10.0
+SAY_EVERY_S = 10.0  # a run that waits without a word looks as if it hung
 Bundle = Mapping[str, float]
 
 
@@ -161,6 +161,8 @@ def _by_node(group: PlacementGroup) -> list[int]:
 
 def _free() -> str:
     """Free resources of each node, as far as Ray tells."""
+    # Private, but the only call that tells nodes apart: ray.available_resources() adds them up, and a sum of free CPUs
+    # does not explain why no node has enough.
     available: Mapping[str, Mapping[str, Any]] = ray._private.state.available_resources_per_node()
     names = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
     cells = []

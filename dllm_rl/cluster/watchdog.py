@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from dllm_rl.cluster.group import WorkerGroup, WorkerLost
 
-HEARTBEAT_S = 5.0
+HEARTBEAT_S = 5.0  # between two looks; a process that answers none for hang_s is ended, though its connection is open
 
 
 class Watchdog:

@@ -29,7 +29,7 @@ from dllm_rl.weight_transfer.transport import STORE
 from dllm_rl.workers.engine_worker import EngineWorker
 from dllm_rl.workers.learner_worker import LearnerWorker
 
-_GRACE_S = 10.0
+_GRACE_S = 10.0  # a broken broadcast fails everywhere at once; the news of which process died comes a little later
 _CHANGE = 1e-5  # of the largest logit; what a perturbed adapter must change at least
 
 

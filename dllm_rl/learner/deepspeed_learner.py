@@ -125,7 +125,7 @@ class DeepSpeedLearner(TorchLearner):
         engine, where, tag = self._optimizer.engine, folder / "zero", TAG
         if state["size"] != self._size and self._config.zero_stage > 0:
             where, tag = self._universal(folder), UNIVERSAL
-            engine._config.load_universal_checkpoint = True  # read by load_checkpoint and by the optimiser
+            engine._config.load_universal_checkpoint = True  # private: read by load_checkpoint and the optimiser
         loaded, _ = engine.load_checkpoint(str(where), tag=tag, load_module_strict=False)
         if loaded is None:
             raise UserError(f"checkpoint '{folder}': DeepSpeed found no state in {where}")
