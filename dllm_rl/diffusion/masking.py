@@ -7,7 +7,7 @@ every sampler and are tested by exact enumeration:
     partition of unity   E sum_k weight[k, i] = 1 on the completion, 0 elsewhere
 
 Samplers know only the completion; positions that must be masked as well (a canvas' tail) are added with
-``MaskSample.hiding``.
+``MaskSample.also_masking``.
 """
 
 from __future__ import annotations
