@@ -47,15 +47,16 @@ class ValueModel:
         """One step towards the returns (N, L); gives the mean loss per token."""
         self._denoiser.module.train()
         self._optimizer.zero_grad()
-        total, count = 0.0, int((masks.weight != 0).sum())
+        total = torch.zeros((), dtype=torch.float64)  # read once: reading each part would wait for the device each time
+        count = int((masks.weight != 0).sum())
         for work in likelihood.plan(batch, masks, self._budget):
             value, row, position = self._values(batch, masks, work)
             known, wanted = (t.to(value.device)[row, position] for t in (old, target))
             loss = values.value_error(value, known, wanted, clip).sum() / count
             loss.backward()
-            total += loss.item()
+            total = total + loss.detach()
         self._optimizer.step(lambda norm: None)
-        return total
+        return float(total)
 
     def start(self, step: int) -> None:
         """Set the learning rate of a step."""
