@@ -135,21 +135,20 @@ class IGPO(Algorithm):
     def loss(self, new: LikelihoodEstimate, experience: Experience) -> Loss:
         """-J and the mean KL."""
         c, batch = self.config, experience.batch
-        counts = {"num_tokens": experience.num_tokens, "num_rows": experience.num_rows}
+        counts = experience.counts
         assert experience.entropy is not None, "needs.entropy"
         trained = batch.completion & (~batch.hint | least_sure(experience.entropy, batch.hint, c.hint_tokens))
         change = surrogate.sequence_logp(new, experience) - surrogate.sequence_logp(experience.old, experience)
         log_ratio = change / batch.completion.sum(-1)
         gain = surrogate.clipped(log_ratio, experience.advantage, c.epsilon)[:, None].expand_as(new.token_logp)
-        rows = {"num_tokens": experience.num_rows, "num_rows": experience.num_rows}  # the ratio is one of rows
         every = torch.ones_like(log_ratio, dtype=torch.bool)
-        metrics = surrogate.ratio_metrics(log_ratio, experience.advantage, c.epsilon, every, **rows)
+        metrics = surrogate.ratio_metrics(log_ratio, experience.advantage, c.epsilon, every, counts.num_rows)
         if c.beta > 0:
             assert experience.reference is not None, "beta > 0 means needs.reference"
             kl = surrogate.divergence(new.token_logp, experience.reference.token_logp, "k3")
-            metrics["kl"] = surrogate.reduce(kl.detach(), trained, "token_mean", **counts)
+            metrics["kl"] = surrogate.reduce(kl.detach(), trained, "token_mean", counts)
             gain = gain - c.beta * kl
-        return Loss(-surrogate.reduce(gain, trained, "token_mean", **counts), metrics)
+        return Loss(-surrogate.reduce(gain, trained, "token_mean", counts), metrics)
 
 
 def cut_hint(

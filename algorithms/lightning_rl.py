@@ -80,16 +80,15 @@ class LightningRL(Algorithm):
     @override
     def loss(self, new: LikelihoodEstimate, experience: Experience) -> Loss:
         """-J with its parts."""
-        c, where = self.config, experience.batch.completion
-        counts = {"num_tokens": experience.num_tokens, "num_rows": experience.num_rows}
+        c, where, counts = self.config, experience.batch.completion, experience.counts
         policy = surrogate.clipped_loss(new, experience, epsilon=c.epsilon, beta=0.0, reduction="sequence_mean")
         value, metrics = policy.value, dict(policy.metrics)
         if c.beta > 0:
             assert experience.reference is not None, "beta > 0 means needs.reference"
             kl = surrogate.divergence(new.token_logp, experience.reference.token_logp, "k3")
-            metrics["kl"] = surrogate.reduce(kl.detach(), where, "token_mean", **counts)
-            value = value + c.beta * surrogate.reduce(kl, where, "token_mean", **counts)
+            metrics["kl"] = surrogate.reduce(kl.detach(), where, "token_mean", counts)
+            value = value + c.beta * surrogate.reduce(kl, where, "token_mean", counts)
         if c.anchor > 0:
             solved = where & experience.rewards.solved[:, None]
-            value = value - c.anchor * surrogate.reduce(new.token_logp, solved, "token_mean", **counts)
+            value = value - c.anchor * surrogate.reduce(new.token_logp, solved, "token_mean", counts)
         return Loss(value, metrics)

@@ -55,6 +55,6 @@ class MaskedSFT(Algorithm):
     @override
     def loss(self, new: LikelihoodEstimate, experience: Experience) -> Loss:
         """The negative bound, nats per token."""
-        counts = {"num_tokens": experience.num_tokens, "num_rows": experience.num_rows}
-        bound = surrogate.reduce(new.token_logp, experience.batch.completion, self.config.reduction, **counts)
+        where, counts = experience.batch.completion, experience.counts
+        bound = surrogate.reduce(new.token_logp, where, self.config.reduction, counts)
         return Loss(-bound)

@@ -124,9 +124,9 @@ class UnmaskingPolicy(Algorithm):
         happened = torch.arange(new.choice_logp.shape[1]) < batch.num_forwards[:, None]
         log_ratio = self._mixed(new.choice_logp, batch) - self._mixed(experience.old.choice_logp, batch)
         weight = experience.advantage[:, None]
-        counts = {"num_tokens": experience.num_choices, "num_rows": experience.num_rows}  # a choice is the unit
-        gain = surrogate.reduce(surrogate.clipped(log_ratio, weight, epsilon), happened, "sequence_mean", **counts)
-        metrics = surrogate.ratio_metrics(log_ratio, weight, epsilon, happened, **counts)
+        counts = experience.counts
+        gain = surrogate.reduce(surrogate.clipped(log_ratio, weight, epsilon), happened, "sequence_mean", counts)
+        metrics = surrogate.ratio_metrics(log_ratio, weight, epsilon, happened, counts.num_choices)
         return Loss(-gain, metrics)
 
     def _mixed(self, choice_logp: Tensor, batch: RolloutBatch) -> Tensor:

@@ -62,7 +62,7 @@ class VRPO(Algorithm):
     def loss(self, new: LikelihoodEstimate, experience: Experience) -> Loss:
         """The preference loss and its anchor."""
         assert experience.reference is not None, "VRPO needs the reference"
-        num_pairs = experience.num_rows / 2
+        num_pairs = experience.counts.num_rows / 2
         bound = surrogate.sequence_logp(new, experience)
         gain = bound - surrogate.sequence_logp(experience.reference, experience)
         chosen = experience.advantage > 0

@@ -55,6 +55,11 @@ def nearest(name: str, known: Iterable[str], *, where: str = "", list_known: boo
     return f"; known: {', '.join(where + one for one in known) or 'none'}" if list_known else ""
 
 
+def first_line(error: BaseException) -> str:
+    """What another library says, in one line of at most 160 characters."""
+    return str(error).strip().split("\n")[0][:160]
+
+
 def require_package(package: str, extra: str, what: str) -> None:
     """Refuse what cannot run without a package that is not installed.
 

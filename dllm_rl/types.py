@@ -105,24 +105,22 @@ class Sampling:
 
     def __post_init__(self) -> None:
         """Check ranges; every message says what is allowed."""
-        for name in ("max_new_tokens", "tokens_per_step"):
-            if getattr(self, name) < 1:
-                raise UserError(f"sampling.{name} = {getattr(self, name)}: must be at least 1")
-        if self.temperature < 0:
-            raise UserError(f"sampling.temperature = {self.temperature}: must be >= 0 (0 means greedy)")
-        if self.top_k is not None and self.top_k < 1:
-            raise UserError(f"sampling.top_k = {self.top_k}: must be at least 1, or null to keep every token")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise UserError(f"sampling.top_p = {self.top_p}: must be in (0, 1], or null to keep every token")
-        if self.block_size is not None:
-            if self.block_size < 1:
-                raise UserError(f"sampling.block_size = {self.block_size}: must be at least 1, or null for one block")
-            if self.max_new_tokens % self.block_size:
-                up = -(-self.max_new_tokens // self.block_size) * self.block_size
-                raise UserError(
-                    f"sampling.max_new_tokens = {self.max_new_tokens} is not a multiple of sampling.block_size = "
-                    f"{self.block_size}; {up} is"
-                )
+        for name, fits, allowed in (
+            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+            ("tokens_per_step", self.tokens_per_step >= 1, "at least 1"),
+            ("temperature", self.temperature >= 0, ">= 0 (0 means greedy)"),
+            ("top_k", self.top_k is None or self.top_k >= 1, "at least 1, or null to keep every token"),
+            ("top_p", self.top_p is None or 0 < self.top_p <= 1, "in (0, 1], or null to keep every token"),
+            ("block_size", self.block_size is None or self.block_size >= 1, "at least 1, or null for one block"),
+        ):
+            if not fits:
+                raise UserError(f"sampling.{name} = {getattr(self, name)}: must be {allowed}")
+        size, canvas = self.block_size or 1, self.max_new_tokens
+        if canvas % size:
+            raise UserError(
+                f"sampling.max_new_tokens = {canvas} is not a multiple of sampling.block_size = {size}; "
+                f"{-(-canvas // size) * size} is"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,11 +166,6 @@ class Trajectory:
     weights_step: Tensor
     order: Tensor | None = None
     confidence: Tensor | None = None
-
-    @property
-    def tokens_per_forward(self) -> float:
-        """Completion tokens per denoising forward (TPF)."""
-        return self.completion_length / max(self.num_forwards, 1)  # a fully injected canvas needs no forward
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -349,8 +342,6 @@ class LikelihoodEstimate:
 
     Attributes:
         token_logp: (N, L) float32 nats; sum_k weight[k] * log p; 0 where nothing is scored.
-        draw_logp: (K, N) float32 nats; K * sum_i weight[k, i] log p_i: each draw read as an estimate of its own.
-            Detached; for diagnostics (variance over draws).
         draw_token_logp: (K, N, L) float32 nats; log p without its weight where weight[k, n, i] != 0, else 0. None if
             the algorithm needs no draws.
         choice_logp: (N, T) float32 nats; log-probability of the choice that an unmasking policy made at each of T
@@ -358,14 +349,13 @@ class LikelihoodEstimate:
     """
 
     token_logp: Tensor
-    draw_logp: Tensor
     draw_token_logp: Tensor | None = None
     choice_logp: Tensor | None = None
 
     @staticmethod
     def blank(batch: RolloutBatch) -> LikelihoodEstimate:
         """The estimate of a batch of which nothing is scored."""
-        return LikelihoodEstimate(token_logp=torch.zeros(batch.tokens.shape), draw_logp=torch.zeros(0, len(batch)))
+        return LikelihoodEstimate(token_logp=torch.zeros(batch.tokens.shape))
 
     @staticmethod
     def join(parts: Sequence[LikelihoodEstimate]) -> LikelihoodEstimate:
@@ -389,9 +379,8 @@ class LikelihoodEstimate:
 
     def _changed(self, change: Callable[[str, int, Tensor], Tensor]) -> LikelihoodEstimate:
         """Every tensor changed, given its name and the axis of its rows."""
-        axes = {"token_logp": 0, "draw_logp": 1, "draw_token_logp": 1, "choice_logp": 0}
-        there = [(name, axis) for name, axis in axes.items() if getattr(self, name) is not None]
-        return dataclasses.replace(self, **{name: change(name, axis, getattr(self, name)) for name, axis in there})
+        there = self.differentiable.items()
+        return LikelihoodEstimate(**{n: change(n, int(n == "draw_token_logp"), value) for n, value in there})
 
     @property
     def sequence_logp(self) -> Tensor:
@@ -412,10 +401,7 @@ class Experience:
         reference: likelihood under the frozen reference, or None if the algorithm needs none.
         entropy: (N, L) float32 nats; the old policy's predictive entropy at scored positions, averaged over the draws
             that score them, or None if the algorithm needs none.
-        num_tokens: scored tokens over the whole global batch (all ranks); losses divide by it, never by a local count.
-        num_rows: rows over the whole global batch. A row is a turn: in a loss, an episode weighs as many rows as it has
-            turns; only within the baselines of advantages does it count once.
-        num_choices: forwards over the whole global batch, each of them one choice of the unmasking strategy.
+        counts: of the whole global batch (all ranks); losses divide by them, never by a local count.
     """
 
     batch: RolloutBatch
@@ -424,9 +410,7 @@ class Experience:
     masks: MaskSample
     old: LikelihoodEstimate
     reference: LikelihoodEstimate | None
-    num_tokens: int
-    num_rows: int
-    num_choices: int
+    counts: GlobalCounts
     entropy: Tensor | None = None
 
 
@@ -436,8 +420,9 @@ class GlobalCounts:
 
     Attributes:
         num_tokens: scored tokens of the whole batch.
-        num_rows: rows of the whole batch, each turn of an episode being one.
-        num_choices: forwards of the whole batch.
+        num_rows: rows of the whole batch. A row is a turn: in a loss, an episode weighs as many rows as it has turns;
+            only within the baselines of advantages does it count once.
+        num_choices: forwards of the whole batch, each of them one choice of the unmasking strategy.
         idle: the rank has no rows of its own; the one it is given only lets it keep step with the others.
     """
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from dllm_rl import registry
 from dllm_rl.config import ranges
+from dllm_rl.config.plugins import plugin_class
 from dllm_rl.diffusion.decoding import POSITION_NOISE, TOKEN_NOISE, propose
 from dllm_rl.diffusion.layout import block_index, block_rule
 from dllm_rl.models.cache import BlockCache
@@ -334,7 +334,7 @@ class NativeEngine(TorchEngine):
 
         def __post_init__(self) -> None:
             ranges.at_least_one(max_batch_tokens=self.max_batch_tokens)
-            registry.load("caches", self.cache)
+            plugin_class("caches", self.cache)
 
     config: Config
 
@@ -346,5 +346,5 @@ class NativeEngine(TorchEngine):
             weights=self.weights,
             max_batch_tokens=self.config.max_batch_tokens,
             keep_confidence=keep_confidence,
-            cache_type=registry.load("caches", self.config.cache),
+            cache_type=plugin_class("caches", self.config.cache),
         )

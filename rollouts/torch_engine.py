@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -24,13 +24,34 @@ from dllm_rl.protocols.engine import (
     EngineSetup,
     Role,
     RolloutEngine,
-    Sampler,
     TensorSpec,
 )
 from dllm_rl.protocols.strategy import UnmaskingStrategy
-from dllm_rl.types import Prompt, Sampling, Trajectory
+from dllm_rl.types import Prompt, Sampling, Trajectory, WeightsVersion
 
 _PROBED = 8  # tokens of the fixed sequence whose logits show whether an adapter arrives
+
+
+class Sampler(Protocol):
+    """Decodes prompts with one strategy.
+
+    Attributes:
+        weights: version of the weights that it decodes with; set before every call.
+    """
+
+    weights: WeightsVersion
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        *,
+        seed: int,
+        samples_per_prompt: int = 1,
+        partial: Sequence[Trajectory] | None = None,
+        max_blocks: int | None = None,
+    ) -> list[Trajectory]:
+        """Decode; see RolloutEngine.generate."""
 
 
 class TorchEngine(RolloutEngine):
@@ -55,7 +76,7 @@ class TorchEngine(RolloutEngine):
             }
         )
         strategies.setdefault(EVALUATE, strategies[TRAIN])
-        self._samplers: dict[str, Any] = {role: self.sampler(strategy) for role, strategy in strategies.items()}
+        self._samplers: dict[str, Sampler] = {role: self.sampler(strategy) for role, strategy in strategies.items()}
         self._parameters: dict[str, Tensor] = {}
         if "model" in setup.trains:
             self._parameters |= {name: value.data for name, value in self.denoiser.module.named_parameters()}
@@ -167,5 +188,5 @@ class TorchEngine(RolloutEngine):
         strategy.bind(self._vocabulary, self.denoiser.device, trained_here=trained_here)
         return strategy
 
-    def _expert(self, plugin: Mapping[str, Any]) -> Any:
+    def _expert(self, plugin: Mapping[str, Any]) -> Sampler:
         return self.sampler(self._strategy(plugin, trained_here=False), keep_confidence=True)

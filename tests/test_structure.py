@@ -24,7 +24,7 @@ from dllm_rl.protocols.engine import RolloutEngine
 from dllm_rl.protocols.rollouter import Rollouter
 from dllm_rl.protocols.strategy import UnmaskingStrategy
 from dllm_rl.protocols.task import Task
-from dllm_rl.weight_transfer.transport import Transport
+from dllm_rl.protocols.transport import Transport
 
 ROOT = Path(__file__).resolve().parents[1]
 PLUGINS = ("algorithms", "rollouts", "rewards")
@@ -184,7 +184,7 @@ class A:
 
 def test_the_package_stays_small():
     """A growth that is worth it raises the number in the same commit, which says what was taken out to pay for it."""
-    assert sum(code_lines(path.read_text(encoding="utf-8")) for path in sources("dllm_rl")) <= 9630
+    assert sum(code_lines(path.read_text(encoding="utf-8")) for path in sources("dllm_rl")) <= 9690
 
 
 @pytest.mark.parametrize("module", ["dllm_rl.types", "dllm_rl.protocols", "dllm_rl.diffusion"])

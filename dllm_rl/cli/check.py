@@ -13,8 +13,8 @@ from rich.markup import escape
 
 from dllm_rl import registry
 from dllm_rl.cli.output import write_json
-from dllm_rl.conformance.rewards import reads_files
 from dllm_rl.conformance.suite import CHECKS, Finding, check_plugin
+from dllm_rl.conformance.violation import NotCheckable
 from dllm_rl.errors import UserError
 from dllm_rl.registry import Kind
 
@@ -31,16 +31,16 @@ def run_checks(kind: str | None, name: str | None, options: Sequence[str], json_
     unchecked: list[str] = []
     for one in chosen:
         for plugin in [name] if name is not None else registry.names(one):
-            if name is None and one == "tasks" and reads_files(plugin):
+            try:
+                for finding in check_plugin(one, plugin, _options(options)):
+                    results.append({"kind": one, "name": plugin, **asdict(finding)})
+                    if finding.problem is not None or not quiet:
+                        console.print(_line(f"{one}/{plugin}", finding))
+            except NotCheckable as why:
+                if name is not None:  # asked for by name
+                    raise
                 unchecked.append(plugin)
-                continue
-            for finding in check_plugin(one, plugin, _options(options)):
-                results.append({"kind": one, "name": plugin, **asdict(finding)})
-                if finding.problem is not None or not quiet:
-                    console.print(_line(f"{one}/{plugin}", finding))
-    for plugin in unchecked:
-        example = f"dllm-rl check-plugin tasks {plugin} train_file=... test_file=..."
-        console.print(f"[yellow]not checked[/] tasks/{plugin}: it reads data files; {example}")
+                console.print(f"[yellow]not checked[/] {why}")
     failed = sum(result["problem"] is not None for result in results)
     write_json(json_path, {"failed": failed, "not_checked": unchecked, "findings": results})
     console.print(f"{len(results) - failed} checks hold, {failed} fail, {len(unchecked)} plugins not checked")

@@ -152,7 +152,7 @@ def show_config(config: Annotated[Path, typer.Argument(help="YAML file")], overr
 
 @app.command()
 def check_plugin(
-    kind: Annotated[str | None, typer.Argument(help="algorithms, engines, strategies, rewards or tasks")] = None,
+    kind: Annotated[str | None, typer.Argument(help="algorithms, engines, strategies, rewards, tasks, ...")] = None,
     name: Annotated[str | None, typer.Argument(help="registered name, or package.module:Name")] = None,
     options: Annotated[list[str] | None, typer.Argument(help="options of the plugin: name=value")] = None,
     json: JsonPath = None,

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from dllm_rl.errors import UserError, require_package
+from dllm_rl.errors import UserError, first_line, require_package
 
 EXCLUDED = ("runs/", ".git/", ".venv/", "venv/", "__pycache__/", "*.pt", "*.safetensors")
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
@@ -65,10 +65,9 @@ def run_submit(
         client = JobSubmissionClient(where)
         job = client.submit_job(entrypoint=shlex.join(command), runtime_env=environment)
     except (ConnectionError, RuntimeError) as error:
-        reason = str(error).strip().split("\n")[0]
         raise UserError(
-            f"no Ray dashboard answers at '{where}' ({reason:.160}); start the cluster with 'ray start --head', or "
-            f"give --address http://host:8265"
+            f"no Ray dashboard answers at '{where}' ({first_line(error)}); start the cluster with 'ray start --head', "
+            f"or give --address http://host:8265"
         ) from error
     print(f"job {job} at {where}", file=sys.stderr)
     if not wait:
@@ -100,10 +99,9 @@ def _follow(client: Any, job: str) -> Any:
         except Exception as error:  # of requests, of aiohttp, of Ray: whatever it is, the job is not to be given up
             failures += 1
             if failures > ATTEMPTS:
-                reason = str(error).strip().split("\n")[0]
                 raise UserError(
-                    f"the dashboard has not answered {failures} times ({reason:.160}); job {job} may well go on: ask "
-                    f"'ray job status {job}', and do not submit it again before it has ended"
+                    f"the dashboard has not answered {failures} times ({first_line(error)}); job {job} may well go on: "
+                    f"ask 'ray job status {job}', and do not submit it again before it has ended"
                 ) from error
         time.sleep(RETRY_S)
 

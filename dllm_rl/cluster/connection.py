@@ -13,7 +13,7 @@ from typing import Any
 
 import ray
 
-from dllm_rl.errors import UserError
+from dllm_rl.errors import UserError, first_line
 
 
 @contextmanager
@@ -41,9 +41,8 @@ def ray_connection(address: str | None, namespace: str, cpus: float) -> Iterator
         if callable(handler) and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, handler)  # Ray has put its own in place, which exits at once
     except (ConnectionError, OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().split("\n")[0]
         raise UserError(
-            f"no Ray cluster answers at '{where}' ({reason:.160}); start one with 'ray start --head', or set "
+            f"no Ray cluster answers at '{where}' ({first_line(error)}); start one with 'ray start --head', or set "
             f"cluster.address: local"
         ) from error
     try:

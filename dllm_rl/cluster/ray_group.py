@@ -20,6 +20,7 @@ from dllm_rl.cluster.usage import Usage
 
 CLOSE_S = 2.0  # a worker that is busy will not answer, and must not delay the end of a run
 START_UP_S = 600.0  # importing torch and loading a large model from a slow disk
+_LATE = f"it did not come up within {START_UP_S:g} s; is there still room for it?"
 
 
 class WorkerActor:
@@ -94,9 +95,7 @@ class RayWorkerGroup(WorkerGroup[W]):
         if 0 in ranks:
             asked = self._future(0, self._actors[0].rendezvous.remote())
             if wait([asked], timeout=START_UP_S).not_done:
-                raise WorkerLost(
-                    self.name, 0, f"it did not come up within {START_UP_S:g} s; is there still room for it?"
-                )
+                raise WorkerLost(self.name, 0, _LATE)
             self._rendezvous = asked.result()
         address, port = self._rendezvous
         wanted = [WorkerRank(rank=rank, size=self.size, address=address, port=port) for rank in ranks]
@@ -105,10 +104,7 @@ class RayWorkerGroup(WorkerGroup[W]):
         }
         late = wait(builds, timeout=START_UP_S, return_when=FIRST_EXCEPTION).not_done
         if late and not any(future.done() and future.exception() for future in builds):
-            rank = min(builds[future] for future in late)
-            raise WorkerLost(
-                self.name, rank, f"it did not come up within {START_UP_S:g} s; is there still room for it?"
-            )
+            raise WorkerLost(self.name, min(builds[future] for future in late), _LATE)
         gather([future for future in builds if future.done()])
 
     @override

@@ -18,10 +18,12 @@ from torch import Tensor
 from dllm_rl import registry
 from dllm_rl.errors import UserError
 from dllm_rl.protocols.algorithm import Algorithm
+from dllm_rl.protocols.denoiser import Cache
 from dllm_rl.protocols.engine import RolloutEngine
 from dllm_rl.protocols.rollouter import Rollouter, Turn
 from dllm_rl.protocols.strategy import Candidates, UnmaskingStrategy
 from dllm_rl.protocols.task import Task
+from dllm_rl.protocols.transport import Transport
 from dllm_rl.registry import Kind
 from dllm_rl.types import Example, Loss, MaskSample, RolloutBatch, Trajectory
 
@@ -31,6 +33,8 @@ _BASES: Mapping[Kind, type] = {
     "tasks": Task,
     "engines": RolloutEngine,
     "rollouters": Rollouter,
+    "transports": Transport,
+    "caches": Cache,
 }
 _FLOAT, _BOOL = (torch.float32, torch.float64, torch.bfloat16, torch.float16), (torch.bool,)
 
@@ -44,11 +48,15 @@ def guard(kind: Kind, name: str, plugin: Any) -> Any:
         name: as the user wrote it, for messages.
         plugin: the class.
     Raises:
-        UserError: it is not a subclass of the contract's base class.
+        UserError: it is not a subclass of the contract's base class, or lacks methods of a protocol.
     """
     who, base = registry.label(kind, name), _BASES[kind]
-    if not isinstance(plugin, type) or not issubclass(plugin, base):
-        raise UserError(f"{who} must be a subclass of {base.__module__}.{base.__name__}")
+    protocol = getattr(base, "_is_protocol", False)
+    wanted = [clause for clause in vars(base) if protocol and inspect.isfunction(vars(base)[clause])]
+    fits = isinstance(plugin, type) and (protocol or issubclass(plugin, base))
+    if not fits or not all(hasattr(plugin, clause) for clause in wanted if clause[0] != "_"):
+        must = "a class with the methods of" if protocol else "a subclass of"
+        raise UserError(f"{who} must be {must} {base.__module__}.{base.__name__}")
     where = plugin.__module__
     # What the class lacks stays an AttributeError: isinstance() asks for the members of optional protocols.
     clauses = frozenset(clause for clause in _clauses(base) if hasattr(plugin, clause))
@@ -57,7 +65,7 @@ def guard(kind: Kind, name: str, plugin: Any) -> Any:
         wanted, holds = _RULES.get(clause, ("", lambda *_: True))
         with registry.plugin_boundary(kind, name, f"{clause}()", where):
             value = method(*args, **kwargs)
-            n, width = _sizes(args, kwargs)
+            n, width = _sizes(clause, method, args, kwargs)
             fits = holds(value, n, width)
         if not fits:
             here = f" (here {n} x {width})" if width else ""
@@ -99,8 +107,14 @@ def _clauses(base: type) -> Sequence[str]:
     return [n for n, m in members if n[0] != "_" and (inspect.isfunction(m) or isinstance(m, property))]
 
 
-def _sizes(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, int]:
-    """(N, L) of the batch or (N, W) of the candidates that a method is given; (rows, 0) of an engine."""
+def _sizes(clause: str, method: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, int]:
+    """(N, L) of the batch or (N, W) of the candidates that a method is given; (rows, 0) of an engine; (bytes, 0) of a
+    transport's buffer; (N, S + W) of a cache's entries and a window's.
+    """
+    if clause == "receive":
+        return args[1], 0
+    if clause == "update":
+        return len(args[0]), method.__self__.valid.shape[1] + args[0].shape[2]
     for value in (*args, *kwargs.values()):
         if isinstance(value, RolloutBatch | Candidates):
             n, width = (value.tokens if isinstance(value, RolloutBatch) else value.eligible).shape
@@ -136,6 +150,11 @@ def _loss(value: Any, n: int, length: int) -> bool:
     return fits and (value.value.requires_grad or not torch.is_grad_enabled())
 
 
+def _entries(value: Any, n: int, length: int) -> bool:
+    pair = isinstance(value, tuple) and len(value) == 2
+    return pair and all(isinstance(v, Tensor) and v.dim() == 4 and v.shape[::2] == (n, length) for v in value)
+
+
 def _all(value: Any, kind: type, container: Any = Sequence) -> bool:
     return isinstance(value, container) and all(isinstance(item, kind) for item in value)
 
@@ -153,5 +172,7 @@ _RULES: Mapping[str, tuple[str, Callable[[Any, int, int], bool]]] = {
     "examples": ("a sequence of Example", lambda v, *_: _all(v, Example)),
     "self_test": ("two texts, (gold, wrong)", lambda v, *_: _all(v, str, tuple) and len(v) == 2),
     "roll_out": ("a list of Turn", lambda v, *_: _all(v, Turn, list)),
+    "receive": ("a uint8 tensor of the buffer's bytes", lambda v, n, _: _tensor(v, (torch.uint8,), (n,))),
+    "update": ("two tensors (N, H, S + W, head width)", _entries),
     "generate": ("a list of Trajectory, N in all", lambda v, n, _: _all(v, Trajectory, list) and len(v) == n),
 }

@@ -48,6 +48,11 @@ def engine_class(name: str, options: Mapping[str, Any]) -> tuple[Any, Any]:
     return guarded("engines", name, plugin), config
 
 
+def plugin_class(kind: Kind, name: str) -> Any:
+    """The class of a plugin without options (a transport, a cache); see guarded."""
+    return guarded(kind, name, registry.load(kind, name))
+
+
 def guarded(kind: Kind, name: str, plugin: Any) -> Any:
     """A plugin class of ours as it is; of other people, held to its contract at every call."""
     if kind == "rewards" or registry.is_ours(

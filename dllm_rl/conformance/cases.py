@@ -95,7 +95,6 @@ def estimate(rows: RolloutBatch, masks: MaskSample, needs: Needs, *, seed: int) 
     happened = torch.arange(int(rows.num_forwards.max())) < rows.num_forwards[:, None]
     return LikelihoodEstimate(
         token_logp=token if "model" in needs.trains else torch.zeros_like(token),
-        draw_logp=torch.zeros(len(masks.mask), len(rows), dtype=torch.float64) + token.sum(-1),
         draw_token_logp=each,
         choice_logp=noise(happened) if "policy" in needs.trains else None,
     )
@@ -110,7 +109,6 @@ def experience(
     reference: LikelihoodEstimate | None,
 ) -> Experience:
     """An Experience whose global counts are the batch's own."""
-    whole = GlobalCounts.of(rows)
     return Experience(
         batch=rows,
         rewards=scored,
@@ -118,9 +116,7 @@ def experience(
         masks=masks,
         old=old,
         reference=reference,
-        num_tokens=whole.num_tokens,
-        num_rows=whole.num_rows,
-        num_choices=whole.num_choices,
+        counts=GlobalCounts.of(rows),
         entropy=torch.rand(rows.tokens.shape, generator=generator_for(4, "conformance", "entropy")),
     )
 

@@ -29,6 +29,20 @@ GREEDY = Sampling(max_new_tokens=8, temperature=0.0, tokens_per_step=2, block_si
 LOGP_TOLERANCE = 1e-4  # float32
 
 
+def oracle(denoiser: TransformersDenoiser, strategy: str = "low_confidence") -> RolloutEngine:
+    """The reference engine, over the very network."""
+    kind, options = engine_class("reference", {})
+    shared = SharedModel(
+        denoiser=denoiser, tokenizer=cases.tokenizer(), strategies={TRAIN: build("strategies", strategy, {})}
+    )
+    setup = EngineSetup(
+        rank=0, path="", strategies={}, trains=frozenset({"model"}), load=lambda: (denoiser, None), shared=shared
+    )
+    made: RolloutEngine = kind(options, setup)
+    made.weights = WEIGHTS
+    return made
+
+
 class Subject:
     """An engine class and the prompts it decodes."""
 
@@ -45,9 +59,7 @@ class Subject:
                 continue
             self.models[family] = denoiser
             # A random model hardly ever says EOS: call a digit that it likes so, and rows end early.
-            said = torch.cat(
-                [t.tokens[t.prompt_length :] for t in self.oracle(denoiser).generate(PROMPTS, SAMPLED, seed=0)]
-            )
+            said = torch.cat([t.tokens[t.prompt_length :] for t in oracle(denoiser).generate(PROMPTS, SAMPLED, seed=0)])
             denoiser.eos_id = int((said.bincount() / len(said) - 0.08).abs().argmin())
             tokenizer.eos_token = tokenizer.convert_ids_to_tokens(denoiser.eos_id)
             save_denoiser(denoiser, tokenizer, self._path(denoiser))
@@ -73,19 +85,6 @@ class Subject:
         )
         made: RolloutEngine = self.engine(self.options, setup)
         made.weights = weights
-        return made
-
-    def oracle(self, denoiser: TransformersDenoiser, strategy: str = "low_confidence") -> RolloutEngine:
-        """The reference engine, over the very network."""
-        kind, options = engine_class("reference", {})
-        shared = SharedModel(
-            denoiser=denoiser, tokenizer=cases.tokenizer(), strategies={TRAIN: build("strategies", strategy, {})}
-        )
-        setup = EngineSetup(
-            rank=0, path="", strategies={}, trains=frozenset({"model"}), load=lambda: (denoiser, None), shared=shared
-        )
-        made: RolloutEngine = kind(options, setup)
-        made.weights = WEIGHTS
         return made
 
     def _path(self, denoiser: TransformersDenoiser) -> Path:
@@ -128,7 +127,7 @@ def it_decodes_what_the_oracle_decodes(subject: Subject, family: str, denoiser: 
     for strategy in ("low_confidence", "random", "confidence_threshold"):
         for name, sampling in (("greedy", GREEDY), ("sampled", SAMPLED)):
             got = subject.make(denoiser, strategy).generate(PROMPTS, sampling, seed=3, samples_per_prompt=2)
-            want = subject.oracle(denoiser, strategy).generate(PROMPTS, sampling, seed=3, samples_per_prompt=2)
+            want = oracle(denoiser, strategy).generate(PROMPTS, sampling, seed=3, samples_per_prompt=2)
             _same(got, want, f"{family}, {strategy}, {name}")
 
 
@@ -249,7 +248,7 @@ def weights_arrive_and_act(subject: Subject, family: str, denoiser: Transformers
     moved = any(not torch.equal(a.tokens, b.tokens) for a, b in zip(before, after, strict=True))
     require(moved, f"{family}: other weights decode the same tokens")
     if subject.capabilities.exact:
-        _same(after, subject.oracle(other).generate(PROMPTS, GREEDY, seed=0), f"{family}, after a push")
+        _same(after, oracle(other).generate(PROMPTS, GREEDY, seed=0), f"{family}, after a push")
     try:
         engine.begin_weights([TensorSpec("no.such.weight", (1,), torch.float32)])
     except UnknownWeight as error:

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from dllm_rl import registry
 from dllm_rl.conformance import cases
-from dllm_rl.conformance.violation import require
-from dllm_rl.errors import UserError
+from dllm_rl.conformance.violation import no_options, require
 from dllm_rl.models.denoiser import TransformersDenoiser
 from dllm_rl.models.families import family_named
 from dllm_rl.models.loading import load_denoiser, save_denoiser
@@ -33,8 +32,7 @@ class Subject:
     """A family, a random model of it, and the same one saved and loaded again."""
 
     def __init__(self, name: str, options: Mapping[str, Any]) -> None:
-        if options:
-            raise UserError(f"model family '{name}' takes no options, got {', '.join(options)}")
+        no_options("families", name, options)
         self.name, self.family = name, family_named(name)
         self.tokenizer = cases.tokenizer()
 

@@ -35,7 +35,7 @@ class Subject:
     """A reward function in a pool of two workers, and rows to score."""
 
     def __init__(self, name: str, options: Mapping[str, Any]) -> None:
-        self.columns = _columns(name)
+        self.columns = example_columns(name)
         self.pool = RewardPool([RewardPlugin(name=name, timeout_s=TIMEOUT_S, **options)])
 
     def close(self) -> None:
@@ -49,8 +49,8 @@ class Subject:
         return self.pool.score(["prompt"] * len(texts), texts, columns)
 
 
-def _columns(reward: str) -> dict[str, Any]:
-    """The columns of an example of the tasks that make their own data, those that use this reward last."""
+def example_columns(reward: str) -> dict[str, Any]:
+    """Columns of an example of the tasks that make their own data; those that use this reward have the last word."""
     columns: dict[str, Any] = {"answer": "42"}
     made = [build("tasks", name, {}) for name in registry.names("tasks") if not reads_files(name)]
     for task in sorted(made, key=lambda task: reward in task.rewards):

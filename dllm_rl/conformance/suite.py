@@ -7,7 +7,17 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dllm_rl.conformance import algorithms, engines, families, rewards, strategies, tasks
+from dllm_rl.conformance import (
+    algorithms,
+    caches,
+    engines,
+    families,
+    rewards,
+    rollouters,
+    strategies,
+    tasks,
+    transports,
+)
 from dllm_rl.conformance.violation import Violation
 from dllm_rl.errors import UserError
 from dllm_rl.registry import Kind
@@ -19,6 +29,9 @@ _MODULES: Mapping[Kind, Any] = {
     "rewards": rewards,
     "tasks": tasks,
     "families": families,
+    "rollouters": rollouters,
+    "transports": transports,
+    "caches": caches,
 }
 
 

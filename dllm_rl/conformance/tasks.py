@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 from dllm_rl.config.plugins import build
 from dllm_rl.config.schema import RewardPlugin
-from dllm_rl.conformance.violation import require
+from dllm_rl.conformance.rewards import reads_files
+from dllm_rl.conformance.violation import NotCheckable, require
 from dllm_rl.models.tokenizers import character_tokenizer
 from dllm_rl.protocols.task import Task
 from dllm_rl.reward_pool.pool import RewardPool
@@ -24,6 +25,9 @@ class Subject:
     """A task, its examples, and a second copy that made them again."""
 
     def __init__(self, name: str, options: Mapping[str, Any]) -> None:
+        if reads_files(name) and not options:
+            example = f"dllm-rl check-plugin tasks {name} train_file=... test_file=..."
+            raise NotCheckable(f"tasks/{name}: it reads data files; {example}")
         self.task: Task = build("tasks", name, options)
         self.examples: dict[Split, Sequence[Example]] = {split: self.task.examples(split) for split in SPLITS}
         self.again: Task = build("tasks", name, options)

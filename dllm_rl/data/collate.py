@@ -85,17 +85,11 @@ def supervised(
         max_new_tokens: canvas length.
         pad_to_canvas: fill the canvas with scored EOS tokens, as LLaDA's SFT does.
     Raises:
-        UserError: a completion that is empty or longer than the canvas.
+        UserError: see require_room.
     """
     rows: list[Tensor] = []
     for prompt, completion in zip(prompts, completions, strict=True):
-        if not 0 < len(completion) <= max_new_tokens:
-            raise UserError(
-                f"example '{prompt.uid}': its completion has {len(completion)} tokens, sampling.max_new_tokens is "
-                f"{max_new_tokens}; raise it, or shorten the completion"
-                if completion
-                else f"example '{prompt.uid}': its completion is empty"
-            )
+        require_room(prompt.uid, completion, max_new_tokens)
         target = [*completion, denoiser.eos_id][:max_new_tokens]
         if pad_to_canvas:
             target += [denoiser.eos_id] * (max_new_tokens - len(target))
@@ -119,6 +113,21 @@ def supervised(
         block_ids=_block_ids(start, width, denoiser),
         exact=True,
     ).check()
+
+
+def require_room(uid: str, completion: Sequence[int], max_new_tokens: int) -> None:
+    """Refuse a completion that is empty or longer than the canvas.
+
+    Raises:
+        UserError: naming the example and its length.
+    """
+    if not 0 < len(completion) <= max_new_tokens:
+        raise UserError(
+            f"example '{uid}': its completion has {len(completion)} tokens, sampling.max_new_tokens is "
+            f"{max_new_tokens}; raise it, or shorten the completion"
+            if completion
+            else f"example '{uid}': its completion is empty"
+        )
 
 
 def completion_texts(trajectories: Sequence[Trajectory], tokenizer: Any) -> list[str]:

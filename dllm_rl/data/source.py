@@ -37,10 +37,6 @@ class PromptSource(Generic[T]):
         self._orders = {epoch: self._orders.get(epoch) or self._order(epoch) for epoch in epochs}
         return [self._items[self._orders[p // len(self._items)][p % len(self._items)]] for p in places]
 
-    def epoch(self, step: int) -> float:
-        """Passes over the data before this step."""
-        return step * self._per_step / len(self._items)
-
     def _order(self, epoch: int) -> list[int]:
         order: list[int] = torch.randperm(len(self._items), generator=generator_for(self._seed, "data", epoch)).tolist()
         return order

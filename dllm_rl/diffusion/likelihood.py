@@ -171,21 +171,27 @@ def scored_states(
 
 
 def estimate(
-    denoiser: Denoiser, batch: RolloutBatch, masks: MaskSample, *, tokens_per_microbatch: int = 1 << 14
+    denoiser: Denoiser,
+    batch: RolloutBatch,
+    masks: MaskSample,
+    *,
+    tokens_per_microbatch: int = 1 << 14,
+    draws: bool = False,
 ) -> LikelihoodEstimate:
-    """The estimate without gradient, for old, reference and diagnostics.
+    """The estimate without gradient.
 
     Args:
         denoiser: the network.
         batch: rows.
         masks: draws, for the same rows.
         tokens_per_microbatch: bound on padded tokens per forward.
+        draws: keep the log-probabilities of each draw.
     Returns:
         LikelihoodEstimate on the device of the batch.
     """
     forward = functools.partial(score, denoiser, batch, masks)
     with torch.no_grad():
-        return summed(batch, masks, plan(batch, masks, tokens_per_microbatch), forward)
+        return summed(batch, masks, plan(batch, masks, tokens_per_microbatch), forward, draws=draws)
 
 
 def summed(
@@ -206,26 +212,19 @@ def summed(
         draws: keep the log-probabilities of each draw.
     """
     token: Tensor | None = None
-    draw: Tensor | None = None
     each: Tensor | None = None
     for part in work:
         logp, pair, position = forward(part)
-        if token is None or draw is None:
-            blank = torch.zeros((), dtype=logp.dtype, device=logp.device)
-            token, draw = blank.repeat(batch.tokens.shape), blank.repeat(masks.mask.shape[:2])
-            each = blank.repeat(masks.mask.shape) if draws else None
+        if token is None:
+            token = logp.new_zeros(batch.tokens.shape)
+            each = logp.new_zeros(masks.mask.shape) if draws else None
         values = weights(masks, part, pair, position) * logp
         number, row = part.draw.to(logp.device)[pair], part.row.to(logp.device)[pair]
         token = token.index_put((row, position), values, accumulate=True)
-        draw.index_put_((number, row), values.detach(), accumulate=True)
         each = None if each is None else each.index_put((number, row, position), logp)
-    assert token is not None and draw is not None, "samplers refuse rows without completion"
+    assert token is not None, "samplers refuse rows without completion"
     device = batch.tokens.device
-    return LikelihoodEstimate(
-        token_logp=token.to(device),
-        draw_logp=len(masks.mask) * draw.to(device),
-        draw_token_logp=None if each is None else each.to(device),
-    )
+    return LikelihoodEstimate(token_logp=token.to(device), draw_token_logp=None if each is None else each.to(device))
 
 
 def entropy(denoiser: Denoiser, batch: RolloutBatch, masks: MaskSample, work: Work) -> tuple[Tensor, Tensor, Tensor]:

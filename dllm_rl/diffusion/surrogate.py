@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dllm_rl.diffusion.advantage import per_token
-from dllm_rl.types import Experience, LikelihoodEstimate, Loss
+from dllm_rl.types import Experience, GlobalCounts, LikelihoodEstimate, Loss
 
 Divergence = Literal["k1", "k2", "k3"]
 Reduction = Literal["token_mean", "sequence_mean", "sequence_sum"]
@@ -60,7 +60,7 @@ def divergence(new: Tensor, reference: Tensor, kind: Divergence) -> Tensor:
     raise ValueError(f"divergence = {kind!r}: must be one of {', '.join(get_args(Divergence))}")
 
 
-def reduce(value: Tensor, where: Tensor, kind: Reduction, *, num_tokens: int, num_rows: int) -> Tensor:
+def reduce(value: Tensor, where: Tensor, kind: Reduction, counts: GlobalCounts) -> Tensor:
     """Sum of value over scored tokens divided by a *global* count, so that shards and micro-batches add up.
 
     token_mean     sum / num_tokens          long completions weigh more
@@ -71,23 +71,22 @@ def reduce(value: Tensor, where: Tensor, kind: Reduction, *, num_tokens: int, nu
         value: (N, L).
         where: (N, L) bool.
         kind: one of the above.
-        num_tokens: scored tokens over the whole global batch.
-        num_rows: rows over the whole global batch.
+        counts: of the whole global batch.
     """
     masked = torch.where(
         where, value, torch.zeros_like(value)
     )  # not value * where: inf or NaN off the mask must not leak
     if kind == "token_mean":
-        return masked.sum() / num_tokens
+        return masked.sum() / counts.num_tokens
     if kind == "sequence_mean":
-        return (masked.sum(-1) / where.sum(-1).clamp(min=1)).sum() / num_rows
+        return (masked.sum(-1) / where.sum(-1).clamp(min=1)).sum() / counts.num_rows
     if kind == "sequence_sum":
-        return masked.sum() / num_rows
+        return masked.sum() / counts.num_rows
     raise ValueError(f"reduction = {kind!r}: must be one of {', '.join(get_args(Reduction))}")
 
 
 def ratio_metrics(
-    log_ratio: Tensor, advantage: Tensor, epsilon: float, where: Tensor, *, num_tokens: int, num_rows: int
+    log_ratio: Tensor, advantage: Tensor, epsilon: float, where: Tensor, number: int
 ) -> dict[str, Tensor]:
     """What tells whether ratios can be trusted, as means that add up over shards; see derived_metrics.
 
@@ -96,12 +95,11 @@ def ratio_metrics(
         advantage: broadcasts with it.
         epsilon: clip half-width.
         where: bool, which of them there are.
-        num_tokens: their number over the whole global batch.
-        num_rows: rows over the whole global batch.
+        number: how many there are in the whole global batch.
     """
 
     def mean(value: Tensor) -> Tensor:
-        return reduce(value, where, "token_mean", num_tokens=num_tokens, num_rows=num_rows)
+        return torch.where(where, value, 0.0).sum() / number
 
     log_ratio = log_ratio.detach()
     return {
@@ -156,10 +154,9 @@ def clipped_loss(
     gain = clipped(log_ratio, advantage, epsilon)
 
     def mean(value: Tensor, kind: Reduction = "token_mean") -> Tensor:
-        return reduce(value, where, kind, num_tokens=experience.num_tokens, num_rows=experience.num_rows)
+        return reduce(value, where, kind, experience.counts)
 
-    counts = {"num_tokens": experience.num_tokens, "num_rows": experience.num_rows}
-    metrics = ratio_metrics(log_ratio, advantage, epsilon, where, **counts)
+    metrics = ratio_metrics(log_ratio, advantage, epsilon, where, experience.counts.num_tokens)
     if beta > 0:
         target = experience.reference if anchor is None else anchor
         assert target is not None, "beta > 0 means needs.reference"
@@ -207,11 +204,11 @@ def sequence_clipped_loss(
     log_ratio = (bound - sequence_logp(experience.old, experience)) / (length if ratio_norm == "length" else 1)
     gain = clipped(log_ratio, advantage, epsilon) / (length if loss_norm == "length" else 1)
     every = torch.ones_like(log_ratio, dtype=torch.bool)
-    counts = {"num_tokens": experience.num_rows, "num_rows": experience.num_rows}  # a row is the unit of the ratio
-    metrics = ratio_metrics(log_ratio, advantage, epsilon, every, **counts)
+    number = experience.counts.num_rows  # a row is the unit of the ratio
+    metrics = ratio_metrics(log_ratio, advantage, epsilon, every, number)
     if beta > 0:
         assert experience.reference is not None, "beta > 0 means needs.reference"
         kl = divergence(bound, sequence_logp(experience.reference, experience), kind) / length
-        metrics["kl"] = kl.detach().sum() / experience.num_rows
+        metrics["kl"] = kl.detach().sum() / number
         gain = gain - beta * kl
-    return Loss(-gain.sum() / experience.num_rows, metrics)
+    return Loss(-gain.sum() / number, metrics)

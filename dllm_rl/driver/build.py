@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from dllm_rl.cluster.group import WorkerGroup
 from dllm_rl.cluster.local_group import LocalWorkerGroup
 from dllm_rl.config.plugins import build
 from dllm_rl.config.schema import Config, RewardPlugin
+from dllm_rl.data.collate import require_room
 from dllm_rl.data.prompts import encode, encode_completion
 from dllm_rl.data.source import PromptSource
 from dllm_rl.diffusion.layout import block_rule
@@ -24,7 +26,7 @@ from dllm_rl.errors import UserError, require_package
 from dllm_rl.evaluation.evaluate import Evaluation, evaluate
 from dllm_rl.models.from_config import model_path
 from dllm_rl.protocols.algorithm import Algorithm, ExtraRollouts, Plan
-from dllm_rl.protocols.engine import EVALUATE, TRAIN, Sampler
+from dllm_rl.protocols.engine import EVALUATE
 from dllm_rl.protocols.rollouter import Rollouter
 from dllm_rl.protocols.strategy import UnmaskingStrategy
 from dllm_rl.protocols.task import Task
@@ -70,24 +72,11 @@ class Run(Workers):
         groups: list[WorkerGroup[Any]] = [self.engines.group, self.learner.group]
         return [group for group in groups if not isinstance(group, LocalWorkerGroup)]
 
-    @property
-    def engine(self) -> Sampler:
-        """Decodes for training."""
-        return self.engines.role(TRAIN)
-
-    @property
-    def eval_engine(self) -> Sampler:
-        """Decodes held-out completions, with the strategy of evaluation."""
-        return self.engines.role(EVALUATE)
-
-    def expert_engine(self, plugin: Mapping[str, Any]) -> Sampler:
-        """Decodes with another strategy, given as name and options."""
-        return self.engines.role(plugin)
-
     def evaluate(self, pool: RewardPool, seed: int, progress: Progress) -> list[Evaluation]:
         """Held-out figures of the weights that the engines hold, one for each of eval_samplings."""
         seed, total = seeding.derive(seed, "evaluate"), len(self.held_out) * len(self.eval_samplings)
-        common = (self.eval_engine, pool, self.held_out, self.tokenizer)
+        decode = functools.partial(self.engines.generate, role=EVALUATE)
+        common = (decode, pool, self.held_out, self.tokenizer)
         with progress.track("evaluating", total) as advance:
             return [evaluate(*common, sampling, seed=seed, advance=advance) for sampling in self.eval_samplings]
 
@@ -271,11 +260,7 @@ def _pair(example: Example) -> Sequence[str]:
 
 def _completion(text: str, example: Example, tokenizer: Any, max_new_tokens: int) -> Sequence[int]:
     tokens = encode_completion(text, tokenizer, uid=example.uid, prompt=example.prompt)
-    if not 0 < len(tokens) <= max_new_tokens:  # known now, rather than when its turn comes
-        raise UserError(
-            f"example '{example.uid}': its completion has {len(tokens)} tokens, sampling.max_new_tokens is "
-            f"{max_new_tokens}; raise it, or shorten the completion"
-        )
+    require_room(example.uid, tokens, max_new_tokens)  # known now, rather than when its turn comes
     return tokens
 
 

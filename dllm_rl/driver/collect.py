@@ -15,6 +15,7 @@ from dllm_rl.data.collate import collate, completion_texts, supervised
 from dllm_rl.driver.build import Run
 from dllm_rl.driver.decoder import BatchDecoder, PartialBatch
 from dllm_rl.protocols.algorithm import ExtraRollout, ExtraRollouts
+from dllm_rl.protocols.engine import TRAIN
 from dllm_rl.protocols.rollouter import Decoder, Turn, check_turns
 from dllm_rl.reports.clock import Clock
 from dllm_rl.reports.measure import rollout_metrics
@@ -143,10 +144,9 @@ def _kinds(further: Sequence[ExtraRollout]) -> Sequence[Sequence[ExtraRollout]]:
 def _draw(run: Run, wanted: Sequence[ExtraRollout], seed: int, timer: Clock) -> _Drawn:
     """Decode and score rollouts of one kind."""
     strategy, block_size = wanted[0].strategy, wanted[0].block_size
-    engine = run.engine if strategy is None else run.expert_engine(strategy)
     sampling = run.sampling if block_size is None else dataclasses.replace(run.sampling, block_size=block_size)
     with timer("rollout_s"):
-        found = engine.generate([w.prompt for w in wanted], sampling, seed=seed)
+        found = run.engines.generate([w.prompt for w in wanted], sampling, seed=seed, role=strategy or TRAIN)
     turns = [
         Turn(trajectory=trajectory, prompt=w.prompt, group=w.group, episode=number)
         for number, (trajectory, w) in enumerate(zip(found, wanted, strict=True))

@@ -50,7 +50,7 @@ class BatchDecoder:
         """
         self.tokenizer, self.sampling = run.tokenizer, run.sampling
         self.max_prompt_tokens = run.denoiser.max_length - run.sampling.max_new_tokens
-        self._engine, self._engines, self._partial = run.engine, engines, partial
+        self._pool, self._engines, self._partial = run.engines, engines, partial
         self._key, self._pause = seeding.derive(config.run.seed, "rollout", step), config.rollout.pause_blocks
         self._timer, self._taken = Clock(partial.seconds), 0
 
@@ -67,7 +67,7 @@ class BatchDecoder:
         while found is None or any(t.finish == "paused" for t in found):
             with self._engines(), self._timer("rollout_s"):
                 blocks = None if self._pause is None else partial.blocks + self._pause
-                found = self._engine.generate(
+                found = self._pool.generate(
                     prompts,
                     self.sampling,
                     seed=self._key,

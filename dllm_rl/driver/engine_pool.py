@@ -14,8 +14,8 @@ from typing import Any
 
 from dllm_rl.cluster.group import WorkerGroup, WorkerLost
 from dllm_rl.cluster.watchdog import HEARTBEAT_S, Watchdog
-from dllm_rl.protocols.engine import NO_WEIGHTS, Role
-from dllm_rl.types import Prompt, Sampling, Trajectory, WeightsVersion
+from dllm_rl.protocols.engine import NO_WEIGHTS
+from dllm_rl.types import Prompt, Sampling, Trajectory
 from dllm_rl.workers.engine_worker import EngineWorker
 from dllm_rl.workers.packing import PackedTrajectories, pack, unpack
 
@@ -57,10 +57,6 @@ class EnginePool:
         self._rows_per_call, self._max_restarts = rows_per_call, max_restarts
         self._sleeps, self._log = sleeps, log
         self._watch = Watchdog(group, hang_s)
-
-    def role(self, role: Role) -> PooledEngine:
-        """The pool as an engine of one role."""
-        return PooledEngine(self, role)
 
     def generate(
         self,
@@ -177,23 +173,3 @@ class EnginePool:
             except WorkerLost as again:
                 lost = again
         raise lost
-
-
-class PooledEngine:
-    """All engines in one role, to whoever decodes with them.
-
-    Attributes:
-        weights: the version that all engines hold.
-    """
-
-    def __init__(self, pool: EnginePool, role: Role) -> None:
-        self._pool, self._role = pool, role
-
-    @property
-    def weights(self) -> WeightsVersion:
-        """What the pool holds."""
-        return self._pool.weights
-
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, **options: Any) -> list[Trajectory]:
-        """Decode; the options are those of RolloutEngine.generate, without a role."""
-        return self._pool.generate(prompts, sampling, role=self._role, **options)

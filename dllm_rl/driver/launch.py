@@ -17,7 +17,7 @@ import torch
 from dllm_rl import registry
 from dllm_rl.cluster.group import WorkerGroup, WorkerRank, gather
 from dllm_rl.cluster.local_group import LocalWorkerGroup
-from dllm_rl.config.plugins import build, engine_class
+from dllm_rl.config.plugins import build, engine_class, plugin_class
 from dllm_rl.config.schema import Config
 from dllm_rl.config.section import Plugin
 from dllm_rl.driver.check_engine import check_engine
@@ -124,8 +124,10 @@ def _local_transport(config: Config) -> str:
     name = config.cluster.transport
     if name == "auto":
         return "in_process"
-    way = registry.load("transports", name)
-    if why := "it works between processes" if way.collective else way.unavailable():
+    way = plugin_class("transports", name)
+    with registry.plugin_boundary("transports", name, "unavailable()", way.__module__):
+        why = "it works between processes" if way.collective else way.unavailable()
+    if why:
         raise UserError(f"cluster.transport = {name} with cluster.kind: local: {why}; set cluster.transport: auto")
     return name
 

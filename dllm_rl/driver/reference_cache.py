@@ -66,7 +66,7 @@ class ReferenceCache:
                     estimate = self._score(batch, masks)
                     path.parent.mkdir(parents=True, exist_ok=True)
                     half = path.with_suffix(".part")
-                    torch.save({"draw_logp": estimate.draw_logp, **estimate.differentiable}, half)
+                    torch.save(estimate.differentiable, half)
                     half.replace(path)  # whole or not there
         run.learner.drop_reference()
 

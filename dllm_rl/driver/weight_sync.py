@@ -17,15 +17,15 @@ from typing import Any
 
 from typing_extensions import override
 
-from dllm_rl import registry
 from dllm_rl.cluster.group import R, WorkerLost, gather
+from dllm_rl.config.plugins import plugin_class
 from dllm_rl.driver.engine_pool import EnginePool
 from dllm_rl.driver.learner_group import LearnerGroup
 from dllm_rl.errors import PushError, PushTimeout
 from dllm_rl.models.digest import joined
 from dllm_rl.types import WeightsVersion
 from dllm_rl.weight_transfer.receiver import Layout, buckets, compare, size_of
-from dllm_rl.weight_transfer.transport import STORE
+from dllm_rl.weight_transfer.transports import STORE
 from dllm_rl.workers.engine_worker import EngineWorker
 from dllm_rl.workers.learner_worker import LearnerWorker
 
@@ -147,7 +147,7 @@ class DistributedWeightSync(WeightSync):
         while True:
             try:
                 ranks = range(self._engines.group.size)
-                if registry.load("transports", self._transport).collective and not self._connected:
+                if plugin_class("transports", self._transport).collective and not self._connected:
                     self._connect()
                 self._engines.weights = self._push(ranks, self._transport, self._learner.step, allow_older=allow_older)
                 return self._engines.weights
@@ -172,7 +172,7 @@ class DistributedWeightSync(WeightSync):
 
     def _push(self, ranks: Sequence[int], transport: str, step: int, *, allow_older: bool) -> WeightsVersion:
         started = time.perf_counter()
-        way = registry.load("transports", transport)
+        way = plugin_class("transports", transport)
         engines, learners, senders = self._engines.group, self._learners, range(self._learners.size)
         specs = learners.submit(0, LearnerWorker.tensor_specs).result(self._timeout_s)
         layout = buckets(specs, self._bucket_bytes)

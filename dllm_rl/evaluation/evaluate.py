@@ -10,10 +10,9 @@ from typing import Any
 from dllm_rl.data.collate import completion_texts
 from dllm_rl.errors import UserError
 from dllm_rl.evaluation.intervals import wilson
-from dllm_rl.protocols.engine import Sampler
 from dllm_rl.reward_pool.pool import RewardPool
 from dllm_rl.reward_pool.score import score_completions
-from dllm_rl.types import Prompt, Sampling
+from dllm_rl.types import Prompt, Sampling, Trajectory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +61,7 @@ class Evaluation:
 
 
 def evaluate(
-    engine: Sampler,
+    generate: Callable[..., list[Trajectory]],
     pool: RewardPool,
     prompts: Sequence[Prompt],
     tokenizer: Any,
@@ -75,13 +74,13 @@ def evaluate(
     """Decode one completion per prompt and score it.
 
     Args:
-        engine: with the weights to evaluate.
+        generate: RolloutEngine.generate, or all engines', with the weights to evaluate.
         pool: reward workers.
         prompts: held-out prompts.
         tokenizer: to decode completions.
         sampling: temperature 0 for greedy.
         seed: for sampled decoding.
-        chunk: prompts per call of the engine.
+        chunk: prompts per call of generate.
         advance: told how many prompts have finished.
     Raises:
         UserError: no prompts, or not one of them could be scored.
@@ -94,7 +93,7 @@ def evaluate(
     tokens = forwards = 0
     for begin in range(0, len(prompts), chunk):
         part = prompts[begin : begin + chunk]
-        trajectories = engine.generate(part, sampling, seed=seed)
+        trajectories = generate(part, sampling, seed=seed)
         texts = completion_texts(trajectories, tokenizer)
         rewards = score_completions(pool, part, texts, [t.completion_length for t in trajectories])
         tokens += sum(t.completion_length for t in trajectories)

@@ -90,9 +90,9 @@ class DeepSpeedLearner(TorchLearner):
         names = dict.fromkeys(name for one in everyone for name in one)
         return {name: sum((one[name] for one in everyone if name in one), torch.zeros(())) for name in names}
 
+    @override
     @contextlib.contextmanager
     def reading(self, parameters: Sequence[nn.Parameter], *, writing: bool = False) -> Iterator[None]:
-        """Inside, sharded parameters are whole; with ``writing``, rank 0's changes stay. All ranks enter together."""
         import deepspeed
 
         if self._config.zero_stage < 3:

@@ -29,7 +29,7 @@ Scoring = Callable[..., Scored]  # likelihood.score or likelihood.entropy
 
 
 class ModelScorer:
-    """The Scorer of a denoiser: fills in token_logp, draw_logp and draw_token_logp."""
+    """The Scorer of a denoiser: fills in token_logp and draw_token_logp."""
 
     def __init__(
         self, denoiser: TransformersDenoiser, tokenizer: Any, tokens_per_microbatch: int, *, keep_reference: bool

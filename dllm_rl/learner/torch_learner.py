@@ -12,9 +12,10 @@ When everything fits one micro-batch, phase 1 keeps its graph and phase 2 disapp
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -138,9 +139,7 @@ class TorchLearner:
                 # The first update scores its own draws under the same weights.
                 old=self.score(batch, drawn, draws=needs.draws) if number else LikelihoodEstimate.blank(batch),
                 reference=None if reference is None else reference[number],
-                num_tokens=counts.num_tokens,
-                num_rows=counts.num_rows,
-                num_choices=counts.num_choices,
+                counts=counts,
                 entropy=self._model.entropy(batch, drawn) if needs.entropy and self._model is not None else None,
             )
             for number, drawn in enumerate(masks)
@@ -226,6 +225,11 @@ class TorchLearner:
         if self._values is not None:
             self._values.load_state_dict(torch.load(folder / "values.pt", weights_only=True, map_location="cpu"))
 
+    @contextlib.contextmanager
+    def reading(self, parameters: Sequence[nn.Parameter], *, writing: bool = False) -> Iterator[None]:
+        """Inside, parameters are whole; with ``writing``, rank 0's changes stay. All ranks enter together."""
+        yield
+
     def _plans(self, batch: RolloutBatch, masks: MaskSample) -> list[Sequence[Any]]:
         return [scorer.plan(batch, masks) for scorer in self._scorers.values()]
 
@@ -252,18 +256,7 @@ class TorchLearner:
             return
         path = self._dump_folder / f"non-finite-step-{self.step:06d}.pt"
         path.parent.mkdir(parents=True, exist_ok=True)
-        batch = {f.name: getattr(experience.batch, f.name) for f in dataclasses.fields(RolloutBatch)}
-        torch.save(
-            {
-                "batch": batch,
-                "advantage": experience.advantage,
-                "mask": experience.masks.mask,
-                "weight": experience.masks.weight,
-                "old": experience.old.differentiable,
-                "reference": None if experience.reference is None else experience.reference.differentiable,
-            },
-            path,
-        )
+        torch.save(dataclasses.asdict(experience), path)
         raise NonFiniteError(
             f"{what} is {value.item()} at step {self.step}; stopped before the update, the batch is in {path}. "
             f"Lower learner.lr or learner.max_grad_norm, or resume from the last checkpoint"

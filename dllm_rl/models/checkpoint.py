@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dllm_rl.errors import UserError
+from dllm_rl.errors import UserError, first_line
 
 SHARD_BYTES = 5_000_000_000
 _INDEX = "model.safetensors.index.json"
@@ -56,8 +56,7 @@ def read_weights(file: Path) -> Iterator[tuple[str, Tensor]]:
         else:
             yield from torch.load(file, map_location="cpu", weights_only=True, mmap=True).items()
     except (safetensors.SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError) as error:
-        reason = str(error).split("\n")[0]
-        raise UserError(f"{file}: damaged weight file ({reason}); download or copy it again") from error
+        raise UserError(f"{file}: damaged weight file ({first_line(error)}); download or copy it again") from error
 
 
 def write_weights(folder: Path, weights: Iterable[tuple[str, Tensor]]) -> None:

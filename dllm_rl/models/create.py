@@ -9,7 +9,7 @@ import torch
 from dllm_rl.errors import UserError
 from dllm_rl.models.denoiser import TransformersDenoiser
 from dllm_rl.models.families import family_named
-from dllm_rl.models.family import Family, Shape, finish
+from dllm_rl.models.family import Family, finish
 from dllm_rl.seeding import generator_for
 from dllm_rl.types import BlockOrigin
 
@@ -73,21 +73,26 @@ def create_denoiser(
     pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     config = chosen.declared(
         "new_config",
-        Shape(
-            vocab_size=len(tokenizer),
-            hidden_size=hidden_size,
-            intermediate_size=4 * hidden_size if intermediate_size is None else intermediate_size,
-            num_layers=num_layers,
-            num_heads=num_heads,
-            num_kv_heads=num_kv_heads,
-            max_length=max_length,
-            tie_embeddings=tie_embeddings,
-            rope_theta=rope_theta,
-            norm_eps=norm_eps,
-            mask_id=tokenizer.mask_token_id,
-            eos_id=tokenizer.eos_token_id,
-            pad_id=pad_id,
-        ),
+        {
+            "vocab_size": len(tokenizer),
+            "hidden_size": hidden_size,
+            "intermediate_size": 4 * hidden_size if intermediate_size is None else intermediate_size,
+            "num_hidden_layers": num_layers,
+            "num_attention_heads": num_heads,
+            "num_key_value_heads": num_kv_heads,
+            "max_position_embeddings": max_length,
+            "tie_word_embeddings": tie_embeddings,
+            "rope_theta": rope_theta,
+            "rope_scaling": None,
+            "rms_norm_eps": norm_eps,
+            "hidden_act": "silu",
+            "attention_dropout": 0.0,
+            "initializer_range": INIT_STD,
+            "use_cache": False,
+            "mask_token_id": tokenizer.mask_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": pad_id,
+        },
     )
     if chosen.block_causal:
         config |= {"block_size": block_size, "block_origin": block_origin}

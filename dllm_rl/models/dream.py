@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import Qwen2ForCausalLM
 
-from dllm_rl.models.family import LINEAR_LAYERS, Family, Shape, hugging_face_options, require
+from dllm_rl.models.family import LINEAR_LAYERS, Family, hugging_face_options, require
 
 
 def to_transformers(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -20,15 +20,15 @@ def to_transformers(config: Mapping[str, Any]) -> dict[str, Any]:
     return hugging_face_options(config, "dream")
 
 
-def new_config(shape: Shape) -> dict[str, Any]:
+def new_config(shared: Mapping[str, Any]) -> dict[str, Any]:
     """config.json of a new Dream-shaped model."""
     return {
         "architectures": ["DreamModel"],
         "model_type": "Dream",
         "use_sliding_window": False,
         "sliding_window": None,
-        "max_window_layers": shape.num_layers,
-        **shape.hugging_face_keys(),
+        "max_window_layers": shared["num_hidden_layers"],
+        **shared,
     }
 
 

@@ -34,64 +34,6 @@ SIZES = (
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Shape:
-    """Sizes and special tokens of a new model, in one vocabulary for all families.
-
-    Attributes:
-        vocab_size: number of logits.
-        hidden_size: width D.
-        intermediate_size: width of the feed-forward layer.
-        num_layers: number of layers.
-        num_heads: query heads.
-        num_kv_heads: key and value heads; divides num_heads.
-        max_length: longest sequence, tokens.
-        tie_embeddings: whether input and output embeddings are one matrix.
-        rope_theta: base of the rotary frequencies.
-        norm_eps: epsilon of the root-mean-square norms.
-        mask_id: mask token.
-        eos_id: end-of-sequence token.
-        pad_id: padding token.
-    """
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    max_length: int
-    tie_embeddings: bool
-    rope_theta: float
-    norm_eps: float
-    mask_id: int
-    eos_id: int
-    pad_id: int
-
-    def hugging_face_keys(self) -> dict[str, Any]:
-        """The config.json keys that Llama, Qwen2 and Qwen3 share."""
-        return {
-            "vocab_size": self.vocab_size,
-            "hidden_size": self.hidden_size,
-            "intermediate_size": self.intermediate_size,
-            "num_hidden_layers": self.num_layers,
-            "num_attention_heads": self.num_heads,
-            "num_key_value_heads": self.num_kv_heads,
-            "max_position_embeddings": self.max_length,
-            "tie_word_embeddings": self.tie_embeddings,
-            "rope_theta": self.rope_theta,
-            "rope_scaling": None,
-            "rms_norm_eps": self.norm_eps,
-            "hidden_act": "silu",
-            "attention_dropout": 0.0,
-            "initializer_range": 0.02,
-            "use_cache": False,
-            "mask_token_id": self.mask_id,
-            "eos_token_id": self.eos_id,
-            "pad_token_id": self.pad_id,
-        }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
     """An adapter: how checkpoints of a family map onto one of transformers' own modules.
 
@@ -105,7 +47,8 @@ class Family:
             ``base_model`` and takes boolean 4D masks, positions and a cache.
         to_transformers: config.json -> keyword arguments of the module's configuration; raises UserError for
             options that the module does not compute.
-        new_config: Shape -> config.json in the family's own keys.
+        new_config: sizes and special tokens of a new model, in the config.json keys that Llama, Qwen2 and Qwen3 share
+            (models/create.py) -> config.json in the family's own keys.
         architectures: of them config.json's ``architectures`` must hold one, where it has any.
         required_keys: config.json keys that tell the family from others of its model_type; null, false or 0 is absent.
         absent_keys: keys that such others have.
@@ -122,7 +65,7 @@ class Family:
     model_type: str
     module_class: type[PreTrainedModel]
     to_transformers: Callable[[Mapping[str, Any]], dict[str, Any]]
-    new_config: Callable[[Shape], dict[str, Any]]
+    new_config: Callable[[Mapping[str, Any]], dict[str, Any]]
     lora_targets: Mapping[str, str]
     architectures: tuple[str, ...] = ()
     required_keys: tuple[str, ...] = ()
@@ -152,7 +95,7 @@ class Family:
         """Name in the family's checkpoints of a weight or module named as in the transformers module."""
         return _translate(name, ((theirs, ours) for ours, theirs in self.names))
 
-    def declared(self, clause: Literal["to_transformers", "new_config"], argument: Any) -> dict[str, Any]:
+    def declared(self, clause: Literal["to_transformers", "new_config"], argument: Mapping[str, Any]) -> dict[str, Any]:
         """What a function of the family gives.
 
         Raises:
@@ -260,7 +203,7 @@ def rope(config: Mapping[str, Any], default_theta: float = 10000.0) -> dict[str,
 
 
 def hugging_face_options(config: Mapping[str, Any], family: str) -> dict[str, Any]:
-    """Options of a LlamaConfig, Qwen2Config or Qwen3Config from the keys that Shape.hugging_face_keys writes."""
+    """Options of a LlamaConfig, Qwen2Config or Qwen3Config from the keys that they share."""
     return {
         **pick(config, family, SIZES),
         "tie_word_embeddings": config.get("tie_word_embeddings", False),

@@ -10,7 +10,7 @@ import torch
 
 from dllm_rl import registry, seeding
 from dllm_rl.config.schema import Config
-from dllm_rl.errors import UserError
+from dllm_rl.errors import UserError, first_line
 from dllm_rl.models.create import create_denoiser
 from dllm_rl.models.denoiser import TransformersDenoiser
 from dllm_rl.models.loading import load_denoiser, save_denoiser
@@ -98,8 +98,7 @@ def _device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch has no one type for it
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"model.device = '{name}' cannot be used ({reason:.120}); auto, cpu or cuda") from error
+        raise UserError(f"model.device = '{name}' cannot be used ({first_line(error)}); auto, cpu or cuda") from error
     return device
 
 

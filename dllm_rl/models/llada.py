@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import LlamaForCausalLM
 
-from dllm_rl.models.family import Family, Shape, pick, require, rope
+from dllm_rl.models.family import Family, pick, require, rope
 from dllm_rl.models.rotary import FLOAT32_ROTARY
 
 _LAYER = "model.transformer.blocks.{i}"
@@ -64,24 +64,24 @@ def to_transformers(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def new_config(shape: Shape) -> dict[str, Any]:
+def new_config(shared: Mapping[str, Any]) -> dict[str, Any]:
     """config.json of a new LLaDA-shaped model."""
     return {
         "architectures": ["LLaDAModelLM"],
         "model_type": "llada",
-        "d_model": shape.hidden_size,
-        "n_heads": shape.num_heads,
-        "n_kv_heads": shape.num_kv_heads,
-        "n_layers": shape.num_layers,
-        "mlp_hidden_size": shape.intermediate_size,
+        "d_model": shared["hidden_size"],
+        "n_heads": shared["num_attention_heads"],
+        "n_kv_heads": shared["num_key_value_heads"],
+        "n_layers": shared["num_hidden_layers"],
+        "mlp_hidden_size": shared["intermediate_size"],
         "mlp_ratio": 4,
-        "vocab_size": shape.vocab_size,
-        "embedding_size": shape.vocab_size,
-        "max_sequence_length": shape.max_length,
-        "weight_tying": shape.tie_embeddings,
-        "rope_theta": shape.rope_theta,
+        "vocab_size": shared["vocab_size"],
+        "embedding_size": shared["vocab_size"],
+        "max_sequence_length": shared["max_position_embeddings"],
+        "weight_tying": shared["tie_word_embeddings"],
+        "rope_theta": shared["rope_theta"],
         "rope_full_precision": True,
-        "rms_norm_eps": shape.norm_eps,
+        "rms_norm_eps": shared["rms_norm_eps"],
         "attention_dropout": 0.0,
         "residual_dropout": 0.0,
         "embedding_dropout": 0.0,
@@ -90,9 +90,9 @@ def new_config(shape: Shape) -> dict[str, Any]:
         "init_device": "cpu",
         "init_std": 0.02,
         "use_cache": False,
-        "mask_token_id": shape.mask_id,
-        "eos_token_id": shape.eos_id,
-        "pad_token_id": shape.pad_id,
+        "mask_token_id": shared["mask_token_id"],
+        "eos_token_id": shared["eos_token_id"],
+        "pad_token_id": shared["pad_token_id"],
         **{key: wanted for key, (_, wanted) in _FIXED.items()},
     }
 

@@ -13,7 +13,7 @@ from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
 
-from dllm_rl.errors import UserError
+from dllm_rl.errors import UserError, first_line
 from dllm_rl.models.checkpoint import read_weights, weight_files, write_weights
 from dllm_rl.models.denoiser import TransformersDenoiser
 from dllm_rl.models.families import family_named, family_of
@@ -123,9 +123,9 @@ def _resolve(path: str | Path, revision: str | None) -> Path:
         if not any(found.glob("*.safetensors")):
             snapshot_download(name, revision=revision, allow_patterns=["pytorch_model*.bin"])
     except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
         raise UserError(
-            f"model '{name}' is neither a local folder nor can it be downloaded ({type(error).__name__}: {reason})"
+            f"model '{name}' is neither a local folder nor can it be downloaded ({type(error).__name__}: "
+            f"{first_line(error)})"
         ) from error
     return found
 
@@ -162,8 +162,7 @@ def _load_tokenizer(folder: Path, family: Family, trust_remote_code: bool) -> An
                 raise UserError(f"{substitute} gives {token['content']} id {found}, tokenizer_config.json {number}")
         return tokenizer
     except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"{folder}: the tokenizer cannot be loaded ({reason})") from error
+        raise UserError(f"{folder}: the tokenizer cannot be loaded ({first_line(error)})") from error
 
 
 def _special_tokens(

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dllm_rl.errors import UserError
+from dllm_rl.errors import UserError, first_line
 from dllm_rl.models.denoiser import TransformersDenoiser
 from dllm_rl.models.quantize import whole
 from dllm_rl.seeding import generator_for
@@ -171,8 +171,7 @@ def load_adapter(denoiser: TransformersDenoiser, folder: str | Path) -> int:
         config = LoraConfig.from_pretrained(str(folder))
         stored = load_file(file)
     except (SafetensorError, ValueError, TypeError) as error:
-        reason = str(error).split("\n")[0]
-        raise UserError(f"{folder}: damaged or foreign adapter ({reason})") from error
+        raise UserError(f"{folder}: damaged or foreign adapter ({first_line(error)})") from error
     options = ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "lora_bias")
     unsupported = [name for name in options if getattr(config, name, None)]
     if not isinstance(config, LoraConfig) or unsupported or config.bias != "none":

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import LlamaForCausalLM
 
-from dllm_rl.models.family import LINEAR_LAYERS, Family, Shape, hugging_face_options
+from dllm_rl.models.family import LINEAR_LAYERS, Family, hugging_face_options
 
 
 def to_transformers(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -15,9 +15,9 @@ def to_transformers(config: Mapping[str, Any]) -> dict[str, Any]:
     return hugging_face_options(config, "tiny")
 
 
-def new_config(shape: Shape) -> dict[str, Any]:
+def new_config(shared: Mapping[str, Any]) -> dict[str, Any]:
     """config.json of a new model."""
-    return {"model_type": "dllm_rl_tiny", **shape.hugging_face_keys()}
+    return {"model_type": "dllm_rl_tiny", **shared}
 
 
 TINY = Family(

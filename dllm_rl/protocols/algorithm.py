@@ -144,8 +144,8 @@ class Algorithm:
     def loss(self, new: LikelihoodEstimate, experience: Experience) -> Loss:
         """Scalar loss; differentiable in new.differentiable, and only through it.
 
-        Sums over rows divided by experience.num_tokens, num_rows or num_choices, so that it does not depend on
-        sharding.
+        Sums over rows divided by the num_tokens, num_rows or num_choices of experience.counts, so that it does not
+        depend on sharding.
         """
         raise NotImplementedError
 

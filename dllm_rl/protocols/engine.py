@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -60,26 +60,6 @@ class TensorSpec:
         """Bytes in a bucket, the gap to the next tensor included."""
         size = torch.Size(self.shape).numel() * self.dtype.itemsize
         return -(-size // _ALIGN) * _ALIGN
-
-
-class Sampler(Protocol):
-    """Whatever decodes prompts with one strategy: a part of an engine, or all engines in one role."""
-
-    @property
-    def weights(self) -> WeightsVersion:
-        """Version of the weights that it decodes with."""
-
-    def generate(
-        self,
-        prompts: Sequence[Prompt],
-        sampling: Sampling,
-        *,
-        seed: int,
-        samples_per_prompt: int = 1,
-        partial: Sequence[Trajectory] | None = None,
-        max_blocks: int | None = None,
-    ) -> list[Trajectory]:
-        """Decode; see RolloutEngine.generate."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

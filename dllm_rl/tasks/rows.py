@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dllm_rl.errors import UserError
+from dllm_rl.errors import UserError, first_line
 
 Row = tuple[str, dict[str, Any]]  # where it stands, for messages ("train.jsonl, line 3"), and its columns
 
@@ -50,9 +50,8 @@ def hub_rows(hub: str, configuration: str | None, split: str) -> list[Row]:
         parts = [configuration] if configuration else datasets.get_dataset_config_names(hub)
         tables = [(part, datasets.load_dataset(hub, part, split=split)) for part in parts]
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = str(error).strip().split("\n")[0]
         raise UserError(
-            f"data set '{hub}' cannot be loaded from the hub ({reason:.200}); give local files instead: "
+            f"data set '{hub}' cannot be loaded from the hub ({first_line(error)}); give local files instead: "
             f"data.task.train_file and data.task.test_file"
         ) from error
     return [(f"{hub}/{part}/{split}, row {i}", dict(row)) for part, rows in tables for i, row in enumerate(rows, 1)]

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from typing_extensions import override
 
-from dllm_rl.weight_transfer.transport import Transport
+from dllm_rl.protocols.transport import Transport
 
 
 class Broadcast(Transport):
@@ -21,7 +21,7 @@ class Broadcast(Transport):
     def __init__(self) -> None:
         self._store: Any = None
         self._group: Any = None
-        self._sends = self._cuda = False
+        self._cuda = False
 
     @override
     def open(self, host: str, timeout_s: float) -> tuple[str, int]:
@@ -35,7 +35,7 @@ class Broadcast(Transport):
         timeout = timedelta(seconds=timeout_s)
         leader, port = address
         store = dist.TCPStore(leader, port, is_master=False, wait_for_workers=False, timeout=timeout)
-        self._sends, self._cuda = rank == 0, device.type == "cuda"
+        self._cuda = device.type == "cuda"
         # Backends are made directly: torch.distributed.new_group would need all processes in one default group, and
         # DeepSpeed's default group has only the learners in it.
         backend: Any = dist.ProcessGroupNCCL if self._cuda else dist.ProcessGroupGloo

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import reduce_tensor
 from typing_extensions import override
 
-from dllm_rl.weight_transfer.transport import Transport
+from dllm_rl.protocols.transport import Transport
 
 
 class CudaIPC(Transport):

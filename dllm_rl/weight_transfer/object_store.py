@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from dllm_rl.weight_transfer.transport import Transport
+from dllm_rl.protocols.transport import Transport
 
 
 class ObjectStore(Transport):

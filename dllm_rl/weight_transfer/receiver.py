@@ -1,8 +1,8 @@
 """The receiving end of a push: buckets of bytes that become an engine's weights, checked by what the engine then holds.
 
-    begin(step, layout)  receive(bucket) ...  commit(step)  accept(version)
+    begin_push(step, layout)  write(bucket) ...  commit_push(step)  accept()
 
-An engine that is between begin and accept holds mixed weights and refuses to decode.
+An engine that is between begin_push and accept holds mixed weights and refuses to decode.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ class WeightReceiver:
     """What an engine's worker knows of the push that is under way.
 
     Attributes:
+        engine: whose weights are written.
         complete: whether the engine's weights are those of one version.
         step: of the weights that are there, -1 before the first push.
         layout: buckets of the last push.
@@ -63,12 +64,12 @@ class WeightReceiver:
             engine: whose weights are written.
             name: of the receiver, for messages.
         """
-        self._engine, self._name = engine, name
+        self.engine, self._name = engine, name
         self.complete, self.step = True, -1
         self.layout: Layout = ()
         self._written: set[int] = set()
 
-    def begin(self, step: int, layout: Layout, *, allow_older: bool = False) -> None:
+    def begin_push(self, step: int, layout: Layout, *, allow_older: bool = False) -> None:
         """Expect these buckets.
 
         Args:
@@ -81,7 +82,7 @@ class WeightReceiver:
         """
         if step < self.step and not allow_older:
             raise StaleVersion(f"{self._name} holds the weights of step {self.step} and was offered those of {step}")
-        self._engine.begin_weights([spec for bucket in layout for spec in bucket])
+        self.engine.begin_weights([spec for bucket in layout for spec in bucket])
         self.layout, self._written, self.complete = layout, set(), False
 
     def write(self, number: int, buffer: Tensor) -> None:
@@ -92,10 +93,10 @@ class WeightReceiver:
             buffer: its bytes, flat uint8.
         """
         with torch.no_grad():
-            self._engine.write_weights(views_of(buffer, self.layout[number]))
+            self.engine.write_weights(views_of(buffer, self.layout[number]))
         self._written.add(number)
 
-    def commit(self, step: int) -> Mapping[str, int]:
+    def commit_push(self, step: int) -> Mapping[str, int]:
         """Digests of the engine's weights as they are now; they may be used once the driver has compared them.
 
         Raises:
@@ -108,7 +109,7 @@ class WeightReceiver:
                 f"{self._name} received {len(self._written)} of {len(self.layout)} buckets of step {step}; bucket "
                 f"{missing[0]} is missing ({some_of(names)})"
             )
-        found = self._engine.commit_weights()
+        found = self.engine.commit_weights()
         self.step = step
         return found
 

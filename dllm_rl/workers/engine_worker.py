@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -11,12 +11,12 @@ from dllm_rl.cluster.group import WorkerRank
 from dllm_rl.errors import RunStopped
 from dllm_rl.protocols.engine import RolloutEngine
 from dllm_rl.types import Prompt, Sampling, Trajectory, WeightsVersion
-from dllm_rl.weight_transfer.receiver import Layout, WeightReceiver, size_of
-from dllm_rl.weight_transfer.transport import Transports
+from dllm_rl.weight_transfer.receiver import WeightReceiver, size_of
+from dllm_rl.weight_transfer.transports import Transports
 from dllm_rl.workers.packing import PackedTrajectories, pack, unpack
 
 
-class EngineWorker:
+class EngineWorker(WeightReceiver):
     """Guards an engine: no prompt reaches it while its weights are mixed or away."""
 
     def __init__(self, engine: RolloutEngine, rank: WorkerRank, *, packed: bool) -> None:
@@ -27,9 +27,8 @@ class EngineWorker:
             rank: of this worker.
             packed: answer with PackedTrajectories, for the way to another process.
         """
-        self.engine = engine
-        self._rank, self._packed, self._asleep = rank, packed, False
-        self._receiver, self._transports = WeightReceiver(engine, f"engine {rank.rank}"), Transports()
+        super().__init__(engine, f"engine {rank.rank}")
+        self._rank, self._packed, self._asleep, self._transports = rank, packed, False, Transports()
 
     @property
     def ticks(self) -> int:
@@ -49,7 +48,7 @@ class EngineWorker:
         Raises:
             RunStopped: the weights are not those of one version, or not there.
         """
-        if not self._receiver.complete:
+        if not self.complete:
             raise RunStopped(f"engine {self._rank.rank} holds an unfinished push of weights and decodes nothing")
         if self._asleep:
             raise RunStopped(f"engine {self._rank.rank} is asleep and decodes nothing")
@@ -59,7 +58,7 @@ class EngineWorker:
 
     def activate(self, weights: WeightsVersion) -> None:
         """Decode with these weights from now on: the driver has compared their digests."""
-        self._receiver.accept()
+        self.accept()
         self.engine.weights = weights
 
     def join(self, transport: str, address: Any, size: int, timeout_s: float) -> None:
@@ -69,18 +68,10 @@ class EngineWorker:
             address, rank=rank.rank + 1, size=size, host=rank.host, device=self.engine.device, timeout_s=timeout_s
         )
 
-    def begin_push(self, step: int, layout: Layout, *, allow_older: bool) -> None:
-        """Expect these buckets; see WeightReceiver.begin."""
-        self._receiver.begin(step, layout, allow_older=allow_older)
-
     def receive(self, number: int, transport: str, payload: Any) -> None:
         """Take a bucket from a transport."""
-        size = size_of(self._receiver.layout[number])
-        self._receiver.write(number, self._transports[transport].receive(payload, size, self.engine.device))
-
-    def commit_push(self, step: int) -> Mapping[str, int]:
-        """Digests of what the engine holds now; see WeightReceiver.commit."""
-        return self._receiver.commit(step)
+        size = size_of(self.layout[number])
+        self.write(number, self._transports[transport].receive(payload, size, self.engine.device))
 
     def sleep(self) -> None:
         """Give the device's memory back until wake()."""

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dllm_rl.cluster.group import WorkerRank
 from dllm_rl.config.schema import Config
@@ -19,18 +17,9 @@ from dllm_rl.learner.torch_learner import TorchLearner
 from dllm_rl.models.denoiser import TransformersDenoiser
 from dllm_rl.models.lora import merged_updates
 from dllm_rl.protocols.algorithm import Algorithm
-from dllm_rl.protocols.engine import TensorSpec
-from dllm_rl.protocols.learner import Learner
 from dllm_rl.protocols.strategy import UnmaskingStrategy
 from dllm_rl.types import LikelihoodEstimate, MaskSample, RolloutBatch, Sampling, TrainingBatch, WeightsVersion
 from dllm_rl.weight_transfer.sender import OutgoingTensor, WeightSender
-
-
-class LearnerRank(Learner, Protocol):
-    """A learner in its own process: one of several ranks, or the only one."""
-
-    def named_weights(self) -> Iterable[tuple[str, nn.Parameter]]:
-        """Trained weights by module name; live, and sharded where the learner shards them."""
 
 
 def make_learner(
@@ -42,7 +31,7 @@ def make_learner(
     tokenizer: Any,
     sampling: Sampling,
     rank: WorkerRank,
-) -> LearnerRank:
+) -> TorchLearner:
     """The learner that a configuration asks for, over a model.
 
     Args:
@@ -86,12 +75,12 @@ def make_learner(
     )
 
 
-class LearnerWorker:
-    """A learner with the sending end of pushes."""
+class LearnerWorker(WeightSender):
+    """A learner rank, which sends its weights too."""
 
     def __init__(
         self,
-        learner: LearnerRank,
+        learner: TorchLearner,
         rank: WorkerRank,
         denoiser: TransformersDenoiser,
         *,
@@ -113,18 +102,15 @@ class LearnerWorker:
         plain = {name: p for name, p in trained.items() if not (merged and ".lora_" in name)}
         updates = merged_updates(denoiser) if len(plain) < len(trained) else ()
         outgoing = [OutgoingTensor(name, sources, make) for name, sources, make in updates]
-        outgoing += [OutgoingTensor(name, [p], functools.partial(_itself, p)) for name, p in plain.items()]
-        gathering = getattr(learner, "reading", _as_they_are)
-        self._sender = WeightSender(outgoing, gathering, leader=rank.rank == 0)
-        self._host = rank.host
-        self._gathering = gathering
+        outgoing += [OutgoingTensor(name, [p], p.detach) for name, p in plain.items()]
+        super().__init__(outgoing, learner.reading, rank=rank.rank, host=rank.host)
         self._probe = next((p for name, p in trained.items() if ".lora_B." in name), None)
         self._kept: Tensor | None = None
 
     @property
     def ticks(self) -> int:
         """Micro-batches and buckets so far; a sign of life."""
-        return getattr(self.learner, "ticks", self.learner.step)
+        return self.learner.ticks
 
     def update(self, training: TrainingBatch, algorithm: Algorithm) -> Mapping[str, float]:
         """See Learner."""
@@ -179,34 +165,3 @@ class LearnerWorker:
         with torch.no_grad(), self._gathering([self._probe], writing=True):
             self._probe.copy_(self._kept)
         self._kept = None
-
-    def tensor_specs(self) -> list[TensorSpec]:
-        """What would be sent, in order."""
-        return self._sender.specs
-
-    def open(self, transport: str, timeout_s: float) -> Any:
-        """Address of a new meeting place; see Transport.open."""
-        return self._sender.transport(transport).open(self._host, timeout_s)
-
-    def join(self, transport: str, address: Any, size: int, timeout_s: float) -> None:
-        """Enter the group of a collective transport, as the one that sends; engines join at the same time."""
-        self._sender.transport(transport).join(
-            address, rank=0, size=size, host=self._host, device=self._sender.device, timeout_s=timeout_s
-        )
-
-    def send(self, bucket: Sequence[TensorSpec], transport: str, *, keep: bool) -> tuple[Any, Any]:
-        """Give a bucket away; see WeightSender.send."""
-        return self._sender.send(bucket, transport, keep=keep)
-
-    def finish(self) -> Mapping[str, int]:
-        """Digests of what was sent since the last call."""
-        return self._sender.finish()
-
-
-def _itself(parameter: nn.Parameter) -> Tensor:
-    return parameter
-
-
-@contextlib.contextmanager
-def _as_they_are(parameters: Sequence[nn.Parameter], *, writing: bool = False) -> Iterator[None]:
-    yield

@@ -81,19 +81,14 @@ def quadrature(output: Path, seed: int) -> dict[str, float]:
     """Mean squared error (nats^2) against POOL draws: quadrature, and double Monte Carlo, at 2, 3 and 4 forwards."""
     run, batch = _rollouts(output, seed)
     where = batch.completion
-    pool = torch.cat(
-        [
-            likelihood.estimate(
-                run.denoiser,
-                batch,
-                masking.uniform_count(
-                    where, draws=256, generator=torch.Generator().manual_seed(seeding.derive(1, "pool", part))
-                ).also_masking(batch.tail),
-                tokens_per_microbatch=BUDGET,
-            ).draw_logp.double()
-            for part in range(POOL // 256)
-        ]
-    )  # (POOL, N), each draw an unbiased estimate of its own
+    parts = []
+    for part in range(POOL // 256):
+        generator = torch.Generator().manual_seed(seeding.derive(1, "pool", part))
+        masks = masking.uniform_count(where, draws=256, generator=generator).also_masking(batch.tail)
+        drawn = likelihood.estimate(run.denoiser, batch, masks, tokens_per_microbatch=BUDGET, draws=True)
+        assert drawn.draw_token_logp is not None, "draws=True"
+        parts.append(256 * (masks.weight * drawn.draw_token_logp).double().sum(-1))
+    pool = torch.cat(parts)  # (POOL, N), each draw an unbiased estimate of its own
     truth = pool.mean(0)
     found = {}
     generator = torch.Generator().manual_seed(0)

@@ -119,8 +119,10 @@ class Joint(Algorithm):
 
     def loss(self, new, experience):
         weight = experience.advantage[:, None]
-        tokens = torch.where(experience.batch.completion, weight * new.token_logp, 0.0).sum() / experience.num_tokens
-        return Loss(-tokens - (weight * new.choice_logp).sum() / experience.num_choices)
+        tokens = (
+            torch.where(experience.batch.completion, weight * new.token_logp, 0.0).sum() / experience.counts.num_tokens
+        )
+        return Loss(-tokens - (weight * new.choice_logp).sum() / experience.counts.num_choices)
 
 
 class Approximate(NativeEngine):

@@ -21,12 +21,15 @@ from dllm_rl.cli.main import main
 
 # Every method of a contract, of a plugin that is right but for this method.
 PLUGINS = """
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from algorithms.trace_rl import TraceRL
 from dllm_rl.protocols.algorithm import Algorithm
 from dllm_rl.tasks.sudoku import Sudoku4
 from rewards.sudoku import Sudoku
+from dllm_rl.models.cache import BlockCache
+from dllm_rl.weight_transfer.in_process import InProcess
 from rollouts.native import NativeEngine
+from rollouts.single_turn import SingleTurn
 from rollouts.strategies.low_confidence import LowConfidence
 
 METHODS = {
@@ -35,12 +38,15 @@ METHODS = {
     NativeEngine: ("__init__", "generate"),
     Sudoku: ("__init__", "__call__"),
     Sudoku4: ("__init__", "examples", "self_test"),
+    SingleTurn: ("__init__", "roll_out"),
+    InProcess: ("__init__", "unavailable", "send", "receive"),
+    BlockCache: ("__init__", "update", "commit"),
 }
 for base, methods in METHODS.items():
     for method in methods:
-        def raises(self, *args, **kwargs):
+        def raises(*args, **kwargs):
             return {}["no such key"]
-        def returns(self, *args, **kwargs):
+        def returns(*args, **kwargs):
             return (1, 2, 3)
         for fault in (raises, returns):
             name = f"{base.__name__}_{method}_{fault.__name__}".replace("__", "")
@@ -48,6 +54,10 @@ for base, methods in METHODS.items():
 
 class Fine(TraceRL):
     pass
+
+class Apart(NativeEngine):
+    def __init__(self, config, setup):
+        super().__init__(config, replace(setup, shared=None))
 
 class Half(NativeEngine):
     def generate(self, prompts, sampling, **options):
@@ -84,6 +94,9 @@ KEYS = {
     "NativeEngine": ("engines", "engine.name"),
     "Sudoku": ("rewards", "rewards"),
     "Sudoku4": ("tasks", "data.task.name"),
+    "SingleTurn": ("rollouters", "rollout.rollouter.name"),
+    "InProcess": ("transports", "cluster.transport"),
+    "BlockCache": ("caches", "engine.cache"),
 }
 RETURNS = {  # what the contract wants, of methods whose results are looked at
     "advantages": "must return a float tensor (N,), (N, L) or (K, N, L) (here 4 x ",
@@ -95,6 +108,9 @@ RETURNS = {  # what the contract wants, of methods whose results are looked at
     "call": "must return one finite number or None per completion, returned (1, 2, 3)",
     "examples": "must return a sequence of Example",
     "self_test": "must return two texts, (gold, wrong)",
+    "roll_out": "must return a list of Turn",
+    "receive": "must return a uint8 tensor of the buffer's bytes",
+    "update": "must return two tensors (N, H, S + W, head width) (here 4 x ",
 }
 RAISE = {
     "TraceRL": ("init", "check_plan", "advantages", "keep", "masks", "loss"),
@@ -102,6 +118,9 @@ RAISE = {
     "NativeEngine": ("init", "generate"),
     "Sudoku": ("init", "call"),
     "Sudoku4": ("init", "examples", "self_test"),
+    "SingleTurn": ("init", "roll_out"),
+    "InProcess": ("init", "unavailable", "send", "receive"),
+    "BlockCache": ("init", "update", "commit"),
 }
 FAULTS: list[tuple[str, str, list[str]]] = []  # plugin, key of the configuration, words
 for base, methods in RAISE.items():
@@ -115,6 +134,8 @@ FAULTS += [
     ("BadConfig", "algorithm.name", ["Config raised KeyError: 0.2"]),
     ("Unnamed", "algorithm.name", ["needs raised AttributeError", "no_such_attribute"]),
     ("NotAnAlgorithm", "algorithm.name", ["must be a subclass of dllm_rl.protocols.algorithm.Algorithm"]),
+    ("NotAnAlgorithm", "cluster.transport", ["must be a subclass of dllm_rl.protocols.transport.Transport"]),
+    ("NotAnAlgorithm", "engine.cache", ["must be a class with the methods of dllm_rl.protocols.denoiser.Cache"]),
     ("function", "rewards", ["__call__() raised ZeroDivisionError: division by zero"]),
 ]
 OPTIONS = [
@@ -133,11 +154,6 @@ def package(folder: Path, name: str) -> None:
     (folder / name / "lacking.py").write_text("import no_such_package\n")
 
 
-def kind(plugin: str) -> str:
-    base = plugin.partition("_")[0]
-    return {"Half": "engines", "function": "rewards"}.get(plugin, KEYS.get(base, ("algorithms",))[0])
-
-
 @pytest.fixture(scope="module")
 def on_the_path(tmp_path_factory):
     folder = tmp_path_factory.mktemp("plain")
@@ -151,8 +167,9 @@ def site_packages(tmp_path_factory):
     source = tmp_path_factory.mktemp("source")
     package(source, "theirs_installed")
     points: dict[str, list[str]] = {}
-    for plugin in [*(fault[0] for fault in FAULTS), "Fine"]:
-        points.setdefault(kind(plugin), []).append(f"their_{plugin} = theirs_installed.plugins:{plugin}")
+    kinds = {key: kind for kind, key in KEYS.values()}
+    for plugin, key in [*(fault[:2] for fault in FAULTS), ("Fine", "algorithm.name"), ("Apart", "engine.name")]:
+        points.setdefault(kinds[key], []).append(f"their_{plugin} = theirs_installed.plugins:{plugin}")
     points["algorithms"] += ["their_broken = theirs_installed.broken:X", "their_lacking = theirs_installed.lacking:X"]
     about = "theirs_installed-1.0.dist-info"
     (source / about).mkdir()
@@ -196,16 +213,20 @@ def small(key: str, name: str, **options: Any) -> dict[str, Any]:
     }
     if key == "rewards":
         return changes | {"rewards": [{"name": "sudoku", "weight": 0.0}, {"name": name, **options}]}
+    if key == "cluster.transport":  # for an engine that keeps weights of its own
+        changes["engine.name"] = "their_Apart" if name.startswith("their_") else "theirs_plain.plugins:Apart"
+    if key == "engine.cache":
+        changes |= {"model.family": "sdar", "model.block_size": 4}
     changes[key] = name
     return changes | {f"{key.rpartition('.')[0]}.{option}": value for option, value in options.items()}
 
 
-@pytest.mark.parametrize(("plugin", "key", "words"), FAULTS, ids=[fault[0] for fault in FAULTS])
+@pytest.mark.parametrize(("plugin", "key", "words"), FAULTS, ids=[f"{fault[0]}-{fault[1]}" for fault in FAULTS])
 def test_the_plugin_and_the_clause_are_named(named, write, refuse, plugin, key, words):
     config = write(small(key, named(plugin)))
     refuse(
         ["train", str(config), "--quiet"],
-        [f"'{named(plugin)}': ", *words] if "must be a sub" not in words[0] else words,
+        [f"'{named(plugin)}': ", *words] if "must be a " not in words[0] else words,
     )
 
 

@@ -20,7 +20,7 @@ from dllm_rl import registry
 from dllm_rl.cli.main import main
 from dllm_rl.conformance.rewards import reads_files
 from dllm_rl.conformance.suite import CHECKS, SUBJECTS, check_plugin, hold
-from dllm_rl.conformance.violation import Violation
+from dllm_rl.conformance.violation import NotCheckable, Violation
 from dllm_rl.protocols.algorithm import Needs
 from dllm_rl.protocols.strategy import UnmaskingStrategy
 from dllm_rl.seeding import generator_for
@@ -48,7 +48,13 @@ def files(task: str, folder: Path) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("kind", "name"), [(kind, name) for kind in CHECKS for name in registry.names(kind)], ids=lambda value: value
 )
-def test_registered_plugins_keep_their_contract(kind, name, tmp_path):
+def test_registered_plugins_keep_their_contract(kind, name, tmp_path, request):
+    if name == "object_store":
+        request.getfixturevalue("ray_cluster")
+    if name == "cuda_ipc" and not torch.cuda.is_available():
+        with pytest.raises(NotCheckable, match="transports/cuda_ipc: it needs a GPU"):
+            list(check_plugin(kind, name, {}))
+        return
     options = files(name, tmp_path) if kind == "tasks" and reads_files(name) else {}
     problems = {f.check: f.problem for f in check_plugin(kind, name, options) if f.problem is not None}
     assert problems == {}
@@ -120,7 +126,7 @@ class LocalMean(MaskedSFT):
 
 class TrainsOnPadding(MaskedSFT):
     def loss(self, new, experience):
-        return Loss(-new.token_logp.sum() / experience.num_tokens)
+        return Loss(-new.token_logp.sum() / experience.counts.num_tokens)
 
 
 class Backwards(TraceRL):
@@ -286,6 +292,14 @@ FAULTS: list[tuple[str, str, str]] = [
     ("tasks", "TooKind", "gold_is_right_and_wrong_is_wrong"),
     ("tasks", "Mute", "prompts_are_not_empty"),
     ("tasks", "OwnLetters", "characters_cover_the_texts"),
+    ("transports", "KeepsTheFirst", "what_is_sent_arrives"),
+    ("caches", "Rounds", "committed_entries_come_back"),
+    ("caches", "KeepsTheFirstRows", "committed_entries_come_back"),
+    ("caches", "KeepsTheFirstRows", "decoding_with_it_is_exact"),
+    ("rollouters", "LosesATurn", "episodes_are_whole"),
+    ("rollouters", "Edits", "turns_are_what_was_decoded"),
+    ("rollouters", "AsksAgain", "samples_do_not_share_randomness"),
+    ("rollouters", "Moody", "it_goes_on_where_it_was"),
 ]
 
 
@@ -302,7 +316,8 @@ def test_a_fault_is_caught_by_the_check_that_is_meant_for_it(kind, name, check, 
     if kind == "rewards":
         monkeypatch.setattr("dllm_rl.conformance.rewards.TIMEOUT_S", 0.5)
     options = {"train_puzzles": 40, "test_puzzles": 20} if kind == "tasks" else {}
-    module = "broken_engines" if kind == "engines" else here
+    parts = dict.fromkeys(("rollouters", "transports", "caches"), "broken_parts")
+    module = {"engines": "broken_engines", **parts}.get(kind, here)
     subject = SUBJECTS[kind](f"{module}:{name}", options)
     with contextlib.closing(subject) if kind == "rewards" else contextlib.nullcontext(), pytest.raises(Violation):
         hold(next(c for c in CHECKS[kind] if c.__name__ == check), subject)

@@ -20,11 +20,6 @@ def test_a_batch_depends_on_seed_and_step_alone():
     assert PromptSource(list(range(50)), 8, seed=4).batch(0) != in_order[0]
 
 
-def test_epochs_are_counted_in_passes():
-    source = PromptSource(list(range(10)), 4, seed=0)
-    assert [source.epoch(step) for step in (0, 5, 10)] == [0.0, 2.0, 4.0]
-
-
 def test_an_empty_split_is_refused():
     with pytest.raises(ValueError, match="training split is empty"):
         PromptSource([], 4, seed=0)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dllm_rl.diffusion import surrogate
+from dllm_rl.types import GlobalCounts
 
 
 def test_clip_by_hand():
@@ -53,20 +54,21 @@ def test_k1_and_k3_are_unbiased_for_the_kl_of_two_categoricals():
 
 VALUE = torch.tensor([[1.0, 2.0, 30.0], [4.0, 50.0, 60.0]])
 WHERE = torch.tensor([[True, True, False], [True, False, False]])
+ONE = GlobalCounts(num_tokens=1, num_rows=1, num_choices=0)
 
 
 @pytest.mark.parametrize(("kind", "want"), [("token_mean", 7 / 3), ("sequence_mean", 5.5 / 2), ("sequence_sum", 7 / 2)])
 def test_reductions_by_hand_and_over_shards(kind, want):
-    counts = {"num_tokens": 3, "num_rows": 2}
-    assert surrogate.reduce(VALUE, WHERE, kind, **counts).item() == pytest.approx(want)
-    shards = [surrogate.reduce(VALUE[i : i + 1], WHERE[i : i + 1], kind, **counts).item() for i in range(2)]
+    counts = GlobalCounts(num_tokens=3, num_rows=2, num_choices=0)
+    assert surrogate.reduce(VALUE, WHERE, kind, counts).item() == pytest.approx(want)
+    shards = [surrogate.reduce(VALUE[i : i + 1], WHERE[i : i + 1], kind, counts).item() for i in range(2)]
     assert sum(shards) == pytest.approx(want)
 
 
 def test_what_is_not_scored_cannot_leak():
     value = torch.tensor([[1.0, float("inf"), float("nan")]], requires_grad=True)
     where = torch.tensor([[True, False, False]])
-    total = surrogate.reduce(value, where, "token_mean", num_tokens=1, num_rows=1)
+    total = surrogate.reduce(value, where, "token_mean", ONE)
     (gradient,) = torch.autograd.grad(total, value)
     assert total.item() == 1.0 and gradient.tolist() == [[1.0, 0.0, 0.0]]
 
@@ -75,7 +77,7 @@ def test_what_is_not_scored_cannot_leak():
     "call",
     [
         lambda: surrogate.divergence(VALUE, VALUE, "k4"),
-        lambda: surrogate.reduce(VALUE, WHERE, "mean", num_tokens=1, num_rows=1),
+        lambda: surrogate.reduce(VALUE, WHERE, "mean", ONE),
     ],
 )
 def test_unknown_names_list_the_known_ones(call):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dllm_rl.cluster.group import WorkerLost
-from dllm_rl.driver.engine_pool import PooledEngine
+from dllm_rl.driver.engine_pool import EnginePool
 from dllm_rl.train import train
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,8 +26,8 @@ def test_one_loss_too_many_saves_and_says_so(tiny, monkeypatch):
             raise WorkerLost("engine", 0, "it was killed")
         return original(engine, *arguments, **options)
 
-    original = PooledEngine.generate
-    monkeypatch.setattr(PooledEngine, "generate", generate)
+    original = EnginePool.generate
+    monkeypatch.setattr(EnginePool, "generate", generate)
     config = tiny(*LOCAL, "cluster.max_restarts=0", "checkpoint.every_steps=null", "evaluate.at_end=false")
     message = r"engine 0 is lost: it was killed; cluster.max_restarts = 0 are used up; step 3 is saved; .* --resume"
     with pytest.raises(RuntimeError, match=message):
@@ -45,7 +45,7 @@ def test_sigterm_or_whatever_asks_saves_between_steps(tiny):
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["engine,learner,reward_worker", "node"],
+        pytest.param(["engine,learner,reward_worker", "node"], marks=pytest.mark.slow),
         ["engine,learner", "--set", "rollout.max_staleness=1", "rollout.correction=token"],
     ],
     ids=["in turn", "decoding ahead"],

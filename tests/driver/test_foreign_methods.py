@@ -29,6 +29,7 @@ def test_it_trains_in_one_process_and_on_ray(method, tiny, ray_cluster, tmp_path
             "run.steps=2",
             "checkpoint={every_steps: 1, keep: 9}",
             "evaluate.at_end=false",
+            "cluster.engines=1",
             "diagnostics.every_steps=null",
         ),
         *("data.prompts_per_step=6", "learner.updates_per_step=2", "learner.value_lr=1.0e-3"),

@@ -82,7 +82,7 @@ def test_a_begun_batch_goes_on_after_a_resume(tiny, tmp_path):
         run.weights.verify()
         prompts, whole = run.source.batch(1), roll_out(run, config, run.source.batch(1), 1, Clock())
         key = seeding.derive(config.run.seed, "rollout", 1)
-        first = run.engine.generate(prompts, run.sampling, seed=key, samples_per_prompt=4, max_blocks=1)
+        first = run.engines.generate(prompts, run.sampling, seed=key, samples_per_prompt=4, max_blocks=1)
         assert all(t.finish == "paused" for t in first if t.completion_length == 16)
         with RolloutPrefetcher(run, config) as prefetcher:
             prefetcher._partial[1] = PartialBatch(first, 1)

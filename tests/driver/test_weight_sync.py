@@ -25,6 +25,7 @@ from dllm_rl.errors import (
     StaleVersion,
     UnknownWeight,
 )
+from dllm_rl.learner.torch_learner import TorchLearner
 from dllm_rl.models.digest import digest
 from dllm_rl.models.lora import add_lora
 from dllm_rl.protocols.engine import EngineSetup, TensorSpec
@@ -49,7 +50,8 @@ def shake(module, seed):
 class Weights:
     """As much of a learner as a push looks at."""
 
-    step = 0
+    step = ticks = 0
+    reading = TorchLearner.reading
 
     def __init__(self, denoiser):
         self.named = [(n, p) for n, p in denoiser.module.named_parameters() if p.requires_grad]
@@ -94,12 +96,12 @@ class Receiver(EngineWorker):
 
     def receive(self, number, transport, payload):
         if self.fault == "dropped bucket" and number == 1:
-            size = size_of(self._receiver.layout[number])
+            size = size_of(self.layout[number])
             self._transports[transport].receive(payload, size, self.engine.device)
             return
         super().receive(number, transport, payload)
         if self.fault == "corrupted byte" and number == 1:
-            name = self._receiver.layout[1][0].name
+            name = self.layout[1][0].name
             self.engine._parameters[name].view(-1).view(torch.uint8)[5] ^= 1
 
 

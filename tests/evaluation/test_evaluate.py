@@ -73,7 +73,7 @@ def prompts(*uids):
 
 def run(engine, pool, rows, **more):
     settings = Sampling(max_new_tokens=8, temperature=0.0, tokens_per_step=2)
-    return evaluate(engine, pool, rows, TOKENIZER, settings, seed=5, **more)
+    return evaluate(engine.generate, pool, rows, TOKENIZER, settings, seed=5, **more)
 
 
 def test_figures(pool):

@@ -208,7 +208,7 @@ def test_a_non_finite_loss_stops_before_the_update_and_dumps_the_batch(tiny_deno
     assert learner.step == 0
     assert all(torch.equal(a, b) for a, b in zip(before, denoiser.module.parameters(), strict=True))
     dump = torch.load(next(tmp_path.glob("non-finite-*.pt")), weights_only=True)
-    assert torch.equal(dump["batch"]["tokens"], batch.tokens) and torch.equal(dump["mask"], masks.mask)
+    assert torch.equal(dump["batch"]["tokens"], batch.tokens) and torch.equal(dump["masks"]["mask"], masks.mask)
 
 
 def test_saved_state_loads_to_the_same_bits_and_the_same_next_update(tiny_denoiser, tmp_path):

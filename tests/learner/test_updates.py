@@ -45,7 +45,7 @@ class LogSumOverDraws(Algorithm):
         lower = surrogate.sequence_logp(new, experience)
         upper = new.draw_token_logp.sum(-1).logsumexp(0)
         value = experience.advantage * torch.where(experience.advantage > 0, lower, upper)
-        return Loss(-value.sum() / experience.num_rows)
+        return Loss(-value.sum() / experience.counts.num_rows)
 
 
 class PerDraw(LogSumOverDraws):
@@ -59,7 +59,7 @@ class PerDraw(LogSumOverDraws):
     def loss(self, new, experience):
         ratio = (new.draw_token_logp - experience.old.draw_token_logp).exp()
         gain = experience.masks.weight * experience.advantage * ratio
-        return Loss(-gain.sum() / experience.num_tokens)
+        return Loss(-gain.sum() / experience.counts.num_tokens)
 
 
 class Fresh(CoupledGRPO):
@@ -94,9 +94,9 @@ class Both(Algorithm):
         value = torch.zeros((), dtype=torch.float64)
         if self.config.model:
             bound = surrogate.sequence_logp(new, experience)
-            value = value - (experience.advantage * bound).sum() / experience.num_tokens
+            value = value - (experience.advantage * bound).sum() / experience.counts.num_tokens
         if self.config.policy:
-            value = value - (experience.advantage[:, None] * new.choice_logp).sum() / experience.num_choices
+            value = value - (experience.advantage[:, None] * new.choice_logp).sum() / experience.counts.num_choices
         return Loss(value)
 
 
@@ -142,9 +142,7 @@ def one_graph(denoiser, batch, masks):
         each.append(logits.log_softmax(-1).gather(-1, batch.tokens[..., None]).squeeze(-1))
     draws = torch.where(masks.weight != 0, torch.stack(each), 0.0)
     weighted = masks.weight * draws
-    return LikelihoodEstimate(
-        token_logp=weighted.sum(0), draw_logp=len(masks.mask) * weighted.sum(-1).detach(), draw_token_logp=draws
-    )
+    return LikelihoodEstimate(token_logp=weighted.sum(0), draw_token_logp=draws)
 
 
 def detached(estimate):

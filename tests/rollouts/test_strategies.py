@@ -90,7 +90,7 @@ def test_a_table_model_is_decoded_in_the_order_of_its_confidences(engine):
     assert whole.tokens.tolist() == [2, 3, 2, 3, 4, 5, 2, 3]
     assert whole.unmask_step.tolist() == [-1, -1, 0, 2, 1, 1, 0, 2]  # 0.95 and 0.9, then 0.8 and 0.7, then the rest
     torch.testing.assert_close(whole.behaviour_logp[2:], torch.tensor(Table.confidence).log())
-    assert whole.num_forwards == 3 and whole.finish == "length" and whole.tokens_per_forward == 2.0
+    assert whole.num_forwards == 3 and whole.finish == "length" and whole.completion_length == 6
     blocks = Sampling(max_new_tokens=6, temperature=0.0, tokens_per_step=2, block_size=3)
     (split,) = engine(Table(), make("low_confidence"), weights=weights).generate([prompt], blocks, seed=0)
     assert split.unmask_step.tolist() == [-1, -1, 0, 1, 0, 2, 2, 3]

@@ -56,52 +56,52 @@ def test_what_is_sent_arrives_in_buckets_of_any_size(limit):
     layout, box = buckets(ENTRIES, limit), receiver()
     assert [entry for bucket in layout for entry in bucket] == ENTRIES
     assert all(size_of(bucket) <= limit or len(bucket) == 1 for bucket in layout)
-    box.begin(4, layout)
+    box.begin_push(4, layout)
     assert not box.complete
     for number in reversed(range(len(layout))):
         box.write(number, buffer_of(layout[number]))
     sent = tensor_digests(VALUES.items())
-    compare("engine 3", sent, box.commit(4))
+    compare("engine 3", sent, box.commit_push(4))
     box.accept()
     assert box.complete and box.step == 4
     for name, value in VALUES.items():
-        assert torch.equal(box._engine.values[name], value)
+        assert torch.equal(box.engine.values[name], value)
 
 
 def test_a_bucket_that_does_not_come_is_named():
     layout, box = buckets(ENTRIES, 64), receiver()
-    box.begin(1, layout)
+    box.begin_push(1, layout)
     for number in range(len(layout)):
         if number != 1:
             box.write(number, buffer_of(layout[number]))
     with pytest.raises(DroppedBucket, match=r"engine 3 received 2 of 3 buckets of step 1; bucket 1 is missing \(b, c"):
-        box.commit(1)
+        box.commit_push(1)
     assert not box.complete, "half of a push must not be decoded with"
 
 
 def test_older_weights_are_refused_unless_they_are_meant():
     layout, box = buckets(ENTRIES, 1 << 20), receiver()
-    box.begin(5, layout)
+    box.begin_push(5, layout)
     box.write(0, buffer_of(layout[0]))
-    box.commit(5)
+    box.commit_push(5)
     with pytest.raises(StaleVersion, match="engine 3 holds the weights of step 5 and was offered those of 4"):
-        box.begin(4, layout)
-    box.begin(5, layout)
-    box.begin(2, layout, allow_older=True)
+        box.begin_push(4, layout)
+    box.begin_push(5, layout)
+    box.begin_push(2, layout, allow_older=True)
 
 
 def test_what_the_engine_does_not_have_is_refused_before_anything_changes():
     box = receiver()
     with pytest.raises(UnknownWeight, match=r"no weight 'lora\.a'"):
-        box.begin(0, [[TensorSpec("lora.a", (3, 5), torch.float32)]])
+        box.begin_push(0, [[TensorSpec("lora.a", (3, 5), torch.float32)]])
     assert box.complete
 
 
 def test_a_corrupted_byte_is_found_and_its_tensor_named():
     layout, box = buckets(ENTRIES, 1 << 20), receiver()
-    box.begin(0, layout)
+    box.begin_push(0, layout)
     buffer = buffer_of(layout[0])
     buffer[64 + 3] ^= 1  # in b
     box.write(0, buffer)
     with pytest.raises(DigestMismatch, match="engine 3 holds other values than were sent in 1 of 5 tensors, first 'b'"):
-        compare("engine 3", tensor_digests(VALUES.items()), box.commit(0))
+        compare("engine 3", tensor_digests(VALUES.items()), box.commit_push(0))

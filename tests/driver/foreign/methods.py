@@ -60,7 +60,7 @@ class LogSum(Algorithm):
         bounds = weighted.sum(-1) / length  # (K, N)
         upper = bounds.logsumexp(0) - torch.tensor(float(len(bounds))).log()
         value = torch.where(experience.advantage < 0, upper, surrogate.sequence_logp(new, experience) / length)
-        return Loss(-(experience.advantage * value).sum() / experience.num_rows)
+        return Loss(-(experience.advantage * value).sum() / experience.counts.num_rows)
 
 
 class FreshMasks(CoupledGRPO):
@@ -84,4 +84,4 @@ class PerDrawAdvantages(CoupledGRPO):
 
     def loss(self, new, experience):
         gain = experience.masks.weight * new.draw_token_logp * experience.advantage
-        return Loss(-gain.sum() / experience.num_tokens)
+        return Loss(-gain.sum() / experience.counts.num_tokens)

@@ -27,7 +27,7 @@ class OneViewGRPO(Algorithm):
 
     def loss(self, new, experience):
         found = surrogate.clipped_loss(new, experience, epsilon=self.config.epsilon, beta=0.0, reduction="token_mean")
-        surprise = -new.token_logp.detach().sum() / experience.num_tokens
+        surprise = -new.token_logp.detach().sum() / experience.counts.num_tokens
         return Loss(found.value, {**found.metrics, "acme/surprise": surprise})
 
 

@@ -11,8 +11,8 @@ def _to_transformers(config):
     return hugging_face_options(config, "acme")
 
 
-def _new_config(shape):
-    return {"architectures": ["AcmeLM"], "model_type": "acme", **shape.hugging_face_keys()}
+def _new_config(shared):
+    return {"architectures": ["AcmeLM"], "model_type": "acme", **shared}
 
 
 ACME = Family(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from dllm_rl.weight_transfer.transport import Transport
+from dllm_rl.protocols.transport import Transport
 
 
 class ThroughFiles(Transport):

@@ -7,10 +7,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from dllm_rl import registry
-
-STORE = "object_store"  # where pushes are kept for engines that are built anew
-
 
 class Transport:
     """Moves flat uint8 buffers; each worker has an instance of its own.
@@ -61,20 +57,3 @@ class Transport:
 
     def release(self) -> None:
         """Forget buffers that had to outlive their receivers' copies."""
-
-
-class Transports:
-    """The transports of a process, made when they are first used."""
-
-    def __init__(self) -> None:
-        self._made: dict[str, Transport] = {}
-
-    def __getitem__(self, name: str) -> Transport:
-        if name not in self._made:
-            self._made[name] = registry.load("transports", name)()
-        return self._made[name]
-
-    def release(self) -> None:
-        """See Transport."""
-        for transport in self._made.values():
-            transport.release()
