@@ -145,7 +145,8 @@ def _due(step: int, every: int | None) -> bool:
 
 
 def _note(collected: Collected, learned: Mapping[str, float]) -> str:
-    reward = collected.metrics.get("reward")
-    if reward is not None:
-        return f"reward {reward:.3f}" + ("" if "loss" in learned else ", no row kept")
-    return f"loss {learned['loss']:.4f}"
+    reward = collected.metrics.get("reward")  # absent if no row could be scored
+    text = "" if reward is None else f"reward {reward:.3f}"
+    if "loss" not in learned:
+        return f"{text}, no row kept".removeprefix(", ")
+    return text or f"loss {learned['loss']:.4f}"

@@ -96,11 +96,11 @@ class TorchLearner:
             self._scorers["policy" if trains_model else "model"] = policy
         model = None if self._model is None else self._model.trained
         self._trained = join_names(model, None if policy is None else policy.trained)
-        self._values = ValueModel(denoiser, config, total_steps) if needs.values else None
+        self._values = ValueModel(denoiser, config, total_steps, seed=seed) if needs.values else None
         self._optimizer = self._make_optimizer(total_steps)
 
     def _make_optimizer(self, total_steps: int) -> Optimizer:
-        return Optimizer([p for _, p in self._trained], self._config, total_steps)
+        return Optimizer([p for _, p in self._trained], self._config, total_steps, seed=self._seed)
 
     @property
     def ticks(self) -> int:
