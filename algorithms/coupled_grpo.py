@@ -39,6 +39,7 @@ class CoupledGRPO(Algorithm):
         t_max: float = 0.8
         full_view: bool = False  # add a copy with the whole completion masked; each copy weighs the same
         paper_exact: bool = False  # the released estimator: one pair and the full view, weighted 3/2 in all
+        fresh_masks: bool = True  # new draws at every update of a step; else all of them see one mask, and learn it
         epsilon: float = 0.5  # clip half-width of the ratio, dimensionless
         beta: float = 0.01  # weight of KL(new || reference), nats per token
         reduction: surrogate.Reduction = "token_mean"
@@ -57,7 +58,7 @@ class CoupledGRPO(Algorithm):
     @property
     @override
     def needs(self) -> Needs:
-        return Needs(reference=self.config.beta > 0)  # only the KL term reads it
+        return Needs(reference=self.config.beta > 0, fresh_masks=self.config.fresh_masks)  # only the KL term reads it
 
     @override
     def advantages(self, rewards: Rewards, batch: RolloutBatch) -> Tensor:

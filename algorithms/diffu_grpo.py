@@ -32,6 +32,7 @@ class DiffuGRPO(Algorithm):
         """Options."""
 
         prompt_mask_rate: float = 0.15  # share of prompt tokens masked in the scored view
+        fresh_masks: bool = True  # new draws at every update of a step; else all of them see one mask, and learn it
         epsilon: float = 0.5  # clip half-width of the ratio, dimensionless
         beta: float = 0.04  # weight of KL(new || reference), nats per token
         reduction: surrogate.Reduction = "token_mean"
@@ -47,7 +48,7 @@ class DiffuGRPO(Algorithm):
     @property
     @override
     def needs(self) -> Needs:
-        return Needs(reference=self.config.beta > 0)  # only the KL term reads it
+        return Needs(reference=self.config.beta > 0, fresh_masks=self.config.fresh_masks)  # only the KL term reads it
 
     @override
     def advantages(self, rewards: Rewards, batch: RolloutBatch) -> Tensor:

@@ -34,6 +34,7 @@ class ESPO(Algorithm):
         """Options."""
 
         pairs: int = 2  # complementary pairs per likelihood: 2 * pairs forwards
+        fresh_masks: bool = True  # new draws at every update of a step; else all of them see one mask, and learn it
         epsilon: float = 4e-4  # clip half-width of the length-normalised ratio
         beta: float = 1e-3  # weight of the k2 divergence from the reference, per token
         divergence: surrogate.Divergence = "k2"  # k3 explodes on sums, k1 oscillates
@@ -48,7 +49,7 @@ class ESPO(Algorithm):
     @property
     @override
     def needs(self) -> Needs:
-        return Needs(reference=self.config.beta > 0)  # only the KL term reads it
+        return Needs(reference=self.config.beta > 0, fresh_masks=self.config.fresh_masks)  # only the KL term reads it
 
     @override
     def advantages(self, rewards: Rewards, batch: RolloutBatch) -> Tensor:

@@ -34,6 +34,7 @@ class GDPO(Algorithm):
 
         nodes: int = 3  # Gauss-Legendre nodes, 1..5: forwards per likelihood and mask
         draws: int = 1  # masks per node
+        fresh_masks: bool = True  # new draws at every update of a step; else all of them see one mask, and learn it
         epsilon: float = 0.5  # clip half-width of the ratio
         beta: float = 0.0  # weight of the k2 divergence from the reference, per token
         paper_exact: bool = False  # the released code's weights and ratio
@@ -50,7 +51,7 @@ class GDPO(Algorithm):
     @property
     @override
     def needs(self) -> Needs:
-        return Needs(reference=self.config.beta > 0)  # only the KL term reads it
+        return Needs(reference=self.config.beta > 0, fresh_masks=self.config.fresh_masks)  # only the KL term reads it
 
     @override
     def advantages(self, rewards: Rewards, batch: RolloutBatch) -> Tensor:

@@ -109,7 +109,10 @@ class LearnerSection(Section):
     max_grad_norm: float | None = Field(default=1.0, gt=0)
     """Clip the global gradient norm; null = no clipping."""
     updates_per_step: int = Field(default=1, ge=1)
-    """Optimiser updates on each batch of rollouts (mu); step counts batches."""
+    """Passes over each batch of rollouts (mu), of one optimiser update per minibatch; step counts batches."""
+    minibatches: int = Field(default=1, ge=1)
+    """Optimiser updates in a pass over a batch of rollouts; the old policy is scored for the whole batch before the
+    first, so that ratios differ from 1 in the others. Groups stay whole."""
     precompute_reference: bool = False
     """Score all steps under the reference before training and free it; for pairs and demonstrations."""
     reference_cache: str | None = None

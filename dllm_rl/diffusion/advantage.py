@@ -26,11 +26,6 @@ def per_row(advantage: Tensor) -> Tensor:
     return advantage if advantage.dim() == 1 else advantage.sum(-1).view(-1, advantage.shape[-2]).sum(0)
 
 
-def select(advantage: Tensor, rows: Tensor) -> Tensor:
-    """Advantages restricted to rows (int64 indices or a bool mask over N), whatever else they have."""
-    return advantage[rows] if advantage.dim() == 1 else advantage[..., rows, :]
-
-
 def scaled(advantage: Tensor, factor: Tensor) -> Tensor:
     """Advantages (N,), (N, L) or (K, N, L) times factors (N,) or (N, L)."""
     return advantage * factor if advantage.dim() == factor.dim() == 1 else per_token(advantage) * per_token(factor)

@@ -62,7 +62,7 @@ class Optimizer:
         gradients = self._masters.gradients()
         norm = nn.utils.get_total_norm(gradients)
         check(norm)
-        if self._config.max_grad_norm is not None:
+        if gradients and self._config.max_grad_norm is not None:
             torch._foreach_mul_(gradients, (self._config.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
         generator = torch.Generator(self._device).manual_seed(derive(self._seed, "rounding", self._updates))
         self._masters.step(self._adam.step, generator)

@@ -12,6 +12,7 @@ from dllm_rl.config.cluster import LearnerSection
 from dllm_rl.diffusion import likelihood, values
 from dllm_rl.learner.optimizer import Optimizer
 from dllm_rl.models.denoiser import TransformersDenoiser
+from dllm_rl.models.evaluating import evaluating
 from dllm_rl.types import MaskSample, RolloutBatch
 
 
@@ -40,7 +41,7 @@ class ValueModel:
     def predict(self, batch: RolloutBatch, masks: MaskSample) -> Tensor:
         """(N, L) float32 without gradient; 0 where no draw scores the token."""
         out = torch.zeros(batch.tokens.shape)
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(self._denoiser.module):
             for work in likelihood.plan(batch, masks, self._budget):
                 value, row, position = self._values(batch, masks, work)
                 out[row.cpu(), position.cpu()] = value.cpu()

@@ -18,7 +18,7 @@ from dllm_rl.conformance.algorithms import Subject
 from dllm_rl.learner.torch_learner import NonFiniteError, TorchLearner
 from dllm_rl.models.lora import add_lora
 from dllm_rl.models.tokenizers import character_tokenizer
-from dllm_rl.types import GlobalCounts, TrainingBatch
+from dllm_rl.types import GlobalCounts, Minibatch, TrainingBatch
 
 STEPS = 5
 ALL_STAGES = (0, 1, 2, 3)
@@ -67,7 +67,8 @@ def train(made, algorithm, batch, rewards, advantage, masks, counts=None, steps=
     out = []
     for _ in range(steps):
         reference = [made.score(batch, masks, reference=True)] if algorithm.needs.reference else None
-        out.append(made.update(TrainingBatch(batch, rewards, advantage, [masks], reference, counts), algorithm))
+        whole = None if counts is None else [Minibatch(torch.arange(len(batch)), counts)]
+        out.append(made.update(TrainingBatch(batch, rewards, advantage, [masks], reference, whole), algorithm))
     return out
 
 

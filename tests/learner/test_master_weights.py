@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from dllm_rl.config.cluster import LearnerSection
-from dllm_rl.conformance import cases
 from dllm_rl.conformance.algorithms import Subject, learner_for
 from dllm_rl.learner.master_weights import MasterWeights, stochastically_rounded
 from dllm_rl.learner.optimizer import Optimizer
