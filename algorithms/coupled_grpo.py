@@ -31,7 +31,7 @@ class CoupledGRPO(Algorithm):
     """GRPO on pairs of complementary views."""
 
     @dataclass(frozen=True, slots=True, kw_only=True)
-    class Config:
+    class Config(surrogate.Clipping):
         """Options."""
 
         pairs: int = 1  # independent complementary pairs, each weighs 1/pairs
@@ -45,7 +45,7 @@ class CoupledGRPO(Algorithm):
         reduction: surrogate.Reduction = "token_mean"
 
         def __post_init__(self) -> None:
-            ranges.positive(epsilon=self.epsilon)
+            surrogate.Clipping.__post_init__(self)
             ranges.not_negative(beta=self.beta)
             ranges.at_least_one(pairs=self.pairs)
             if self.paper_exact and self.pairs != 1:
@@ -85,5 +85,5 @@ class CoupledGRPO(Algorithm):
     def loss(self, new: LikelihoodEstimate, experience: Experience) -> Loss:
         """-J and the mean KL."""
         return surrogate.clipped_loss(
-            new, experience, epsilon=self.config.epsilon, beta=self.config.beta, reduction=self.config.reduction
+            new, experience, epsilon=self.config, beta=self.config.beta, reduction=self.config.reduction
         )

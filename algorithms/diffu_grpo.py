@@ -28,7 +28,7 @@ class DiffuGRPO(Algorithm):
     """GRPO on a single fully masked view."""
 
     @dataclass(frozen=True, slots=True, kw_only=True)
-    class Config:
+    class Config(surrogate.Clipping):
         """Options."""
 
         prompt_mask_rate: float = 0.15  # share of prompt tokens masked in the scored view
@@ -38,7 +38,7 @@ class DiffuGRPO(Algorithm):
         reduction: surrogate.Reduction = "token_mean"
 
         def __post_init__(self) -> None:
-            ranges.positive(epsilon=self.epsilon)
+            surrogate.Clipping.__post_init__(self)
             ranges.not_negative(beta=self.beta)
             if not 0 <= self.prompt_mask_rate < 1:
                 raise UserError(f"prompt_mask_rate = {self.prompt_mask_rate}: must be in [0, 1)")
@@ -68,5 +68,5 @@ class DiffuGRPO(Algorithm):
     def loss(self, new: LikelihoodEstimate, experience: Experience) -> Loss:
         """-J and the mean KL."""
         return surrogate.clipped_loss(
-            new, experience, epsilon=self.config.epsilon, beta=self.config.beta, reduction=self.config.reduction
+            new, experience, epsilon=self.config, beta=self.config.beta, reduction=self.config.reduction
         )

@@ -30,7 +30,7 @@ class ESPO(Algorithm):
     """A completion is one action."""
 
     @dataclass(frozen=True, slots=True, kw_only=True)
-    class Config:
+    class Config(surrogate.Clipping):
         """Options."""
 
         pairs: int = 2  # complementary pairs per likelihood: 2 * pairs forwards
@@ -41,7 +41,7 @@ class ESPO(Algorithm):
 
         def __post_init__(self) -> None:
             ranges.at_least_one(pairs=self.pairs)
-            ranges.positive(epsilon=self.epsilon)
+            surrogate.Clipping.__post_init__(self)
             ranges.not_negative(beta=self.beta)
 
     config: Config
@@ -67,5 +67,5 @@ class ESPO(Algorithm):
         """-J and the mean KL."""
         c = self.config
         return surrogate.sequence_clipped_loss(
-            new, experience, epsilon=c.epsilon, beta=c.beta, ratio_norm="length", kind=c.divergence
+            new, experience, epsilon=c, beta=c.beta, ratio_norm="length", kind=c.divergence
         )

@@ -29,7 +29,7 @@ class GDPO(Algorithm):
     """Sequence-level GRPO on a semi-deterministic ELBO."""
 
     @dataclass(frozen=True, slots=True, kw_only=True)
-    class Config:
+    class Config(surrogate.Clipping):
         """Options."""
 
         nodes: int = 3  # Gauss-Legendre nodes, 1..5: forwards per likelihood and mask
@@ -43,7 +43,7 @@ class GDPO(Algorithm):
             if not 1 <= self.nodes <= 5:
                 raise UserError(f"nodes = {self.nodes}: must be 1..5")
             ranges.at_least_one(draws=self.draws)
-            ranges.positive(epsilon=self.epsilon)
+            surrogate.Clipping.__post_init__(self)
             ranges.not_negative(beta=self.beta)
 
     config: Config
@@ -74,7 +74,7 @@ class GDPO(Algorithm):
         return surrogate.sequence_clipped_loss(
             new,
             experience,
-            epsilon=c.epsilon,
+            epsilon=c,
             beta=c.beta,
             ratio_norm="length" if c.paper_exact else "none",
             loss_norm="none" if c.paper_exact else "length",

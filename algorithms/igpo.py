@@ -32,7 +32,7 @@ class IGPO(Algorithm):
     """GRPO with hints where nothing was right."""
 
     @dataclass(frozen=True, slots=True, kw_only=True)
-    class Config:
+    class Config(surrogate.Clipping):
         """Options."""
 
         shares: tuple[float, float] = (0.2, 0.6)  # eta ~ U: share of the trace's chunks that a hint reveals
@@ -52,7 +52,8 @@ class IGPO(Algorithm):
                 raise UserError(f"chunk = {self.chunk}: need 1 <= low <= high")
             if not 0 < self.replaced <= 0.5:
                 raise UserError(f"replaced = {self.replaced}: must be in (0, 0.5]")
-            ranges.positive(epsilon=self.epsilon, hint_tokens=self.hint_tokens)
+            surrogate.Clipping.__post_init__(self)
+            ranges.positive(hint_tokens=self.hint_tokens)
             ranges.not_negative(beta=self.beta, reserve=self.reserve)
             ranges.at_least_one(max_gap=self.max_gap)
 
@@ -140,9 +141,9 @@ class IGPO(Algorithm):
         trained = batch.completion & (~batch.hint | least_sure(experience.entropy, batch.hint, c.hint_tokens))
         change = surrogate.sequence_logp(new, experience) - surrogate.sequence_logp(experience.old, experience)
         log_ratio = change / batch.completion.sum(-1)
-        gain = surrogate.clipped(log_ratio, experience.advantage, c.epsilon)[:, None].expand_as(new.token_logp)
         every = torch.ones_like(log_ratio, dtype=torch.bool)
-        metrics = surrogate.ratio_metrics(log_ratio, experience.advantage, c.epsilon, every, counts.num_rows)
+        gain = c.gain(log_ratio, experience.advantage, every, batch.group)[:, None].expand_as(new.token_logp)
+        metrics = surrogate.ratio_metrics(log_ratio, experience.advantage, c, every, counts.num_rows)
         if c.beta > 0:
             assert experience.reference is not None, "beta > 0 means needs.reference"
             kl = surrogate.divergence(new.token_logp, experience.reference.token_logp, "k3")
