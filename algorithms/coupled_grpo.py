@@ -38,7 +38,9 @@ class CoupledGRPO(Algorithm):
         t_min: float = 0.2  # masking rates are drawn from U[t_min, t_max]
         t_max: float = 0.8
         full_view: bool = False  # add a copy with the whole completion masked; each copy weighs the same
-        paper_exact: bool = False  # the released estimator: one pair and the full view, weighted 3/2 in all
+        paper_exact: bool = (
+            False  # the released estimator: one pair and the full view, weighted 3/2 in all, over the canvas
+        )
         fresh_masks: bool = True  # new draws at every update of a step; else all of them see one mask, and learn it
         epsilon: float = 0.5  # clip half-width of the ratio, dimensionless
         beta: float = 0.01  # weight of KL(new || reference), nats per token
@@ -69,8 +71,9 @@ class CoupledGRPO(Algorithm):
     def masks(self, batch: RolloutBatch, generator: torch.Generator, update: int = 0) -> MaskSample:
         """Each token is scored once per pair, in the view that hides it."""
         c = self.config
+        # As released, what follows EOS is masked at the rate of the view, and not scored; else it is never in sight.
         sample = masking.complementary_pair(
-            batch.completion,
+            batch.completion | batch.tail if c.paper_exact else batch.completion,
             t_min=c.t_min,
             t_max=c.t_max,
             pairs=c.pairs,
@@ -78,7 +81,7 @@ class CoupledGRPO(Algorithm):
             generator=generator,
         )
         if c.paper_exact:
-            sample = dataclasses.replace(sample, weight=1.5 * sample.weight)
+            return dataclasses.replace(sample, weight=1.5 * sample.weight * batch.completion)
         return sample.also_masking(batch.tail)
 
     @override

@@ -16,13 +16,14 @@ from torch import Tensor
 
 from dllm_rl.diffusion.advantage import group_sum, per_token
 from dllm_rl.errors import UserError
-from dllm_rl.types import Experience, GlobalCounts, LikelihoodEstimate, Loss
+from dllm_rl.types import Experience, GlobalCounts, LikelihoodEstimate, Loss, RolloutBatch
 
 MAX_LOG_RATIO = 20.0  # nats; exp(89) is infinite in float32, and 0 times it NaN
 Clip = Literal["ppo", "dual", "asymmetric", "unconditional", "none"]
 Divergence = Literal["k1", "k2", "k3"]
 Reduction = Literal["token_mean", "sequence_mean", "sequence_sum"]
-Norm = Literal["none", "length"]
+Norm = Literal["none", "length", "canvas"]
+Scope = Literal["completion", "canvas"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -245,9 +246,22 @@ def clipped_loss(
     return Loss(-mean(gain, reduction), metrics)
 
 
-def sequence_logp(estimate: LikelihoodEstimate, experience: Experience) -> Tensor:
-    """(N,) nats: the estimate summed over each row's completion."""
-    return torch.where(experience.batch.completion, estimate.token_logp, torch.zeros_like(estimate.token_logp)).sum(-1)
+def scored_tokens(batch: RolloutBatch, scope: Scope) -> Tensor:
+    """(N, L) bool: the completion up to its end, or the whole canvas with what follows the end."""
+    return batch.completion | batch.tail if scope == "canvas" else batch.completion
+
+
+def sequence_logp(estimate: LikelihoodEstimate, experience: Experience, scope: Scope = "completion") -> Tensor:
+    """(N,) nats: the estimate summed over each row's completion, or its whole canvas."""
+    where = scored_tokens(experience.batch, scope)
+    return torch.where(where, estimate.token_logp, torch.zeros_like(estimate.token_logp)).sum(-1)
+
+
+def _divisor(batch: RolloutBatch, norm: Norm) -> Tensor | int:
+    """(N,) tokens that a row's sum is divided by."""
+    if norm == "none":
+        return 1
+    return scored_tokens(batch, "completion" if norm == "length" else "canvas").sum(-1)
 
 
 def sequence_clipped_loss(
@@ -259,6 +273,7 @@ def sequence_clipped_loss(
     ratio_norm: Norm,
     loss_norm: Norm = "none",
     kind: Divergence = "k2",
+    scope: Scope = "completion",
 ) -> Loss:
     """The sequence-level GRPO loss: a completion is one action, its likelihood one number B = sum_i l_i.
 
@@ -271,25 +286,26 @@ def sequence_clipped_loss(
         epsilon: clip half-width, or how ratios are clipped; ratios of normalised likelihoods stay within 1e-2 of 1,
             where 0.2 never clips.
         beta: weight of the divergence, per token; 0 = the reference is not read.
-        ratio_norm: c_in; "length" = the row's number of scored tokens C, "none" = 1.
+        ratio_norm: c_in; "length" = the tokens of the row's completion, "canvas" = those of its canvas, "none" = 1.
         loss_norm: c_out, likewise.
-        kind: divergence, taken on the raw sums and divided by C.
+        kind: divergence, taken on the raw sums and divided by C, the scored tokens.
+        scope: which tokens B sums over; released code has the canvas, where a short answer is mostly its padding.
     """
-    where = experience.batch.completion
-    length = where.sum(-1)
+    batch = experience.batch
+    length = scored_tokens(batch, scope).sum(-1)
     advantage = experience.advantage
     assert advantage.dim() == 1, "one advantage per row: the sequence is one action"
 
-    bound = sequence_logp(new, experience)
-    log_ratio = (bound - sequence_logp(experience.old, experience)) / (length if ratio_norm == "length" else 1)
+    bound = sequence_logp(new, experience, scope)
+    log_ratio = (bound - sequence_logp(experience.old, experience, scope)) / _divisor(batch, ratio_norm)
     clip = epsilon if isinstance(epsilon, Clipping) else Clipping(epsilon=epsilon)
     every = torch.ones_like(log_ratio, dtype=torch.bool)
-    gain = clip.gain(log_ratio, advantage, every, experience.batch.group) / (length if loss_norm == "length" else 1)
+    gain = clip.gain(log_ratio, advantage, every, batch.group) / _divisor(batch, loss_norm)
     number = experience.counts.num_rows  # a row is the unit of the ratio
     metrics = ratio_metrics(log_ratio, advantage, clip, every, number)
     if beta > 0:
         assert experience.reference is not None, "beta > 0 means needs.reference"
-        kl = divergence(bound, sequence_logp(experience.reference, experience), kind) / length
+        kl = divergence(bound, sequence_logp(experience.reference, experience, scope), kind) / length
         metrics["kl"] = kl.detach().sum() / number
         gain = gain - beta * kl
     return Loss(-gain.sum() / number, metrics)
