@@ -19,7 +19,7 @@ from dllm_rl.driver.prefetch import RolloutPrefetcher
 from dllm_rl.driver.reference_cache import ReferenceCache
 from dllm_rl.driver.step_masks import step_masks
 from dllm_rl.errors import UserError
-from dllm_rl.learner.diagnostics import estimator_metrics
+from dllm_rl.learner.diagnostics import estimator_metrics, rounding_noise
 from dllm_rl.protocols.algorithm import Algorithm
 from dllm_rl.reports.clock import Clock
 from dllm_rl.reports.metrics import describe
@@ -69,6 +69,9 @@ def one_step(
                             f"learner's own, and those of engine '{config.engine.name}' are approximate; set "
                             f"rollout.correction to token or sequence, or choose another engine"
                         )
+                if step == 0 and config.model.dtype == "bfloat16" and "model" in algorithm.needs.trains:
+                    rows, key = config.diagnostics.rows, seeding.derive(seed, "rounding", step)
+                    learned["ratio_noise"] = rounding_noise(learner, algorithm, batch, rows, key)
                 every = config.diagnostics.every_steps
                 if every is not None and step % every == 0:
                     with timer("diagnose_s"):
