@@ -58,7 +58,8 @@ class GDPO(Algorithm):
     @property
     @override
     def needs(self) -> Needs:
-        return Needs(reference=self.config.beta > 0, fresh_masks=self.config.fresh_masks)  # only the KL term reads it
+        fresh = self.config.fresh_masks
+        return Needs(reference=self.config.beta > 0, fresh_masks=fresh, row_credit=True)  # only the KL term reads it
 
     @override
     def advantages(self, rewards: Rewards, batch: RolloutBatch) -> Tensor:

@@ -64,7 +64,7 @@ class IGPO(Algorithm):
     @property
     @override
     def needs(self) -> Needs:
-        return Needs(reference=self.config.beta > 0, entropy=True, traces=True)
+        return Needs(reference=self.config.beta > 0, entropy=True, traces=True, row_credit=True)
 
     @override
     def check_plan(self, plan: Plan) -> None:

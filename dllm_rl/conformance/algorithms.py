@@ -240,6 +240,21 @@ def loss_reads_only_completions(subject: Subject, batch: RolloutBatch) -> None:
     require(not bool(tokens[~batch.completion].any()), "tokens outside the completion have a gradient")
 
 
+def credit_per_token_is_taken_as_declared(subject: Subject, batch: RolloutBatch) -> None:
+    """Advantages (N, L) that are equal within a row give the loss of (N,), unless needs.row_credit says (N,) alone."""
+    experience = subject.experience(batch)
+    if subject.needs.row_credit or not subject.rolls_out or not subject.scores_tokens or experience.advantage.dim() > 1:
+        return
+    tokens = experience.advantage[:, None].expand(batch.tokens.shape)
+    new = subject.estimate(batch, experience.masks, seed=3)
+    want = subject.gradient(experience, new)[0]
+    try:
+        got = subject.gradient(dataclasses.replace(experience, advantage=tokens), new)[0]
+    except Exception as error:  # whatever it stumbles over
+        require(False, f"{type(error).__name__} with advantages per token: {error}")
+    require(abs(float(got - want)) <= TOLERANCE, f"{float(got)} with advantages per token, {float(want)} per row")
+
+
 def loss_does_not_depend_on_sharding(subject: Subject, batch: RolloutBatch) -> None:
     """The losses of two halves of the batch, with the global counts, add up to the loss of the whole."""
     experience = subject.experience(batch)
