@@ -19,7 +19,7 @@ from dllm_rl.driver.prefetch import RolloutPrefetcher
 from dllm_rl.driver.reference_cache import ReferenceCache
 from dllm_rl.driver.step_masks import step_masks
 from dllm_rl.errors import UserError
-from dllm_rl.learner.diagnostics import estimator_metrics, rounding_noise
+from dllm_rl.learner.diagnostics import estimator_metrics, rollout_gap, rounding_noise
 from dllm_rl.protocols.algorithm import Algorithm
 from dllm_rl.reports.clock import Clock
 from dllm_rl.reports.metrics import describe
@@ -75,6 +75,8 @@ def one_step(
                 every = config.diagnostics.every_steps
                 if every is not None and step % every == 0:
                     with timer("diagnose_s"):
+                        if _replayable(run, batch, step):
+                            learned |= rollout_gap(learner, batch, config.diagnostics.rows)
                         key = seeding.derive(seed, "diagnostics", step)
                         learned |= estimator_metrics(learner, algorithm, batch, config.diagnostics, key)
                 with timer("update_s"):
@@ -87,6 +89,13 @@ def one_step(
     known = sum(timer.seconds.get(name, 0.0) for name in parts_of_it)
     timer.seconds["other_s"] = timer.seconds["step_s"] - known
     return collected, learned, timer
+
+
+def _replayable(run: Run, batch: RolloutBatch, step: int) -> bool:
+    """Whether log-probabilities of engine and learner can be compared: fresh rollouts of an engine that gives them."""
+    needs = run.algorithm.needs
+    fresh = needs.source == "rollouts" and "model" in needs.trains and oldest_weights(batch) == step
+    return fresh and bool(batch.behaviour_logp.any()) and bool(batch.generated.any(-1).all())
 
 
 def _require_declared(learned: Mapping[str, float], algorithm: Algorithm, config: Config) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dllm_rl import seeding
 from dllm_rl.config.schema import DiagnosticsSection
+from dllm_rl.diffusion import masking
 from dllm_rl.protocols.algorithm import Algorithm
 from dllm_rl.protocols.learner import Learner
 from dllm_rl.types import RolloutBatch
@@ -57,6 +58,24 @@ def rounding_noise(learner: Learner, algorithm: Algorithm, batch: RolloutBatch, 
         alone.append(learner.score(few.select(one), masks.select(one)).sequence_logp.double().cpu())
     off = (together - torch.cat(alone)) / few.completion.sum(-1).cpu()
     return off.square().mean().sqrt().item()
+
+
+def rollout_gap(learner: Learner, batch: RolloutBatch, rows: int) -> dict[str, float]:
+    """How far the engine's log-probabilities of its tokens are from the learner's, where both have the same weights.
+
+    Args:
+        learner: replays the states in which the tokens were committed; its weights are not changed.
+        batch: rows of this step; the first ones are looked at.
+        rows: how many.
+    Returns:
+        rollout_gap: mean absolute difference over generated tokens, nats.
+        rollout_gap_max: the largest.
+    """
+    few = batch.select(torch.arange(min(rows, len(batch))))
+    masks = masking.along_trajectory(few.unmask_step, few.generated, block_ids=few.block_ids)
+    replayed = learner.score(few, masks).token_logp.float().cpu()
+    gap = (replayed - few.behaviour_logp).abs()[few.generated]
+    return {"rollout_gap": gap.mean().item(), "rollout_gap_max": gap.max().item()}
 
 
 def advice(metrics: Mapping[str, float], algorithm: Algorithm) -> str:

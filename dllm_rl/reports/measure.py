@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from dllm_rl.diffusion.advantage import any_of_group, zero_variance_groups
 from dllm_rl.types import Rewards, RolloutBatch
+
+CONFIDENT = math.log(0.9)  # the threshold of parallel decoding in Fast-dLLM, and what training can inflate
 
 
 def rollout_metrics(batch: RolloutBatch, rewards: Rewards) -> dict[str, float]:
@@ -28,6 +32,8 @@ def rollout_metrics(batch: RolloutBatch, rewards: Rewards) -> dict[str, float]:
         "completion_tokens": _mean(length),
         "tokens_per_forward": _mean(batch.tokens_per_forward),
         "behaviour_logp": _mean(batch.behaviour_logp[batch.completion]),
+        "confidence": _mean(batch.behaviour_logp[batch.generated].exp()),
+        "confident_tokens": _mean((batch.behaviour_logp[batch.generated] > CONFIDENT).float()),
     }
     if bool(ok.any()):
         total = _by_sample(rewards.total, batch, ok)

@@ -21,12 +21,20 @@ METRICS: Mapping[str, Metric] = {
     "completion_tokens": Metric("tokens", "mean completion length, up to and including EOS"),
     "tokens_per_forward": Metric("tokens", "completion tokens per denoising forward"),
     "behaviour_logp": Metric("nats", "mean log-probability of a committed token when it was committed"),
+    "confidence": Metric("", "mean probability of a generated token when it was committed"),
+    "confident_tokens": Metric(
+        "share", "generated tokens of a probability above 0.9; drifts up in overconfident models"
+    ),
     "loss": Metric("", "the algorithm's loss"),
     "grad_norm": Metric("", "global gradient norm before clipping"),
     "lr": Metric("", "learning rate"),
     "clip_fraction": Metric("share", "tokens whose gradient the clip removed"),
     "log_ratio_mean": Metric("nats", "mean of log new - log old over the ratio's units: tokens, rows or forwards"),
     "log_ratio_deviation": Metric("nats", "standard deviation of log new - log old over the same"),
+    "rollout_gap": Metric(
+        "nats", "mean difference of the engine's and the learner's log-probability of a token, a few rows"
+    ),
+    "rollout_gap_max": Metric("nats", "the largest such difference"),
     "ratio_noise": Metric("nats", "what rounding alone does to a log-likelihood per token; at the start, in bfloat16"),
     "log_ratio_cut": Metric("share", "ratios beyond max_log_ratio nats: cut, and without gradient"),
     "effective_samples": Metric("share", "(mean ratio)^2 / mean ratio^2 over the same; 1 = on policy"),

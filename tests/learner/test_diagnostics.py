@@ -12,10 +12,11 @@ from dllm_rl import seeding
 from dllm_rl.config.cluster import LearnerSection
 from dllm_rl.config.plugins import build
 from dllm_rl.config.schema import Config, DiagnosticsSection
-from dllm_rl.conformance import cases
+from dllm_rl.conformance import cases, engines
 from dllm_rl.conformance.algorithms import Subject, learner_for
+from dllm_rl.data.collate import collate
 from dllm_rl.diffusion import likelihood
-from dllm_rl.learner.diagnostics import advice, estimator_metrics, rounding_noise
+from dllm_rl.learner.diagnostics import advice, estimator_metrics, rollout_gap, rounding_noise
 from dllm_rl.learner.torch_learner import TorchLearner
 from dllm_rl.protocols.algorithm import Needs
 from dllm_rl.train import train
@@ -117,3 +118,16 @@ def test_a_run_in_bfloat16_measures_it_once(tmp_path):
     folder = train(Config.model_validate(values)).folder
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert ["ratio_noise" in row for row in rows] == [True, False]
+
+
+@pytest.mark.parametrize("family", ["tiny", "dream", "sdar"])
+def test_engine_and_learner_agree_on_log_probabilities_and_a_difference_is_seen(family):
+    denoiser = cases.denoiser(family)
+    rows = engines.oracle(denoiser).generate(engines.PROMPTS, engines.SAMPLED, seed=4)
+    batch = collate(rows, denoiser, group=list(range(len(rows))))
+    made = learner_for(Needs(), batch, family)
+    found = rollout_gap(made, batch, 6)
+    assert found["rollout_gap"] <= found["rollout_gap_max"] < 2e-6
+    with torch.no_grad():
+        made.denoiser.module.get_output_embeddings().weight.mul_(1.01)
+    assert rollout_gap(made, batch, 6)["rollout_gap"] > 1e-3
