@@ -266,6 +266,29 @@ def merged_steps(unmask_step: Tensor, completion: Tensor, *, block_ids: Tensor |
     return _dense_rank(scope * width + rank, completion, torch.zeros_like(scope))  # blocks follow one another in time
 
 
+def at_rate(completion: Tensor, rate: Tensor, *, generator: torch.Generator) -> MaskSample:
+    """Hide round(t C) uniformly chosen completion tokens of a row, at least one, for a masking rate t that is given.
+
+    The rates make the estimator: with t from a grid or U[0, 1] the weighted sum is an ELBO integrand.
+
+    Args:
+        completion: (N, L) bool; every row needs at least one True.
+        rate: (N,) t in [0, 1] of each row.
+        generator: CPU generator.
+    Returns:
+        MaskSample with K = 1; weight C/n for the n tokens hidden of C.
+    Raises:
+        ValueError: a rate outside [0, 1].
+    """
+    _check(completion, 1)
+    if bool(((rate < 0) | (rate > 1)).any()):
+        raise ValueError(f"rate = {rate.tolist()}: must be in [0, 1]")
+    length = completion.sum(-1, keepdim=True)  # (N, 1)
+    count = (rate[:, None] * length).round().long().clamp(min=1)
+    mask = completion & (_random_rank(completion, 1, generator) < count)
+    return MaskSample(mask=mask, weight=(mask * (length / count)).float())
+
+
 def _dense_rank(step: Tensor, scored: Tensor, scope: Tensor) -> Tensor:
     """(N, L) number, minus one, of distinct scored steps in the position's row and scope that are not after its own."""
     num_rows, length = step.shape

@@ -69,6 +69,10 @@ EXACT = {
         lambda c, g: masking.quadrature(c, nodes=1, draws=2, generator=g),
         [{s: (_uniform_subset(2), 3 / 2 / 2) for s in SUBSETS if len(s) == 2}] * 2,
     ),
+    "at_rate 0.4": (  # 1.2 of 3 tokens: 1 token
+        lambda c, g: masking.at_rate(c, torch.full((len(c),), 0.4), generator=g),
+        [{s: (_uniform_subset(1), 3.0) for s in SUBSETS if len(s) == 1}],
+    ),
 }
 
 
@@ -120,6 +124,7 @@ SAMPLERS = {
     "complementary_count": lambda c, g: masking.complementary_count(c, pairs=2, generator=g),
     "left_to_right": lambda c, g: masking.left_to_right(c, c),
     "quadrature": lambda c, g: masking.quadrature(c, nodes=3, draws=2, generator=g),
+    "at_rate": lambda c, g: masking.at_rate(c, torch.rand(len(c), generator=g), generator=g),
     "along_trajectory": lambda c, g: masking.along_trajectory(
         torch.where(c, torch.randint(0, 4, c.shape, generator=g), -1), c
     ),
@@ -237,6 +242,15 @@ def test_released_quadrature_weights_lose_what_the_floor_cuts_off():
     assert sample.weight.amax(-1).flatten().tolist() == pytest.approx([0.5 / t, 0.5 / (1 - t)])
 
 
+def test_rates_are_shares_of_a_rows_own_completion():
+    """Rows of 6, 1 and 3 completion tokens; one token is hidden even at rate 0, all of them at rate 1."""
+    for rate, counts in ((0.0, [1, 1, 1]), (0.5, [3, 1, 2]), (0.8, [5, 1, 2]), (1.0, [6, 1, 3])):
+        sample = masking.at_rate(RAGGED, torch.full((3,), rate), generator=generator_for(0))
+        assert sample.mask.sum(-1).tolist() == [counts], rate
+    sample = masking.at_rate(RAGGED, torch.tensor([0.5, 1.0, 0.0]), generator=generator_for(0))
+    assert sample.mask.sum(-1).tolist() == [[3, 1, 1]], "a rate for each row"
+
+
 def test_hiding_adds_positions_without_scoring_them():
     also = torch.zeros(1, len(COMPLETION), dtype=torch.bool)
     also[0, -1] = True
@@ -254,6 +268,7 @@ def test_hiding_adds_positions_without_scoring_them():
         (lambda g: masking.uniform_count(torch.zeros(2, 3, dtype=torch.bool), generator=g), "row 0 has no completion"),
         (lambda g: masking.uniform_count(COMPLETION[None], draws=0, generator=g), "draws = 0"),
         (lambda g: masking.fully_masked(COMPLETION[None], prompt_mask_rate=1.5), "prompt_mask_rate = 1.5"),
+        (lambda g: masking.at_rate(COMPLETION[None], torch.tensor([1.1]), generator=g), r"rate = \[1.1"),
         (lambda g: masking.along_trajectory(torch.full((1, 6), -1), COMPLETION[None]), "no unmask step"),
     ],
 )

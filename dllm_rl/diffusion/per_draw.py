@@ -1,0 +1,67 @@
+"""The GRPO loss of algorithms whose ratios are of single draws, not of likelihoods summed over draws."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dllm_rl.diffusion import surrogate
+from dllm_rl.diffusion.advantage import per_token
+from dllm_rl.types import Experience, LikelihoodEstimate, Loss
+
+
+def clipped_loss(
+    new: LikelihoodEstimate,
+    experience: Experience,
+    *,
+    epsilon: float,
+    beta: float,
+    reduction: surrogate.Reduction,
+    kind: surrogate.Divergence = "k3",
+    factor: Tensor | None = None,
+) -> Loss:
+    """The token-level GRPO loss with a ratio for each draw; the draws' weights stand outside of the clip.
+
+        loss = - reduce( sum_k w_ki f_ki [ min(r_ki A, clip(r_ki, 1 - epsilon, 1 + epsilon) A) - beta D_ki ] )
+        r_ki = exp(l_ki - l_old_ki),   l_ki = log p(x_i | x with mask k masked),   w_ki the weights of the draws
+        D_ki = the divergence of l_ki from l_ref_ki
+
+    With E sum_k w_ki = 1 it estimates the mean over tokens without bias, however few of them a draw scores.
+
+    Args:
+        new: current policy, with draw_token_logp (needs.draws).
+        experience: old policy, reference, masks, counts; advantages (N,), (N, L) or (K, N, L).
+        epsilon: clip half-width.
+        beta: weight of the divergence from the reference, per token; 0 = it is not read.
+        reduction: how tokens become a scalar.
+        kind: divergence.
+        factor: f, (K, N, L), what a token of a draw counts beyond its weight; None = 1. Metrics leave it out.
+    """
+    weight, counts, value = experience.masks.weight, experience.counts, per_token(experience.advantage)
+    logp = _logp(new)
+    log_ratio = logp - _logp(experience.old)  # 0 where nothing is scored, as the weight is
+
+    def mean(each: Tensor) -> Tensor:
+        return (weight * each).sum() / counts.num_tokens
+
+    with torch.no_grad():
+        metrics = {
+            "clip_fraction": mean(surrogate.clip_active(log_ratio, value, epsilon).float()),
+            "log_ratio_mean": mean(log_ratio),
+            "log_ratio_square": mean(log_ratio.square()),
+            "ratio_mean": mean(log_ratio.exp()),
+            "ratio_square": mean((2 * log_ratio).exp()),
+        }
+    gain = surrogate.clipped(log_ratio, value, epsilon)
+    if beta > 0:
+        assert experience.reference is not None, "beta > 0 means needs.reference"
+        kl = surrogate.divergence(logp, _logp(experience.reference), kind)
+        metrics["kl"] = mean(kl.detach())
+        gain = gain - beta * kl
+    each = (weight if factor is None else weight * factor) * gain
+    return Loss(-surrogate.reduce(each.sum(0), experience.batch.completion, reduction, counts), metrics)
+
+
+def _logp(estimate: LikelihoodEstimate) -> Tensor:
+    assert estimate.draw_token_logp is not None, "needs.draws"
+    return estimate.draw_token_logp
