@@ -266,6 +266,37 @@ def merged_steps(unmask_step: Tensor, completion: Tensor, *, block_ids: Tensor |
     return _dense_rank(scope * width + rank, completion, torch.zeros_like(scope))  # blocks follow one another in time
 
 
+def along_segments(
+    unmask_step: Tensor,
+    completion: Tensor,
+    *,
+    num_forwards: Tensor,
+    segments: int,
+    block_ids: Tensor | None = None,
+) -> MaskSample:
+    """Replay a rollout in few states: its T forwards are cut into N segments, and a token is scored before its segment.
+
+    Forward s belongs to segment n if floor(n T/N) <= s < floor((n + 1) T/N); its tokens are scored in the state right
+    before the first forward of the segment. N = 1 hides the whole canvas, N >= T is along_trajectory. Block-causal
+    models score a segment's tokens block by block: earlier blocks are in sight, as they were when it was decoded.
+
+    Args:
+        unmask_step: (N, L) int64; negative where given, num_forwards where never decoded.
+        completion: (N, L) bool, the scored positions.
+        num_forwards: (N,) int64 T of each row.
+        segments: N, the most states per row; per row and block for block-causal models.
+        block_ids: (N, L) int64 block numbers for block-causal models, None for full attention.
+    Returns:
+        MaskSample whose K is the largest number of segments that scored something; every token is scored exactly once.
+    Source: Wang et al. 2025 (d2, StepMerge), arXiv:2509.21474; boundaries as in the released code.
+    """
+    if segments < 1:
+        raise ValueError(f"segments = {segments}: must be at least 1")
+    given = unmask_step < 0
+    segment = (segments * (unmask_step + 1) - 1).div(num_forwards[:, None].clamp(min=1), rounding_mode="floor")
+    return along_trajectory(torch.where(given, unmask_step, segment), completion, block_ids=block_ids)
+
+
 def at_rate(completion: Tensor, rate: Tensor, *, generator: torch.Generator) -> MaskSample:
     """Hide round(t C) uniformly chosen completion tokens of a row, at least one, for a masking rate t that is given.
 

@@ -221,6 +221,51 @@ def test_merged_steps_share_the_state_before_the_first_of_them():
         masking.along_trajectory(step, completion, merge=0)
 
 
+@pytest.mark.parametrize("segments", range(1, 7))
+def test_segments_by_enumeration_of_every_step_assignment(segments):
+    """All 5^3 ways in which 5 forwards commit three tokens: scored once, in the state before the token's segment."""
+    forwards = 5
+    starts = [n * forwards // segments for n in range(segments)]  # first forward of each segment, as released
+    assignments = list(itertools.product(range(forwards), repeat=LENGTH))
+    step = torch.tensor([[-1] * PROMPT + list(a) + [-1] for a in assignments])
+    number = torch.full((len(step),), forwards)
+    sample = masking.along_segments(step, COMPLETION.expand(len(step), -1), num_forwards=number, segments=segments)
+    assert len(sample.mask) <= min(segments, LENGTH)
+    for row, assignment in enumerate(assignments):
+        start = [max(s for s in starts if s <= step) for step in assignment]  # of each token's segment
+        states = sorted(set(start))
+        for k in range(len(sample.mask)):
+            hidden = [k < len(states) and s >= states[k] for s in assignment]
+            scored = [float(k < len(states) and s == states[k]) for s in start]
+            assert sample.mask[k, row, PROMPT:-1].tolist() == hidden
+            assert sample.weight[k, row, PROMPT:-1].tolist() == scored
+        assert not sample.mask[:, row, :PROMPT].any() and not sample.mask[:, row, -1].any()
+
+
+def test_segments_are_parts_of_a_rows_own_forwards_and_replay_the_tail():
+    """Rows of 6 and 2 forwards in 2 segments; in the first, one position of the tail is decoded late, one never."""
+    step = torch.tensor([[-1, 5, 0, 2, 4, 6], [-1, 0, 1, -1, -1, -1]])
+    completion = torch.tensor([[False, True, True, True, False, False], [False, True, True, False, False, False]])
+    sample = masking.along_segments(step, completion, num_forwards=torch.tensor([6, 2]), segments=2)
+    assert sample.mask[:, 0].int().tolist() == [[0, 1, 1, 1, 1, 1], [0, 1, 0, 0, 1, 1]]
+    assert sample.weight[:, 0].int().tolist() == [[0, 0, 1, 1, 0, 0], [0, 1, 0, 0, 0, 0]]
+    assert sample.mask[:, 1].int().tolist() == [[0, 1, 1, 0, 0, 0], [0, 0, 1, 0, 0, 0]]
+    with pytest.raises(ValueError, match="segments = 0: must be at least 1"):
+        masking.along_segments(step, completion, num_forwards=torch.tensor([6, 2]), segments=0)
+
+
+def test_segments_of_a_block_model_keep_earlier_blocks_in_sight():
+    """Two blocks of two, a forward each token: a segment is scored block by block, all blocks in one draw."""
+    step, blocks = torch.tensor([[-1, 1, 0, 2, 3]]), torch.tensor([[-1, 0, 0, 1, 1]])
+    sample = masking.along_segments(
+        step, step >= 0, num_forwards=torch.tensor([4]), segments=2, block_ids=blocks
+    )  # segments {0, 1} and {2, 3}
+    assert sample.mask[:, 0].int().tolist() == [[0, 1, 1, 1, 1]] and sample.weight[:, 0].sum() == 4
+    every = masking.along_segments(step, step >= 0, num_forwards=torch.tensor([4]), segments=4, block_ids=blocks)
+    exact = masking.along_trajectory(step, step >= 0, block_ids=blocks)
+    assert torch.equal(every.mask, exact.mask) and torch.equal(every.weight, exact.weight)
+
+
 def test_left_to_right_hides_a_token_and_what_follows_but_not_what_was_given():
     canvas = torch.tensor([[False, True, False, True, True]])  # position 2 is an injected token, 4 the tail
     completion = torch.tensor([[False, True, False, True, False]])
