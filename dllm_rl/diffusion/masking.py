@@ -76,27 +76,39 @@ def bernoulli(
     return MaskSample(mask=mask, weight=(mask / t / draws).float())
 
 
-def uniform_count(completion: Tensor, *, draws: int = 1, generator: torch.Generator) -> MaskSample:
+def uniform_count(
+    completion: Tensor, *, draws: int = 1, block_ids: Tensor | None = None, generator: torch.Generator
+) -> MaskSample:
     """Hide n ~ U{1..C} uniformly chosen of the C completion tokens; weight C/n: the any-order ELBO, lower variance.
 
     Counts are stratified over the draws of a row: n_k = 1 + floor(C (k + u)/K mod C) with one u, so that each n_k alone
-    is uniform and together they cover 1..C evenly.
+    is uniform and together they cover 1..C evenly. With blocks every block of a row has counts of its own: a draw of a
+    block-causal model, whose blocks see clean ones before them, then sums the ELBOs of all blocks.
 
     Args:
         completion: (N, L) bool.
         draws: K; weight C/(K n).
+        block_ids: (N, L) int64 block numbers for block-causal models, None for full attention: one block.
         generator: CPU generator.
     Returns:
-        MaskSample with K = draws; every draw hides at least one token of every row.
+        MaskSample with K = draws; every draw hides at least one token of every row, and of every block.
     Source: Ou et al. 2025, arXiv:2406.03736 (any-order ELBO); stratification over the samples of one sequence:
-        the LLaDA 1.5 estimator (arXiv:2505.19223) with n_t = K, n_m = 1.
+        the LLaDA 1.5 estimator (arXiv:2505.19223) with n_t = K, n_m = 1; all blocks in one draw: Arriola et al. 2025
+        (block diffusion), arXiv:2503.09573.
     """
     _check(completion, draws)
-    length = completion.sum(-1, keepdim=True)  # (N, 1)
-    count = 1 + (_stratified(completion, draws, generator) * length).floor().long()  # (K, N, 1)
-    count = count.clamp(max=length)  # u rounds up to 1.0 with probability 2^-53
-    mask = completion & (_random_rank(completion, draws, generator) < count)
-    return MaskSample(mask=mask, weight=(mask * (length / count) / draws).float())
+    scope = torch.zeros_like(completion, dtype=torch.long)
+    if block_ids is not None:
+        scope = (block_ids - block_ids[completion].min()).clamp(0).masked_fill(~completion, 0)
+    length = torch.zeros(len(scope), int(scope.max()) + 1, dtype=torch.long, device=scope.device)
+    length.scatter_add_(1, scope, completion.long())  # (N, B) completion tokens of each block
+    # u rounds up to 1.0 with probability 2^-53; a block without tokens hides none of them.
+    count = (1 + (_stratified(completion, draws, generator, length.shape[1]) * length).floor().long()).minimum(length)
+    rank = _random_rank(completion, draws, generator, scope)  # blocks one after the other
+    here = scope.expand(draws, *scope.shape)
+    count, before = count.gather(2, here), (length.cumsum(1) - length).gather(1, scope)
+    mask = completion & (rank - before < count)
+    return MaskSample(mask=mask, weight=(mask * (length.gather(1, scope) / count.clamp(min=1)) / draws).float())
 
 
 def complementary_pair(
@@ -352,14 +364,18 @@ def _rand(like: Tensor, generator: torch.Generator | None) -> Tensor:
     return torch.rand(like.shape, generator=generator, dtype=torch.float64).to(like.device)
 
 
-def _stratified(completion: Tensor, draws: int, generator: torch.Generator) -> Tensor:
-    """(K, N, 1) float64; each uniform on [0, 1), one in every K-quantile of a row, in random rotation."""
-    u = torch.rand(1, len(completion), 1, generator=generator, dtype=torch.float64)
+def _stratified(completion: Tensor, draws: int, generator: torch.Generator, blocks: int = 1) -> Tensor:
+    """(K, N, B) float64; each uniform on [0, 1), one in every K-quantile of a row's block, in random rotation."""
+    u = torch.rand(1, len(completion), blocks, generator=generator, dtype=torch.float64)
     k = torch.arange(draws, dtype=torch.float64).view(-1, 1, 1)
     return ((u + k / draws) % 1.0).to(completion.device)
 
 
-def _random_rank(completion: Tensor, draws: int, generator: torch.Generator) -> Tensor:
-    """(K, N, L) rank of each completion token in an independent random order per draw; others rank last."""
-    u = _rand(completion.expand(draws, *completion.shape), generator).masked_fill(~completion, 2.0)
+def _random_rank(completion: Tensor, draws: int, generator: torch.Generator, scope: Tensor | None = None) -> Tensor:
+    """(K, N, L) rank of each completion token in an independent random order per draw; others rank last.
+
+    With a scope (N, L) int64, tokens of a lower one come first.
+    """
+    u = _rand(completion.expand(draws, *completion.shape), generator)
+    u = (u if scope is None else u + scope).masked_fill(~completion, float("inf"))
     return u.argsort(-1).argsort(-1)

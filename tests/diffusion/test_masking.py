@@ -125,6 +125,9 @@ SAMPLERS = {
     "left_to_right": lambda c, g: masking.left_to_right(c, c),
     "quadrature": lambda c, g: masking.quadrature(c, nodes=3, draws=2, generator=g),
     "at_rate": lambda c, g: masking.at_rate(c, torch.rand(len(c), generator=g), generator=g),
+    "uniform_count, blocks": lambda c, g: masking.uniform_count(
+        c, draws=2, block_ids=torch.arange(7).div(2, rounding_mode="floor").expand(c.shape), generator=g
+    ),
     "along_trajectory": lambda c, g: masking.along_trajectory(
         torch.where(c, torch.randint(0, 4, c.shape, generator=g), -1), c
     ),
@@ -285,6 +288,40 @@ def test_released_quadrature_weights_lose_what_the_floor_cuts_off():
     sample = masking.quadrature(completion, nodes=2, floor=True, generator=generator_for(0))
     assert sample.mask.sum(-1).flatten().tolist() == [1, 3]
     assert sample.weight.amax(-1).flatten().tolist() == pytest.approx([0.5 / t, 0.5 / (1 - t)])
+
+
+def test_counts_of_blocks_by_enumeration():
+    """Blocks {0, 1} and {2}: counts U{1, 2} and 1, so masks 02, 12 at 1/4 and 012 at 1/2, weights 2/n and 1/1."""
+    exact = {(0, 2): (0.25, [2.0, 0.0, 1.0]), (1, 2): (0.25, [0.0, 2.0, 1.0]), (0, 1, 2): (0.5, [1.0, 1.0, 1.0])}
+    for i in range(LENGTH):
+        assert sum(p * w[i] for p, w in exact.values()) == 1.0, "a partition of unity"
+    blocks = torch.tensor([-1, -1, 0, 0, 1, 1]).expand(ROWS, -1)
+    sample = masking.uniform_count(COMPLETION.expand(ROWS, -1), block_ids=blocks, generator=generator_for(0))
+    assert not sample.mask[..., ~COMPLETION].any() and not sample.weight[..., ~COMPLETION].any()
+    found = 0
+    for subset, (p, weight) in exact.items():
+        rows = (sample.mask[0][:, COMPLETION] == torch.tensor([i in subset for i in range(LENGTH)])).all(-1)
+        assert abs(rows.double().mean() - p) <= 4.5 * math.sqrt(p * (1 - p) / ROWS)
+        assert torch.equal(sample.weight[0][rows][:, COMPLETION], torch.tensor(weight).expand(int(rows.sum()), -1))
+        found += int(rows.sum())
+    assert found == ROWS, "a mask that cannot be"
+
+
+def test_every_block_has_counts_of_its_own_stratified_over_draws():
+    blocks = torch.arange(3).repeat_interleave(4).expand(200, -1)
+    completion = torch.ones_like(blocks, dtype=torch.bool)
+    completion[:, 10:] = False  # the last block ends early: 4, 4 and 2 tokens
+    sample = masking.uniform_count(completion, draws=4, block_ids=blocks, generator=generator_for(0))
+    counts = sample.mask.view(4, 200, 3, 4).sum(-1)
+    assert torch.equal(counts[..., :2].sort(0).values, torch.arange(1, 5)[:, None, None].expand(4, 200, 2))
+    assert torch.equal(counts[..., 2].sort(0).values, torch.tensor([1, 1, 2, 2])[:, None].expand(4, 200))
+    assert 0.15 < (counts[..., 0] == counts[..., 1]).double().mean() < 0.35, "one block does not follow another"
+
+
+def test_one_block_has_the_draws_of_none():
+    plain = masking.uniform_count(RAGGED, draws=3, generator=generator_for(0))
+    one = masking.uniform_count(RAGGED, draws=3, block_ids=torch.full(RAGGED.shape, 7), generator=generator_for(0))
+    assert torch.equal(plain.mask, one.mask) and torch.equal(plain.weight, one.weight)
 
 
 def test_rates_are_shares_of_a_rows_own_completion():
