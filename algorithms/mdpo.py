@@ -58,30 +58,28 @@ class DenoisingSteps(Rollouter):
     def roll_out(self, prompts: Sequence[Prompt], decoder: Decoder, *, samples_per_prompt: int) -> list[Turn]:
         """One engine call per step, with the samples that have not ended."""
         found = decoder.generate(prompts, samples_per_prompt=samples_per_prompt)
-        open_ = [
-            Turn(trajectory=t, prompt=prompts[row // samples_per_prompt], group=row // samples_per_prompt, episode=row)
-            for row, t in enumerate(found)
+        groups = [row // samples_per_prompt for row in range(len(found))]
+        last = [
+            Turn(trajectory=trajectory, prompt=prompts[group], group=group, episode=row)
+            for row, (trajectory, group) in enumerate(zip(found, groups, strict=True))
         ]
-        turns, eos = list(open_), decoder.tokenizer.eos_token_id
-        while open_ := [turn for turn in open_ if len(self._surest(turn, eos)) > self.config.tokens_per_step]:
-            states = [self._next(turn, eos, samples_per_prompt) for turn in open_]
-            open_ = [
-                dataclasses.replace(turn, trajectory=t, prompt=state, turn=turn.turn + 1)
-                for turn, state, t in zip(open_, states, decoder.generate(states), strict=True)
+        turns, eos, number = list(last), decoder.tokenizer.eos_token_id, self.config.tokens_per_step
+        while going := [(turn, sure) for turn in last if len(sure := self._surest(turn, eos)) > number]:
+            states = [self._after(turn, sure[:number], samples_per_prompt) for turn, sure in going]
+            last = [
+                dataclasses.replace(turn, trajectory=trajectory, prompt=state, turn=turn.turn + 1)
+                for (turn, _), state, trajectory in zip(going, states, decoder.generate(states), strict=True)
             ]
-            turns += open_
+            turns += last
         return turns
 
-    def _next(self, turn: Turn, eos: int, samples_per_prompt: int) -> Prompt:
-        """The state after a turn: what was given there, and the surest of what was generated."""
+    def _after(self, turn: Turn, committed: Sequence[int], samples_per_prompt: int) -> Prompt:
+        """The state after a turn: what was given there, and the tokens at the offsets that it commits."""
         t, uid = turn.trajectory, turn.prompt.uid
         sample = uid.rpartition(".")[0] if turn.turn else f"{uid}#{turn.episode % samples_per_prompt}"
-        new = self._surest(turn, eos)[: self.config.tokens_per_step]
-        return dataclasses.replace(
-            turn.prompt,
-            uid=f"{sample}.{turn.turn + 1}",  # randomness is keyed by it
-            injected=dict(turn.prompt.injected) | {offset: int(t.tokens[t.prompt_length + offset]) for offset in new},
-        )
+        new = {offset: int(t.tokens[t.prompt_length + offset]) for offset in committed}
+        uid = f"{sample}.{turn.turn + 1}"  # randomness is keyed by it
+        return dataclasses.replace(turn.prompt, uid=uid, injected={**turn.prompt.injected, **new})
 
     def _surest(self, turn: Turn, eos: int) -> list[int]:
         """Offsets of the generated tokens before the end, the surest first.

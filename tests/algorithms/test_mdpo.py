@@ -11,6 +11,7 @@ import torch
 from dllm_rl.config.plugins import build
 from dllm_rl.conformance import cases, engines
 from dllm_rl.conformance.algorithms import Subject
+from dllm_rl.data.collate import collate
 from dllm_rl.protocols.algorithm import Needs
 from dllm_rl.types import GIVEN, Sampling
 
@@ -82,6 +83,24 @@ def test_a_step_is_one_forward_from_the_tokens_that_were_committed_before_it():
         assert left <= 0, "it goes on while a token before the end is masked"
         assert eos not in committed.values()
     assert steps == 3 and ends, "some sample has three steps, some ended before its canvas was full"
+
+
+def test_rows_are_scored_in_the_state_of_their_step_whatever_lies_after_their_end():
+    """Some steps predict an end before tokens that are committed: those stay in sight, and are not scored."""
+    turns = [turn for episode in episodes(2, samples=8)[1] for turn in episode]
+    group, episode, number = zip(*((t.group, t.episode, t.turn) for t in turns), strict=True)
+    model = cases.denoiser("tiny")
+    batch = collate([t.trajectory for t in turns], model, group=group, episode=episode, turn=number)
+    masks, behind = Subject(NAME, {}).algorithm.masks(batch, torch.Generator()), 0
+    assert len(masks.mask) == 1, "one forward per step"
+    for row, turn in enumerate(turns):
+        start = turn.trajectory.prompt_length
+        given = torch.tensor([offset in turn.prompt.injected for offset in range(CANVAS)])
+        end = turn.trajectory.completion_length
+        assert torch.equal(masks.mask[0, row, start : start + CANVAS], ~given)
+        assert torch.equal(masks.weight[0, row, start : start + CANVAS] != 0, ~given & (torch.arange(CANVAS) < end))
+        behind += bool(given[end:].any())
+    assert behind, "some token was committed behind a later end"
 
 
 def steps(rewards, turns, excluded=()):
