@@ -6,7 +6,8 @@
     A = (R - mean_group(R)) / std_group(R)
 
 A forward has the [clean | noised] layout of block-causal models: K forwards estimate all blocks at K noise levels. A
-model of full attention has one block, and B is then its ELBO by counts.
+model of full attention has one block, and B is then its ELBO by counts. On a block-causal model, counts over the whole
+row have the same expectation, since an order of the row is an order of every block; counts per block scatter less.
 
 Source: LLaDA2.1, arXiv:2602.08676, Eqs. 4 and 5 (r, and its sum over noise levels and blocks); the ELBO of a block is
 that of Arriola et al. 2025, arXiv:2503.09573. The code is not public, and the paper leaves open the weights of noise
