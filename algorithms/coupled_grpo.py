@@ -31,20 +31,23 @@ class CoupledGRPO(Algorithm):
     """GRPO on pairs of complementary views."""
 
     @dataclass(frozen=True, slots=True, kw_only=True)
-    class Config:
+    class Config(surrogate.Clipping):
         """Options."""
 
         pairs: int = 1  # independent complementary pairs, each weighs 1/pairs
         t_min: float = 0.2  # masking rates are drawn from U[t_min, t_max]
         t_max: float = 0.8
         full_view: bool = False  # add a copy with the whole completion masked; each copy weighs the same
-        paper_exact: bool = False  # the released estimator: one pair and the full view, weighted 3/2 in all
+        paper_exact: bool = (
+            False  # the released estimator: one pair and the full view, weighted 3/2 in all, over the canvas
+        )
+        fresh_masks: bool = True  # new draws at every update of a step; else all of them see one mask, and learn it
         epsilon: float = 0.5  # clip half-width of the ratio, dimensionless
         beta: float = 0.01  # weight of KL(new || reference), nats per token
         reduction: surrogate.Reduction = "token_mean"
 
         def __post_init__(self) -> None:
-            ranges.positive(epsilon=self.epsilon)
+            surrogate.Clipping.__post_init__(self)
             ranges.not_negative(beta=self.beta)
             ranges.at_least_one(pairs=self.pairs)
             if self.paper_exact and self.pairs != 1:
@@ -57,7 +60,7 @@ class CoupledGRPO(Algorithm):
     @property
     @override
     def needs(self) -> Needs:
-        return Needs(reference=self.config.beta > 0)  # only the KL term reads it
+        return Needs(reference=self.config.beta > 0, fresh_masks=self.config.fresh_masks)  # only the KL term reads it
 
     @override
     def advantages(self, rewards: Rewards, batch: RolloutBatch) -> Tensor:
@@ -68,8 +71,9 @@ class CoupledGRPO(Algorithm):
     def masks(self, batch: RolloutBatch, generator: torch.Generator, update: int = 0) -> MaskSample:
         """Each token is scored once per pair, in the view that hides it."""
         c = self.config
+        # As released, what follows EOS is masked at the rate of the view, and not scored; else it is never in sight.
         sample = masking.complementary_pair(
-            batch.completion,
+            batch.completion | batch.tail if c.paper_exact else batch.completion,
             t_min=c.t_min,
             t_max=c.t_max,
             pairs=c.pairs,
@@ -77,12 +81,12 @@ class CoupledGRPO(Algorithm):
             generator=generator,
         )
         if c.paper_exact:
-            sample = dataclasses.replace(sample, weight=1.5 * sample.weight)
+            return dataclasses.replace(sample, weight=1.5 * sample.weight * batch.completion)
         return sample.also_masking(batch.tail)
 
     @override
     def loss(self, new: LikelihoodEstimate, experience: Experience) -> Loss:
         """-J and the mean KL."""
         return surrogate.clipped_loss(
-            new, experience, epsilon=self.config.epsilon, beta=self.config.beta, reduction=self.config.reduction
+            new, experience, epsilon=self.config, beta=self.config.beta, reduction=self.config.reduction
         )

@@ -34,7 +34,7 @@ class D2(Algorithm):
     """GRPO on at most N of the states that the sampler visited."""
 
     @dataclass(frozen=True, slots=True, kw_only=True)
-    class Config:
+    class Config(surrogate.Clipping):
         """Options."""
 
         segments: int = 16  # N: forwards per likelihood, at most; the whole trajectory if it has fewer steps
@@ -45,7 +45,7 @@ class D2(Algorithm):
 
         def __post_init__(self) -> None:
             ranges.at_least_one(segments=self.segments)
-            ranges.positive(epsilon=self.epsilon)
+            surrogate.Clipping.__post_init__(self)
             ranges.not_negative(beta=self.beta)
             if not 0 <= self.prompt_mask_rate < 1:
                 raise UserError(f"prompt_mask_rate = {self.prompt_mask_rate}: must be in [0, 1)")
@@ -84,4 +84,4 @@ class D2(Algorithm):
     def loss(self, new: LikelihoodEstimate, experience: Experience) -> Loss:
         """-J and the mean KL."""
         c = self.config
-        return surrogate.clipped_loss(new, experience, epsilon=c.epsilon, beta=c.beta, reduction=c.reduction)
+        return surrogate.clipped_loss(new, experience, epsilon=c, beta=c.beta, reduction=c.reduction)

@@ -28,16 +28,17 @@ class DiffuGRPO(Algorithm):
     """GRPO on a single fully masked view."""
 
     @dataclass(frozen=True, slots=True, kw_only=True)
-    class Config:
+    class Config(surrogate.Clipping):
         """Options."""
 
         prompt_mask_rate: float = 0.15  # share of prompt tokens masked in the scored view
+        fresh_masks: bool = True  # new draws at every update of a step; else all of them see one mask, and learn it
         epsilon: float = 0.5  # clip half-width of the ratio, dimensionless
         beta: float = 0.04  # weight of KL(new || reference), nats per token
         reduction: surrogate.Reduction = "token_mean"
 
         def __post_init__(self) -> None:
-            ranges.positive(epsilon=self.epsilon)
+            surrogate.Clipping.__post_init__(self)
             ranges.not_negative(beta=self.beta)
             if not 0 <= self.prompt_mask_rate < 1:
                 raise UserError(f"prompt_mask_rate = {self.prompt_mask_rate}: must be in [0, 1)")
@@ -47,7 +48,7 @@ class DiffuGRPO(Algorithm):
     @property
     @override
     def needs(self) -> Needs:
-        return Needs(reference=self.config.beta > 0)  # only the KL term reads it
+        return Needs(reference=self.config.beta > 0, fresh_masks=self.config.fresh_masks)  # only the KL term reads it
 
     @override
     def advantages(self, rewards: Rewards, batch: RolloutBatch) -> Tensor:
@@ -67,5 +68,5 @@ class DiffuGRPO(Algorithm):
     def loss(self, new: LikelihoodEstimate, experience: Experience) -> Loss:
         """-J and the mean KL."""
         return surrogate.clipped_loss(
-            new, experience, epsilon=self.config.epsilon, beta=self.config.beta, reduction=self.config.reduction
+            new, experience, epsilon=self.config, beta=self.config.beta, reduction=self.config.reduction
         )

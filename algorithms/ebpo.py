@@ -35,17 +35,18 @@ class EBPO(Algorithm):
     """A completion is one action, its likelihood a sum over blocks."""
 
     @dataclass(frozen=True, slots=True, kw_only=True)
-    class Config:
+    class Config(surrogate.Clipping):
         """Options."""
 
         draws: int = 16  # K, noise levels per block: forwards per likelihood
         epsilon: float = 0.2  # clip half-width of the ratio
         beta: float = 0.0  # weight of the k2 divergence from the reference, per token
+        fresh_masks: bool = True  # new draws at every update of a step; else all of them see one mask, and learn it
         ratio_norm: surrogate.Norm = "none"  # as Eq. 5; "length" divides log-ratios by the row's tokens
 
         def __post_init__(self) -> None:
             ranges.at_least_one(draws=self.draws)
-            ranges.positive(epsilon=self.epsilon)
+            surrogate.Clipping.__post_init__(self)
             ranges.not_negative(beta=self.beta)
 
     config: Config
@@ -53,7 +54,8 @@ class EBPO(Algorithm):
     @property
     @override
     def needs(self) -> Needs:
-        return Needs(reference=self.config.beta > 0)  # only the KL term reads it
+        c = self.config
+        return Needs(reference=c.beta > 0, fresh_masks=c.fresh_masks, row_credit=True)  # only the KL term reads it
 
     @override
     def advantages(self, rewards: Rewards, batch: RolloutBatch) -> Tensor:
@@ -72,4 +74,4 @@ class EBPO(Algorithm):
     def loss(self, new: LikelihoodEstimate, experience: Experience) -> Loss:
         """-J and the mean KL."""
         c = self.config
-        return surrogate.sequence_clipped_loss(new, experience, epsilon=c.epsilon, beta=c.beta, ratio_norm=c.ratio_norm)
+        return surrogate.sequence_clipped_loss(new, experience, epsilon=c, beta=c.beta, ratio_norm=c.ratio_norm)

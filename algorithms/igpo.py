@@ -13,6 +13,7 @@ and always reveals the last chunk (``paper_exact: true`` does the latter; the an
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -32,7 +33,7 @@ class IGPO(Algorithm):
     """GRPO with hints where nothing was right."""
 
     @dataclass(frozen=True, slots=True, kw_only=True)
-    class Config:
+    class Config(surrogate.Clipping):
         """Options."""
 
         shares: tuple[float, float] = (0.2, 0.6)  # eta ~ U: share of the trace's chunks that a hint reveals
@@ -43,7 +44,8 @@ class IGPO(Algorithm):
         hint_tokens: float = 0.2  # tau, share of a row's hint tokens that are trained on
         epsilon: float = 0.2  # clip half-width of the ratio
         beta: float = 0.01  # weight of KL(new || reference), nats per token
-        paper_exact: bool = False  # always reveal the last chunk
+        scope: surrogate.Scope = "completion"  # of the ratio and the loss; the canvas holds what follows the end
+        paper_exact: bool = False  # always reveal the last chunk, and train on the whole canvas
 
         def __post_init__(self) -> None:
             if not 0 < self.shares[0] <= self.shares[1] <= 1:
@@ -52,7 +54,8 @@ class IGPO(Algorithm):
                 raise UserError(f"chunk = {self.chunk}: need 1 <= low <= high")
             if not 0 < self.replaced <= 0.5:
                 raise UserError(f"replaced = {self.replaced}: must be in (0, 0.5]")
-            ranges.positive(epsilon=self.epsilon, hint_tokens=self.hint_tokens)
+            surrogate.Clipping.__post_init__(self)
+            ranges.positive(hint_tokens=self.hint_tokens)
             ranges.not_negative(beta=self.beta, reserve=self.reserve)
             ranges.at_least_one(max_gap=self.max_gap)
 
@@ -61,7 +64,7 @@ class IGPO(Algorithm):
     @property
     @override
     def needs(self) -> Needs:
-        return Needs(reference=self.config.beta > 0, entropy=True, traces=True)
+        return Needs(reference=self.config.beta > 0, entropy=True, traces=True, row_credit=True)
 
     @override
     def check_plan(self, plan: Plan) -> None:
@@ -121,6 +124,13 @@ class IGPO(Algorithm):
             rows += [*own[len(right) :].tolist(), *right.tolist()]
         return torch.tensor(rows)
 
+    @property
+    def _scope(self) -> surrogate.Scope:
+        return "canvas" if self.config.paper_exact else self.config.scope
+
+    def _scored(self, batch: RolloutBatch) -> Tensor:
+        return surrogate.scored_tokens(batch, self._scope)
+
     @override
     def advantages(self, rewards: Rewards, batch: RolloutBatch) -> Tensor:
         """A = R - mean of the group, not divided by the deviation."""
@@ -129,20 +139,22 @@ class IGPO(Algorithm):
     @override
     def masks(self, batch: RolloutBatch, generator: torch.Generator, update: int = 0) -> MaskSample:
         """One view: the whole completion masked, hints too."""
-        return masking.fully_masked(batch.completion).also_masking(batch.tail)
+        return masking.fully_masked(self._scored(batch)).also_masking(batch.tail)
 
     @override
     def loss(self, new: LikelihoodEstimate, experience: Experience) -> Loss:
         """-J and the mean KL."""
-        c, batch = self.config, experience.batch
+        c, batch, scored = self.config, experience.batch, self._scored(experience.batch)
         counts = experience.counts
+        if self._scope == "canvas":  # which all rows have alike
+            counts = dataclasses.replace(counts, num_tokens=counts.num_rows * int(scored.sum(-1).max()))
         assert experience.entropy is not None, "needs.entropy"
-        trained = batch.completion & (~batch.hint | least_sure(experience.entropy, batch.hint, c.hint_tokens))
-        change = surrogate.sequence_logp(new, experience) - surrogate.sequence_logp(experience.old, experience)
-        log_ratio = change / batch.completion.sum(-1)
-        gain = surrogate.clipped(log_ratio, experience.advantage, c.epsilon)[:, None].expand_as(new.token_logp)
+        trained = scored & (~batch.hint | least_sure(experience.entropy, batch.hint, c.hint_tokens))
+        now, then = (surrogate.sequence_logp(one, experience, self._scope) for one in (new, experience.old))
+        log_ratio = (now - then) / scored.sum(-1)
         every = torch.ones_like(log_ratio, dtype=torch.bool)
-        metrics = surrogate.ratio_metrics(log_ratio, experience.advantage, c.epsilon, every, counts.num_rows)
+        gain = c.gain(log_ratio, experience.advantage, every, batch.group)[:, None].expand_as(new.token_logp)
+        metrics = surrogate.ratio_metrics(log_ratio, experience.advantage, c, every, counts.num_rows)
         if c.beta > 0:
             assert experience.reference is not None, "beta > 0 means needs.reference"
             kl = surrogate.divergence(new.token_logp, experience.reference.token_logp, "k3")

@@ -29,7 +29,7 @@ class JustGRPO(Algorithm):
     """GRPO as for a causal model."""
 
     @dataclass(frozen=True, slots=True, kw_only=True)
-    class Config:
+    class Config(surrogate.Clipping):
         """Options."""
 
         epsilon: float = 0.2  # clip half-width of the ratio, dimensionless
@@ -37,7 +37,7 @@ class JustGRPO(Algorithm):
         reduction: surrogate.Reduction = "sequence_sum"  # released: over the canvas length, a constant
 
         def __post_init__(self) -> None:
-            ranges.positive(epsilon=self.epsilon)
+            surrogate.Clipping.__post_init__(self)
             ranges.not_negative(beta=self.beta)
 
     config: Config
@@ -71,4 +71,4 @@ class JustGRPO(Algorithm):
     def loss(self, new: LikelihoodEstimate, experience: Experience) -> Loss:
         """-J."""
         c = self.config
-        return surrogate.clipped_loss(new, experience, epsilon=c.epsilon, beta=c.beta, reduction=c.reduction)
+        return surrogate.clipped_loss(new, experience, epsilon=c, beta=c.beta, reduction=c.reduction)

@@ -30,18 +30,19 @@ class LightningRL(Algorithm):
     """GRPO for tokens per forward without losing accuracy."""
 
     @dataclass(frozen=True, slots=True, kw_only=True)
-    class Config:
+    class Config(surrogate.Clipping):
         """Options."""
 
         speed: float = 1.0  # weight w of tokens per forward beside the reward, both as z-scores
         min_spread: float = 0.01  # delta, tokens per forward; groups that all decode at one speed are dropped
         epsilon: float = 0.2  # clip half-width of the ratio, dimensionless
+        max_log_ratio: float = 10.0  # nats, as released
         beta: float = 0.01  # weight of KL(new || reference), nats per token
         anchor: float = 0.1  # nu, weight of the log-likelihood of solved rows
         paper_exact: bool = False  # the released code's one-step likelihood and batch normalisation
 
         def __post_init__(self) -> None:
-            ranges.positive(epsilon=self.epsilon)
+            surrogate.Clipping.__post_init__(self)
             ranges.not_negative(speed=self.speed, min_spread=self.min_spread, beta=self.beta, anchor=self.anchor)
 
     config: Config
@@ -81,7 +82,7 @@ class LightningRL(Algorithm):
     def loss(self, new: LikelihoodEstimate, experience: Experience) -> Loss:
         """-J with its parts."""
         c, where, counts = self.config, experience.batch.completion, experience.counts
-        policy = surrogate.clipped_loss(new, experience, epsilon=c.epsilon, beta=0.0, reduction="sequence_mean")
+        policy = surrogate.clipped_loss(new, experience, epsilon=c, beta=0.0, reduction="sequence_mean")
         value, metrics = policy.value, dict(policy.metrics)
         if c.beta > 0:
             assert experience.reference is not None, "beta > 0 means needs.reference"

@@ -30,7 +30,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from dllm_rl.config import ranges
-from dllm_rl.diffusion import advantage, masking, per_draw
+from dllm_rl.diffusion import advantage, masking, per_draw, surrogate
 from dllm_rl.protocols.algorithm import Algorithm, Needs
 from dllm_rl.protocols.rollouter import Decoder, Rollouter, Turn
 from dllm_rl.types import Experience, LikelihoodEstimate, Loss, MaskSample, Prompt, Rewards, RolloutBatch
@@ -97,7 +97,7 @@ class MDPO(Algorithm):
     """Policy optimisation of the steps of denoising."""
 
     @dataclass(frozen=True, slots=True, kw_only=True)
-    class Config:
+    class Config(surrogate.Clipping):
         """Options."""
 
         steps: int = 16  # K, steps of a batch to train on: those of the largest advantages
@@ -106,7 +106,7 @@ class MDPO(Algorithm):
 
         def __post_init__(self) -> None:
             ranges.at_least_one(steps=self.steps)
-            ranges.positive(epsilon=self.epsilon)
+            surrogate.Clipping.__post_init__(self)
             ranges.not_negative(beta=self.beta)
 
     config: Config
@@ -142,7 +142,7 @@ class MDPO(Algorithm):
         # The mean over a row's completion of what weighs C/|M| where masked is the mean over its masked tokens.
         factor = old.exp() * _inverse_rate(experience.batch)[:, None]
         return per_draw.clipped_loss(
-            new, experience, epsilon=c.epsilon, beta=c.beta, reduction="sequence_mean", kind="k2", factor=factor
+            new, experience, epsilon=c, beta=c.beta, reduction="sequence_mean", kind="k2", factor=factor
         )
 
 

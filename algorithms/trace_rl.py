@@ -36,10 +36,11 @@ class TraceRL(Algorithm):
     """GRPO on the states that the sampler visited."""
 
     @dataclass(frozen=True, slots=True, kw_only=True)
-    class Config:
+    class Config(surrogate.Clipping):
         """Options."""
 
         epsilon: float = 0.2  # clip half-width of the ratio, dimensionless
+        max_log_ratio: float = 10.0  # nats, as released
         beta: float = 0.01  # weight of KL(new || old), nats per token; acts when updates_per_step > 1
         advantage: Literal["z_score", "group_mean"] = "z_score"
         reduction: surrogate.Reduction = "token_mean"
@@ -50,7 +51,7 @@ class TraceRL(Algorithm):
         clip_value: float = 0.2  # half-width of the clip of value predictions, in units of the reward
 
         def __post_init__(self) -> None:
-            ranges.positive(epsilon=self.epsilon)
+            surrogate.Clipping.__post_init__(self)
             ranges.not_negative(beta=self.beta)
             ranges.at_least_one(shrink=self.shrink)
             ranges.positive(clip_value=self.clip_value)
@@ -96,5 +97,5 @@ class TraceRL(Algorithm):
         """-J and the mean divergence from the old policy."""
         c = self.config
         return surrogate.clipped_loss(
-            new, experience, epsilon=c.epsilon, beta=c.beta, reduction=c.reduction, anchor=experience.old
+            new, experience, epsilon=c, beta=c.beta, reduction=c.reduction, anchor=experience.old
         )

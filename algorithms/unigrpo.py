@@ -27,7 +27,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from dllm_rl.config import ranges
-from dllm_rl.diffusion import advantage, masking, per_draw
+from dllm_rl.diffusion import advantage, masking, per_draw, surrogate
 from dllm_rl.protocols.algorithm import Algorithm, Needs
 from dllm_rl.types import Experience, LikelihoodEstimate, Loss, MaskSample, Rewards, RolloutBatch
 
@@ -36,7 +36,7 @@ class UniGRPO(Algorithm):
     """GRPO with structured noising; mu is learner.updates_per_step."""
 
     @dataclass(frozen=True, slots=True, kw_only=True)
-    class Config:
+    class Config(surrogate.Clipping):
         """Options."""
 
         grid: Literal["to_full", "whole_range"] = "to_full"  # masking rates of a step's updates, as said above
@@ -44,7 +44,7 @@ class UniGRPO(Algorithm):
         beta: float = 0.04  # weight of KL(new || reference), nats per token
 
         def __post_init__(self) -> None:
-            ranges.positive(epsilon=self.epsilon)
+            surrogate.Clipping.__post_init__(self)
             ranges.not_negative(beta=self.beta)
 
     config: Config
@@ -77,7 +77,7 @@ class UniGRPO(Algorithm):
         """-J and the mean KL."""
         # The mean over a row's completion of what weighs C/|M| where masked is the mean over its masked tokens.
         c = self.config
-        return per_draw.clipped_loss(new, experience, epsilon=c.epsilon, beta=c.beta, reduction="sequence_mean")
+        return per_draw.clipped_loss(new, experience, epsilon=c, beta=c.beta, reduction="sequence_mean")
 
     def _rates(self, start: Tensor, updates: int) -> list[Tensor]:
         """(N,) masking rates of each update, from (N,) starts."""

@@ -34,7 +34,7 @@ class UnmaskingPolicy(Algorithm):
     """GRPO on unmasking decisions."""
 
     @dataclass(frozen=True, slots=True, kw_only=True)
-    class Config:
+    class Config(surrogate.Clipping):
         """Options."""
 
         alpha: float = 1.0  # exponent of speed in the reward; 0 = accuracy alone
@@ -43,7 +43,7 @@ class UnmaskingPolicy(Algorithm):
         expert_block_size: int | None = None  # decoding block of experts, tokens; null = the run's
 
         def __post_init__(self) -> None:
-            ranges.positive(epsilon=self.epsilon)
+            surrogate.Clipping.__post_init__(self)
             ranges.not_negative(alpha=self.alpha)
             for threshold in self.experts or []:
                 if not 0 < threshold <= 1:
@@ -119,14 +119,14 @@ class UnmaskingPolicy(Algorithm):
     @override
     def loss(self, new: LikelihoodEstimate, experience: Experience) -> Loss:
         """-J."""
-        epsilon, batch = self.config.epsilon, experience.batch
+        c, batch = self.config, experience.batch
         assert new.choice_logp is not None and experience.old.choice_logp is not None, "needs.trains"
         happened = torch.arange(new.choice_logp.shape[1]) < batch.num_forwards[:, None]
         log_ratio = self._mixed(new.choice_logp, batch) - self._mixed(experience.old.choice_logp, batch)
         weight = experience.advantage[:, None]
         counts = experience.counts
-        gain = surrogate.reduce(surrogate.clipped(log_ratio, weight, epsilon), happened, "sequence_mean", counts)
-        metrics = surrogate.ratio_metrics(log_ratio, weight, epsilon, happened, counts.num_choices)
+        gain = surrogate.reduce(c.gain(log_ratio, weight, happened, batch.group), happened, "sequence_mean", counts)
+        metrics = surrogate.ratio_metrics(log_ratio, weight, c, happened, counts.num_choices)
         return Loss(-gain, metrics)
 
     def _mixed(self, choice_logp: Tensor, batch: RolloutBatch) -> Tensor:

@@ -20,6 +20,7 @@ from dllm_rl.driver.reference_cache import ReferenceCache
 from dllm_rl.driver.step import one_step
 from dllm_rl.evaluation.evaluate import Evaluation
 from dllm_rl.learner import checkpoint
+from dllm_rl.learner.diagnostics import advice
 from dllm_rl.reports.clock import Clock
 from dllm_rl.reports.plot import plot_run
 from dllm_rl.reports.progress import Progress, Quiet
@@ -108,6 +109,8 @@ def train(
                 records.log(learner.step, {**collected.metrics, **learned, **timer.seconds, **meters.read(run.actors)})
                 records.log_samples(learner.step, collected.samples[: config.run.log_samples])
                 records.log_prompts(learner.step, collected.uids, oldest_weights(collected.batch))
+                if text := advice(learned, run.algorithm):
+                    progress.log(text)
                 clock.add(timer)
                 advance(1, _note(collected, learned))
                 last, stopping = learner.step == total_steps, stop()
@@ -145,7 +148,8 @@ def _due(step: int, every: int | None) -> bool:
 
 
 def _note(collected: Collected, learned: Mapping[str, float]) -> str:
-    reward = collected.metrics.get("reward")
-    if reward is not None:
-        return f"reward {reward:.3f}" + ("" if "loss" in learned else ", no row kept")
-    return f"loss {learned['loss']:.4f}"
+    reward = collected.metrics.get("reward")  # absent if no row could be scored
+    text = "" if reward is None else f"reward {reward:.3f}"
+    if "loss" not in learned:
+        return f"{text}, no row kept".removeprefix(", ")
+    return text or f"loss {learned['loss']:.4f}"

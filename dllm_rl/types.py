@@ -388,6 +388,11 @@ class LikelihoodEstimate:
         return self.token_logp.sum(-1)
 
 
+def rows_of(advantage: Tensor, rows: Tensor) -> Tensor:
+    """Advantages (N,), (N, L) or (K, N, L) restricted to rows (int64 indices or a bool mask over N)."""
+    return advantage[rows] if advantage.dim() == 1 else advantage[..., rows, :]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Experience:
     """Everything a loss may look at, apart from the current policy's likelihood.
@@ -412,6 +417,19 @@ class Experience:
     reference: LikelihoodEstimate | None
     counts: GlobalCounts
     entropy: Tensor | None = None
+
+    def select(self, rows: Tensor, counts: GlobalCounts) -> Experience:
+        """Restricted to rows (int64 indices or a bool mask over N) of a minibatch, or of a rank, with its counts."""
+        return Experience(
+            batch=self.batch.select(rows),
+            rewards=self.rewards.select(rows),
+            advantage=rows_of(self.advantage, rows),
+            masks=self.masks.select(rows),
+            old=self.old.select(rows),
+            reference=None if self.reference is None else self.reference.select(rows),
+            counts=counts,
+            entropy=None if self.entropy is None else self.entropy[rows],
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -439,6 +457,14 @@ class GlobalCounts:
 
 
 @dataclass(frozen=True, slots=True)
+class Minibatch:
+    """Rows (int64 indices) that one optimiser update learns from, and the counts of all ranks' rows of it."""
+
+    rows: Tensor
+    counts: GlobalCounts
+
+
+@dataclass(frozen=True, slots=True)
 class Metric:
     """A metric's unit ("" for none) and its meaning, in one line."""
 
@@ -456,7 +482,8 @@ class TrainingBatch:
         advantage: (N,), (N, L) or (K, N, L) float32.
         masks: draws of each optimiser update; a single entry is shared by all of them.
         reference: likelihood under the frozen reference for each entry of masks, or None if the algorithm needs none.
-        counts: what a rank that holds some rows of a larger batch is told of it; None = the batch is whole.
+        minibatches: what each optimiser update of a pass over the batch learns from; None = the batch is whole, and the
+            learner splits it.
     """
 
     batch: RolloutBatch
@@ -464,17 +491,17 @@ class TrainingBatch:
     advantage: Tensor
     masks: Sequence[MaskSample]
     reference: Sequence[LikelihoodEstimate] | None = None
-    counts: GlobalCounts | None = None
+    minibatches: Sequence[Minibatch] | None = None
 
-    def select(self, rows: Tensor, counts: GlobalCounts) -> TrainingBatch:
+    def select(self, rows: Tensor, minibatches: Sequence[Minibatch]) -> TrainingBatch:
         """What the rank that holds these rows (int64 indices or a bool mask over N) of it trains on."""
         return TrainingBatch(
             self.batch.select(rows),
             self.rewards.select(rows),
-            self.advantage[rows] if self.advantage.dim() == 1 else self.advantage[..., rows, :],
+            rows_of(self.advantage, rows),
             [drawn.select(rows) for drawn in self.masks],
             None if self.reference is None else [one.select(rows) for one in self.reference],
-            counts,
+            minibatches,
         )
 
 

@@ -14,3 +14,8 @@ def share(prompts, completions, *, answer, **columns):
         sum(a == b for a, b in zip(text, wanted, strict=False)) / max(len(text), len(wanted))
         for text, wanted in zip(completions, answer, strict=True)
     ]
+
+
+def fails(prompts, completions, **columns):
+    """A verifier that is down."""
+    raise OSError("no connection")

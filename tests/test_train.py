@@ -92,6 +92,29 @@ def test_every_algorithm_runs_on_every_kind_of_family(tmp_path, monkeypatch, alg
         assert len(samples) == 8 and len(samples[0]["prompt"]) == 17 and 1 <= samples[0]["num_forwards"] <= 16
 
 
+@pytest.mark.parametrize("algorithm", ["trace_rl", "lightning_rl"])
+def test_steps_without_one_scored_row_are_survived(tmp_path, monkeypatch, algorithm):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    values = configuration(tmp_path, algorithm=algorithm, reward_pool={"self_test": 0, "max_failure_fraction": 1})
+    values["rewards"] = [{"name": "sudoku", "weight": 0.0}, {"name": "light_rewards:fails"}]
+    values["evaluate"] = {"at_start": False, "at_end": False}
+    summary = run(values)
+    assert summary.steps == 2
+    assert [row["failed_rows"] for row in rows(summary)] == [1.0, 1.0]
+    assert all("loss" not in row and row["kept_rows"] == 0 for row in rows(summary))
+
+
+@pytest.mark.parametrize("algorithm", ["espo", "gdpo", "coupled_grpo"])
+def test_stale_rollouts_are_corrected_for_methods_of_rows_too(tmp_path, monkeypatch, algorithm):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    stale, quiet = {"max_staleness": 1, "correction": "sequence"}, {"at_end": False}
+    values = configuration(tmp_path, algorithm=algorithm, steps=3, rollout=stale, evaluate=quiet)
+    values["rewards"], values["reward_pool"] = [{"name": "sudoku"}, {"name": "light_rewards:low"}], {"self_test": 0}
+    summary = run(values)
+    assert ["stale_ratio" in row for row in rows(summary)] == [False, True, True]
+    assert all(row["grad_norm"] > 0 for row in rows(summary))
+
+
 def test_lora_trains_the_adapter_alone(tmp_path):
     values = configuration(tmp_path, algorithm="diffu_grpo", lora=LORA)
     values["rewards"] = [{"name": "sudoku"}, {"name": "format", "pattern": "[12]$"}]

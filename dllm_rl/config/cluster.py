@@ -101,12 +101,18 @@ class LearnerSection(Section):
     """Adam's decay rates."""
     eps: float = Field(default=1e-8, gt=0)
     """Adam's epsilon."""
+    master_weights: Literal["float32", "stochastic_rounding"] = "float32"
+    """Behind parameters in bfloat16: "float32" copies that AdamW steps on, or none and rounding at random, which saves
+    4 bytes per parameter and is noisier (learner.backend: torch)."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled weight decay; not applied to vectors (norms, biases)."""
     max_grad_norm: float | None = Field(default=1.0, gt=0)
     """Clip the global gradient norm; null = no clipping."""
     updates_per_step: int = Field(default=1, ge=1)
-    """Optimiser updates on each batch of rollouts (mu); step counts batches."""
+    """Passes over each batch of rollouts (mu), of one optimiser update per minibatch; step counts batches."""
+    minibatches: int = Field(default=1, ge=1)
+    """Optimiser updates in a pass over a batch of rollouts; the old policy is scored for the whole batch before the
+    first, so that ratios differ from 1 in the others. Groups stay whole."""
     precompute_reference: bool = False
     """Score all steps under the reference before training and free it; for pairs and demonstrations."""
     reference_cache: str | None = None
@@ -164,6 +170,10 @@ def check(cluster: ClusterSection, rollout: RolloutSection, learner: LearnerSect
         raise UserError(
             f"learner.zero_options: '{ours[0]}' has an option of its own; set learner.zero_stage, "
             f"offload_optimizer or offload_parameters"
+        )
+    if learner.master_weights == "stochastic_rounding" and deepspeed:
+        raise UserError(
+            "learner.master_weights: stochastic_rounding needs learner.backend: torch; DeepSpeed keeps float32"
         )
     if learner.zero_options and not deepspeed:
         raise UserError("learner.zero_options needs learner.backend: deepspeed")

@@ -16,11 +16,20 @@ from dllm_rl.config.cluster import LearnerSection
 from dllm_rl.config.plugins import build
 from dllm_rl.conformance import cases
 from dllm_rl.conformance.violation import require
-from dllm_rl.diffusion.advantage import per_row, select
+from dllm_rl.diffusion.advantage import per_row
 from dllm_rl.learner.policy_scorer import PolicyScorer
 from dllm_rl.learner.torch_learner import TorchLearner
 from dllm_rl.protocols.algorithm import Algorithm, JointMasks, Needs, ValueBaseline
-from dllm_rl.types import GIVEN, Experience, LikelihoodEstimate, MaskSample, Rewards, RolloutBatch, TrainingBatch
+from dllm_rl.types import (
+    GIVEN,
+    Experience,
+    LikelihoodEstimate,
+    MaskSample,
+    Rewards,
+    RolloutBatch,
+    TrainingBatch,
+    rows_of,
+)
 
 REPEATS = 400  # of the six rows: 2,400 draws for the partition of unity
 TOLERANCE = 1e-10
@@ -122,7 +131,7 @@ def excluded_rows_count_for_nothing(subject: Subject, batch: RolloutBatch) -> No
         scored = cases.rewards(cases.MIXED, excluded=gone)
         whole = subject.algorithm.advantages(scored, batch)
         alone = subject.algorithm.advantages(scored.select(rest), batch.select(rest))
-        own, others = select(whole, torch.tensor([gone])), select(whole, rest)
+        own, others = rows_of(whole, torch.tensor([gone])), rows_of(whole, rest)
         require(not bool(own.any()), f"excluded row {gone} has advantage {own.tolist()}")
         require(
             torch.allclose(others, alone, atol=1e-6),
@@ -146,7 +155,7 @@ def row_order_does_not_matter(subject: Subject, batch: RolloutBatch) -> None:
     order = torch.tensor([1, 4, 5, 0, 3, 2])
     scored = subject.scored()
     for method in (subject.algorithm.advantages, subject.algorithm.keep):
-        straight, moved = select(method(scored, batch), order), method(scored.select(order), batch.select(order))
+        straight, moved = rows_of(method(scored, batch), order), method(scored.select(order), batch.select(order))
         require(
             torch.allclose(straight.double(), moved.double(), atol=1e-6),
             f"{method.__name__}: {straight.tolist()}, reordered {moved.tolist()}",
@@ -242,6 +251,21 @@ def loss_reads_only_completions(subject: Subject, batch: RolloutBatch) -> None:
     require(not bool(tokens[~batch.completion].any()), "tokens outside the completion have a gradient")
 
 
+def credit_per_token_is_taken_as_declared(subject: Subject, batch: RolloutBatch) -> None:
+    """Advantages (N, L) that are equal within a row give the loss of (N,), unless needs.row_credit says (N,) alone."""
+    experience = subject.experience(batch)
+    if subject.needs.row_credit or not subject.rolls_out or not subject.scores_tokens or experience.advantage.dim() > 1:
+        return
+    tokens = experience.advantage[:, None].expand(batch.tokens.shape)
+    new = subject.estimate(batch, experience.masks, seed=3)
+    want = subject.gradient(experience, new)[0]
+    try:
+        got = subject.gradient(dataclasses.replace(experience, advantage=tokens), new)[0]
+    except Exception as error:  # whatever it stumbles over
+        require(False, f"{type(error).__name__} with advantages per token: {error}")
+    require(abs(float(got - want)) <= TOLERANCE, f"{float(got)} with advantages per token, {float(want)} per row")
+
+
 def loss_does_not_depend_on_sharding(subject: Subject, batch: RolloutBatch) -> None:
     """The losses of two halves of the batch, with the global counts, add up to the loss of the whole."""
     experience = subject.experience(batch)
@@ -250,7 +274,7 @@ def loss_does_not_depend_on_sharding(subject: Subject, batch: RolloutBatch) -> N
     cut = 4 if subject.needs.source == "pairs" else 3
     parts = [torch.arange(cut), torch.arange(cut, len(batch))]
     losses, gradients = zip(
-        *(subject.gradient(cases.shard(experience, rows), new.select(rows)) for rows in parts), strict=True
+        *(subject.gradient(experience.select(rows, experience.counts), new.select(rows)) for rows in parts), strict=True
     )
     require(abs(float(sum(losses) - whole)) <= TOLERANCE, f"halves give {float(sum(losses))}, the whole {float(whole)}")
     require(torch.allclose(torch.cat(gradients), gradient, atol=TOLERANCE, rtol=0), "the gradients differ")

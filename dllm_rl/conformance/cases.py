@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from dllm_rl.diffusion.advantage import select
 from dllm_rl.diffusion.layout import block_index
 from dllm_rl.models.create import create_denoiser
 from dllm_rl.models.denoiser import TransformersDenoiser
@@ -118,20 +115,6 @@ def experience(
         reference=reference,
         counts=GlobalCounts.of(rows),
         entropy=torch.rand(rows.tokens.shape, generator=generator_for(4, "conformance", "entropy")),
-    )
-
-
-def shard(whole: Experience, rows: Tensor) -> Experience:
-    """Some rows of an Experience, as another rank would hold them: the global counts stay."""
-    return dataclasses.replace(
-        whole,
-        batch=whole.batch.select(rows),
-        rewards=whole.rewards.select(rows),
-        advantage=select(whole.advantage, rows),
-        masks=whole.masks.select(rows),
-        old=whole.old.select(rows),
-        reference=None if whole.reference is None else whole.reference.select(rows),
-        entropy=None if whole.entropy is None else whole.entropy[rows],
     )
 
 

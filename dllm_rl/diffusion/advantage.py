@@ -26,11 +26,6 @@ def per_row(advantage: Tensor) -> Tensor:
     return advantage if advantage.dim() == 1 else advantage.sum(-1).view(-1, advantage.shape[-2]).sum(0)
 
 
-def select(advantage: Tensor, rows: Tensor) -> Tensor:
-    """Advantages restricted to rows (int64 indices or a bool mask over N), whatever else they have."""
-    return advantage[rows] if advantage.dim() == 1 else advantage[..., rows, :]
-
-
 def scaled(advantage: Tensor, factor: Tensor) -> Tensor:
     """Advantages (N,), (N, L) or (K, N, L) times factors (N,) or (N, L)."""
     return advantage * factor if advantage.dim() == factor.dim() == 1 else per_token(advantage) * per_token(factor)
@@ -51,7 +46,7 @@ def leave_one_out(reward: Tensor, group: Tensor, included: Tensor, episode: Tens
     scale = torch.where(size > 1, size / (size - 1).clamp(min=1), torch.zeros_like(size))
     if episode is None:
         return _centred(reward, group, weight, size) * scale
-    sample = _group_sum(reward * weight, episode)
+    sample = group_sum(reward * weight, episode)
     return _centred(sample, group, weight, size) * scale + (reward - sample) * ((weight > 0) & (size > 1))
 
 
@@ -59,9 +54,9 @@ def z_score(reward: Tensor, group: Tensor, included: Tensor, episode: Tensor | N
     """(N,) group-centred reward over the population deviation of the group; 0 where all rewards are equal."""
     weight, size = _weights(group, included, episode)
     centred, size = _centred(reward, group, weight, size), size.clamp(min=1)
-    deviation = (_group_sum(centred**2 * weight, group) / size).sqrt()
+    deviation = (group_sum(centred**2 * weight, group) / size).sqrt()
     # Equal rewards may centre to a rounding error instead of 0: dividing by it would invent a signal.
-    scale = _group_sum((reward.abs() * weight), group) / size
+    scale = group_sum((reward.abs() * weight), group) / size
     flat = deviation <= 1e-6 * scale.clamp(min=1e-6)
     return torch.where(
         flat, torch.zeros_like(centred), centred / torch.where(flat, torch.ones_like(deviation), deviation)
@@ -95,12 +90,12 @@ def per_component(
 
 def group_size(group: Tensor) -> Tensor:
     """(N,) float32: number of rows in the row's group."""
-    return _group_sum(torch.ones_like(group, dtype=torch.float32), group)
+    return group_sum(torch.ones_like(group, dtype=torch.float32), group)
 
 
 def any_of_group(flag: Tensor, group: Tensor) -> Tensor:
     """(N,) bool: whether the flag (N,) holds for some row of the row's group."""
-    return _group_sum(flag.to(torch.float32), group) > 0
+    return group_sum(flag.to(torch.float32), group) > 0
 
 
 def spread_of_group(value: Tensor, group: Tensor, included: Tensor, episode: Tensor | None = None) -> Tensor:
@@ -108,7 +103,7 @@ def spread_of_group(value: Tensor, group: Tensor, included: Tensor, episode: Ten
     size = int(group.max()) + 1
     value = value.to(torch.float32)
     if episode is not None:
-        value = _group_sum(value * _weights(group, included, episode)[0], episode)
+        value = group_sum(value * _weights(group, included, episode)[0], episode)
     high = torch.full((size,), float("-inf"), device=value.device)
     high = high.scatter_reduce(0, group, value.masked_fill(~included, float("-inf")), "amax")
     low = torch.full((size,), float("inf"), device=value.device)
@@ -118,10 +113,10 @@ def spread_of_group(value: Tensor, group: Tensor, included: Tensor, episode: Ten
 
 def zero_variance_groups(reward: Tensor, group: Tensor, included: Tensor, episode: Tensor | None = None) -> Tensor:
     """(N,) bool: True for rows whose group gives no signal (all its included rewards are equal, or fewer than two)."""
-    return _group_sum((z_score(reward, group, included, episode) != 0).to(torch.float32), group) == 0
+    return group_sum((z_score(reward, group, included, episode) != 0).to(torch.float32), group) == 0
 
 
-def _group_sum(value: Tensor, group: Tensor) -> Tensor:
+def group_sum(value: Tensor, group: Tensor) -> Tensor:
     """(N,) sum over each row's group, given back to its rows."""
     sums = torch.zeros(int(group.max()) + 1, dtype=value.dtype, device=value.device)
     return sums.index_add_(0, group, value)[group]
@@ -131,10 +126,10 @@ def _weights(group: Tensor, included: Tensor, episode: Tensor | None) -> tuple[T
     """(N,) weights that sum to 1 over the included rows of a sample, and (N,) the samples of each row's group."""
     weight = included.to(torch.float32)
     if episode is not None:
-        weight = weight / _group_sum(weight, episode).clamp(min=1)
-    return weight, _group_sum(weight, group).round()  # thirds do not add up to 1, and one sample must not pass for more
+        weight = weight / group_sum(weight, episode).clamp(min=1)
+    return weight, group_sum(weight, group).round()  # thirds do not add up to 1, and one sample must not pass for more
 
 
 def _centred(reward: Tensor, group: Tensor, weight: Tensor, size: Tensor) -> Tensor:
-    mean = _group_sum(reward * weight, group) / size.clamp(min=1)  # an empty group has no member
+    mean = group_sum(reward * weight, group) / size.clamp(min=1)  # an empty group has no member
     return (reward - mean) * (weight > 0)

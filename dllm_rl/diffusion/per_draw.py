@@ -14,7 +14,7 @@ def clipped_loss(
     new: LikelihoodEstimate,
     experience: Experience,
     *,
-    epsilon: float,
+    epsilon: float | surrogate.Clipping,
     beta: float,
     reduction: surrogate.Reduction,
     kind: surrogate.Divergence = "k3",
@@ -31,28 +31,32 @@ def clipped_loss(
     Args:
         new: current policy, with draw_token_logp (needs.draws).
         experience: old policy, reference, masks, counts; advantages (N,), (N, L) or (K, N, L).
-        epsilon: clip half-width.
+        epsilon: clip half-width, or how ratios are clipped.
         beta: weight of the divergence from the reference, per token; 0 = it is not read.
         reduction: how tokens become a scalar.
         kind: divergence.
         factor: f, (K, N, L), what a token of a draw counts beyond its weight; None = 1. Metrics leave it out.
     """
-    weight, counts, value = experience.masks.weight, experience.counts, per_token(experience.advantage)
-    logp = _logp(new)
+    weight, counts = experience.masks.weight, experience.counts
+    clip = epsilon if isinstance(epsilon, surrogate.Clipping) else surrogate.Clipping(epsilon=epsilon)
+    value, logp = per_token(experience.advantage).expand_as(weight), _logp(new)
     log_ratio = logp - _logp(experience.old)  # 0 where nothing is scored, as the weight is
 
     def mean(each: Tensor) -> Tensor:
         return (weight * each).sum() / counts.num_tokens
 
     with torch.no_grad():
+        cut = clip.cut(log_ratio)
         metrics = {
-            "clip_fraction": mean(surrogate.clip_active(log_ratio, value, epsilon).float()),
+            "clip_fraction": mean(clip.active(log_ratio, value).float()),
             "log_ratio_mean": mean(log_ratio),
             "log_ratio_square": mean(log_ratio.square()),
-            "ratio_mean": mean(log_ratio.exp()),
-            "ratio_square": mean((2 * log_ratio).exp()),
+            "log_ratio_cut": mean((cut != log_ratio).float()),
+            "ratio_mean": mean(cut.exp()),
+            "ratio_square": mean((2 * cut).exp()),
         }
-    gain = surrogate.clipped(log_ratio, value, epsilon)
+    ratios, values, scored = (one.transpose(0, 1) for one in (log_ratio, value, weight != 0))  # groups are of rows
+    gain = clip.gain(ratios, values, scored, experience.batch.group).transpose(0, 1)
     if beta > 0:
         assert experience.reference is not None, "beta > 0 means needs.reference"
         kl = surrogate.divergence(logp, _logp(experience.reference), kind)

@@ -2,8 +2,10 @@
 
     rho_i = min(p_now(token_i | state) / p_then(token_i | state), cap)
 
-where the state is the one in which the engine committed the token, and p_then is what the engine recorded: the ratio is
-exact for any estimator that the algorithm uses afterwards.
+where the state is the one in which the engine committed the token, and p_then is what the engine recorded: the ratio
+is exact for any estimator that the algorithm uses afterwards. Both are the model's own probabilities, from which tokens
+are drawn at temperature 1 without top-k and top-p alone: other sampling is refused with a correction. The choice of
+positions is not corrected; where it depends on confidence, weights are those of the tokens given their order.
 
 Source: Espeholt et al. 2018 (IMPALA, V-trace), arXiv:1802.01561; per token or per sequence as in Yao et al. 2025,
 "Your efficient RL framework secretly brings you off-policy RL training".

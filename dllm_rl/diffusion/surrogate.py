@@ -6,18 +6,101 @@ of an importance ratio, which is why diagnostics report its spread.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from dllm_rl.diffusion.advantage import per_token
-from dllm_rl.types import Experience, GlobalCounts, LikelihoodEstimate, Loss
+from dllm_rl.diffusion.advantage import group_sum, per_token
+from dllm_rl.errors import UserError
+from dllm_rl.types import Experience, GlobalCounts, LikelihoodEstimate, Loss, RolloutBatch
 
+MAX_LOG_RATIO = 20.0  # nats; exp(89) is infinite in float32, and 0 times it NaN
+Clip = Literal["ppo", "dual", "asymmetric", "unconditional", "none"]
 Divergence = Literal["k1", "k2", "k3"]
 Reduction = Literal["token_mean", "sequence_mean", "sequence_sum"]
-Norm = Literal["none", "length"]
+Norm = Literal["none", "length", "canvas"]
+Scope = Literal["completion", "canvas"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Clipping:
+    """Options that every clipped loss shares: how far the ratio r = exp(new - old) may carry the gradient.
+
+        ppo            min(r A, clip(r, 1 - epsilon, 1 + epsilon) A)
+        asymmetric     the same with 1 + epsilon_high above
+        dual           the same as ppo, and of negative advantages at least dual A: an outlier r cannot ruin the update
+        unconditional  clip(r) A / mean of clip(r) over the group, as weights of the gradient, whatever the sign of A
+        none           r A
+
+    The noise of an estimated ratio passes the one-sided clip where A < 0. Normalised weights keep an update within the
+    convex hull of its rows' gradients.
+
+    Source: Schulman et al. 2017, arXiv:1707.06347, Eq. 7 (ppo); Yu et al. 2025, DAPO, arXiv:2503.14476 (asymmetric);
+    Ye et al. 2020, arXiv:1912.09729 (dual); Zhong et al. 2026, StableDRL, arXiv:2603.06743 (unconditional).
+    """
+
+    epsilon: float = 0.2  # clip half-width of the ratio, dimensionless
+    clip: Clip = "ppo"
+    epsilon_high: float = 0.28  # above 1, for clip: asymmetric
+    dual: float = 3.0  # largest ratio of negative advantages, for clip: dual
+    max_log_ratio: float = MAX_LOG_RATIO  # nats; beyond it ratios are cut and have no gradient
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        for name in ("epsilon", "epsilon_high", "max_log_ratio"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"{name} = {getattr(self, name)}: must be > 0")
+        if not self.dual > 1:
+            raise UserError(f"dual = {self.dual}: must be > 1, the ratio of the old policy")
+
+    @property
+    def high(self) -> float:
+        """Half-width above 1."""
+        return self.epsilon_high if self.clip == "asymmetric" else self.epsilon
+
+    def cut(self, log_ratio: Tensor) -> Tensor:
+        """Log-ratios within what the exponential takes."""
+        return log_ratio.clamp(-self.max_log_ratio, self.max_log_ratio)
+
+    def gain(self, log_ratio: Tensor, advantage: Tensor, where: Tensor, group: Tensor) -> Tensor:
+        """What is to be maximised, element-wise.
+
+        Args:
+            log_ratio: (N,) or (N, L) nats, differentiable.
+            advantage: broadcasts with it.
+            where: bool as log_ratio, which elements there are.
+            group: (N,) int64; weights of "unconditional" are normalised over the elements of a group.
+        """
+        ratio = self.cut(log_ratio).exp()
+        bounded = ratio.clamp(1 - self.epsilon, 1 + self.high)
+        if self.clip == "none":
+            return ratio * advantage
+        if self.clip == "unconditional":
+            weight = torch.where(where, bounded.detach(), 0.0)
+            rows = (len(weight), -1)
+            total, count = (group_sum(one.reshape(rows).sum(-1), group) for one in (weight, where.to(weight.dtype)))
+            share = weight * (count / total.clamp(min=1e-30)).view(-1, *[1] * (weight.dim() - 1))
+            # Its value is 0 and its derivative share * A: old and new differ by noise, which must not be rewarded.
+            return share * advantage * (log_ratio - log_ratio.detach())
+        gain = torch.minimum(ratio * advantage, bounded * advantage)
+        if self.clip == "dual":
+            gain = torch.where(advantage < 0, torch.maximum(gain, self.dual * advantage), gain)
+        return gain
+
+    def active(self, log_ratio: Tensor, advantage: Tensor) -> Tensor:
+        """Bool: where the clip removes the gradient, or bounds the weight."""
+        ratio = self.cut(log_ratio).exp()
+        above, below = ratio > 1 + self.high, ratio < 1 - self.epsilon
+        if self.clip == "none":
+            return torch.zeros_like(above)
+        if self.clip == "unconditional":
+            return above | below
+        cut = (advantage > 0) & above | (advantage < 0) & below
+        return cut | ((advantage < 0) & (ratio > self.dual)) if self.clip == "dual" else cut
 
 
 def clipped(log_ratio: Tensor, advantage: Tensor, epsilon_low: float, epsilon_high: float | None = None) -> Tensor:
@@ -30,16 +113,9 @@ def clipped(log_ratio: Tensor, advantage: Tensor, epsilon_low: float, epsilon_hi
         epsilon_high: above 1; None = epsilon_low.
     Source: Schulman et al. 2017, arXiv:1707.06347, Eq. 7.
     """
-    ratio = log_ratio.exp()
+    ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     high = epsilon_low if epsilon_high is None else epsilon_high
     return torch.minimum(ratio * advantage, ratio.clamp(1 - epsilon_low, 1 + high) * advantage)
-
-
-def clip_active(log_ratio: Tensor, advantage: Tensor, epsilon_low: float, epsilon_high: float | None = None) -> Tensor:
-    """Bool: where the clip removes the gradient (ratio beyond the bound on the side the advantage pushes to)."""
-    high = epsilon_low if epsilon_high is None else epsilon_high
-    ratio = log_ratio.exp()
-    return ((advantage > 0) & (ratio > 1 + high)) | ((advantage < 0) & (ratio < 1 - epsilon_low))
 
 
 def divergence(new: Tensor, reference: Tensor, kind: Divergence) -> Tensor:
@@ -55,8 +131,9 @@ def divergence(new: Tensor, reference: Tensor, kind: Divergence) -> Tensor:
         return d
     if kind == "k2":
         return d.square() / 2
-    if kind == "k3":
-        return torch.expm1(-d) + d
+    if kind == "k3":  # beyond the bound it goes on as its tangent, so that it neither overflows nor lets go
+        beyond = (-d - MAX_LOG_RATIO).clamp(min=0)
+        return torch.expm1((-d).clamp(max=MAX_LOG_RATIO)) + math.exp(MAX_LOG_RATIO) * beyond + d
     raise ValueError(f"divergence = {kind!r}: must be one of {', '.join(get_args(Divergence))}")
 
 
@@ -86,28 +163,31 @@ def reduce(value: Tensor, where: Tensor, kind: Reduction, counts: GlobalCounts) 
 
 
 def ratio_metrics(
-    log_ratio: Tensor, advantage: Tensor, epsilon: float, where: Tensor, number: int
+    log_ratio: Tensor, advantage: Tensor, epsilon: float | Clipping, where: Tensor, number: int
 ) -> dict[str, Tensor]:
     """What tells whether ratios can be trusted, as means that add up over shards; see derived_metrics.
 
     Args:
         log_ratio: (...) nats, of tokens, forwards or rows.
         advantage: broadcasts with it.
-        epsilon: clip half-width.
+        epsilon: clip half-width, or how ratios are clipped.
         where: bool, which of them there are.
         number: how many there are in the whole global batch.
     """
+    clip = epsilon if isinstance(epsilon, Clipping) else Clipping(epsilon=epsilon)
 
     def mean(value: Tensor) -> Tensor:
         return torch.where(where, value, 0.0).sum() / number
 
     log_ratio = log_ratio.detach()
+    cut = clip.cut(log_ratio)
     return {
-        "clip_fraction": mean(clip_active(log_ratio, advantage, epsilon).float()),
+        "clip_fraction": mean(clip.active(log_ratio, advantage).float()),
         "log_ratio_mean": mean(log_ratio),
         "log_ratio_square": mean(log_ratio.square()),
-        "ratio_mean": mean(log_ratio.exp()),
-        "ratio_square": mean((2 * log_ratio).exp()),
+        "log_ratio_cut": mean((cut != log_ratio).float()),
+        "ratio_mean": mean(cut.exp()),
+        "ratio_square": mean((2 * cut).exp()),
     }
 
 
@@ -129,20 +209,19 @@ def clipped_loss(
     new: LikelihoodEstimate,
     experience: Experience,
     *,
-    epsilon: float,
+    epsilon: float | Clipping,
     beta: float,
     reduction: Reduction,
     anchor: LikelihoodEstimate | None = None,
 ) -> Loss:
     """The token-level GRPO loss, with the diagnostics that tell whether its log-ratios can be trusted.
 
-        loss = - reduce( min(r A, clip(r, 1 - epsilon, 1 + epsilon) A) - beta k3(l_new, l_anchor) )
-        r = exp(l_new - l_old)
+        loss = - reduce( gain(r, A) - beta k3(l_new, l_anchor) ),   r = exp(l_new - l_old),   gain as in Clipping
 
     Args:
         new: current policy.
         experience: old policy, advantages, counts.
-        epsilon: clip half-width.
+        epsilon: clip half-width, or how ratios are clipped.
         beta: weight of the divergence, per token; 0 = no anchor is read.
         reduction: how tokens become a scalar.
         anchor: what the divergence is taken to; None = experience.reference.
@@ -151,12 +230,13 @@ def clipped_loss(
     assert experience.advantage.dim() < 3, "advantages per draw need a loss over draws"
     advantage = per_token(experience.advantage)
     log_ratio = new.token_logp - experience.old.token_logp
-    gain = clipped(log_ratio, advantage, epsilon)
+    clip = epsilon if isinstance(epsilon, Clipping) else Clipping(epsilon=epsilon)
+    gain = clip.gain(log_ratio, advantage, where, experience.batch.group)
 
     def mean(value: Tensor, kind: Reduction = "token_mean") -> Tensor:
         return reduce(value, where, kind, experience.counts)
 
-    metrics = ratio_metrics(log_ratio, advantage, epsilon, where, experience.counts.num_tokens)
+    metrics = ratio_metrics(log_ratio, advantage, clip, where, experience.counts.num_tokens)
     if beta > 0:
         target = experience.reference if anchor is None else anchor
         assert target is not None, "beta > 0 means needs.reference"
@@ -166,49 +246,66 @@ def clipped_loss(
     return Loss(-mean(gain, reduction), metrics)
 
 
-def sequence_logp(estimate: LikelihoodEstimate, experience: Experience) -> Tensor:
-    """(N,) nats: the estimate summed over each row's completion."""
-    return torch.where(experience.batch.completion, estimate.token_logp, torch.zeros_like(estimate.token_logp)).sum(-1)
+def scored_tokens(batch: RolloutBatch, scope: Scope) -> Tensor:
+    """(N, L) bool: the completion up to its end, or the whole canvas with what follows the end."""
+    return batch.completion | batch.tail if scope == "canvas" else batch.completion
+
+
+def sequence_logp(estimate: LikelihoodEstimate, experience: Experience, scope: Scope = "completion") -> Tensor:
+    """(N,) nats: the estimate summed over each row's completion, or its whole canvas."""
+    where = scored_tokens(experience.batch, scope)
+    return torch.where(where, estimate.token_logp, torch.zeros_like(estimate.token_logp)).sum(-1)
+
+
+def _divisor(batch: RolloutBatch, norm: Norm) -> Tensor | int:
+    """(N,) tokens that a row's sum is divided by."""
+    if norm == "none":
+        return 1
+    return scored_tokens(batch, "completion" if norm == "length" else "canvas").sum(-1)
 
 
 def sequence_clipped_loss(
     new: LikelihoodEstimate,
     experience: Experience,
     *,
-    epsilon: float,
+    epsilon: float | Clipping,
     beta: float,
     ratio_norm: Norm,
     loss_norm: Norm = "none",
     kind: Divergence = "k2",
+    scope: Scope = "completion",
 ) -> Loss:
     """The sequence-level GRPO loss: a completion is one action, its likelihood one number B = sum_i l_i.
 
-        loss = - sum_rows 1/c_out [ min(r A, clip(r, 1 - epsilon, 1 + epsilon) A) ] / num_rows
+        loss = - sum_rows 1/c_out gain(r, A) / num_rows                                      gain as in Clipping
                + beta sum_rows 1/C D(B_new, B_ref) / num_rows,          r = exp((B_new - B_old) / c_in)
 
     Args:
         new: current policy.
         experience: old policy, reference, (N,) advantages, counts.
-        epsilon: clip half-width; ratios of normalised likelihoods stay within 1e-2 of 1, where 0.2 never clips.
+        epsilon: clip half-width, or how ratios are clipped; ratios of normalised likelihoods stay within 1e-2 of 1,
+            where 0.2 never clips.
         beta: weight of the divergence, per token; 0 = the reference is not read.
-        ratio_norm: c_in; "length" = the row's number of scored tokens C, "none" = 1.
+        ratio_norm: c_in; "length" = the tokens of the row's completion, "canvas" = those of its canvas, "none" = 1.
         loss_norm: c_out, likewise.
-        kind: divergence, taken on the raw sums and divided by C.
+        kind: divergence, taken on the raw sums and divided by C, the scored tokens.
+        scope: which tokens B sums over; released code has the canvas, where a short answer is mostly its padding.
     """
-    where = experience.batch.completion
-    length = where.sum(-1)
+    batch = experience.batch
+    length = scored_tokens(batch, scope).sum(-1)
     advantage = experience.advantage
     assert advantage.dim() == 1, "one advantage per row: the sequence is one action"
 
-    bound = sequence_logp(new, experience)
-    log_ratio = (bound - sequence_logp(experience.old, experience)) / (length if ratio_norm == "length" else 1)
-    gain = clipped(log_ratio, advantage, epsilon) / (length if loss_norm == "length" else 1)
+    bound = sequence_logp(new, experience, scope)
+    log_ratio = (bound - sequence_logp(experience.old, experience, scope)) / _divisor(batch, ratio_norm)
+    clip = epsilon if isinstance(epsilon, Clipping) else Clipping(epsilon=epsilon)
     every = torch.ones_like(log_ratio, dtype=torch.bool)
+    gain = clip.gain(log_ratio, advantage, every, batch.group) / _divisor(batch, loss_norm)
     number = experience.counts.num_rows  # a row is the unit of the ratio
-    metrics = ratio_metrics(log_ratio, advantage, epsilon, every, number)
+    metrics = ratio_metrics(log_ratio, advantage, clip, every, number)
     if beta > 0:
         assert experience.reference is not None, "beta > 0 means needs.reference"
-        kl = divergence(bound, sequence_logp(experience.reference, experience), kind) / length
+        kl = divergence(bound, sequence_logp(experience.reference, experience, scope), kind) / length
         metrics["kl"] = kl.detach().sum() / number
         gain = gain - beta * kl
     return Loss(-gain.sum() / number, metrics)

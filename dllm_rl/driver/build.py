@@ -195,6 +195,8 @@ def _check_learner(config: Config, algorithm: Algorithm) -> None:
             f"rollout.correction = {config.rollout.correction}: it weights advantages by replayed tokens, which does "
             f"not reach the {what} of algorithm '{config.algorithm.name}'; set it to null"
         )
+    if config.rollout.correction is not None:
+        _check_correction(config, algorithm)
     if config.learner.backend == "torch":
         return
     require_package("deepspeed", "deepspeed", "learner.backend: deepspeed")
@@ -206,6 +208,20 @@ def _check_learner(config: Config, algorithm: Algorithm) -> None:
         what = "an unmasking policy" if trains_policy else "a value model"
         raise UserError(
             f"algorithm '{config.algorithm.name}' trains {what}, which runs on one rank with learner.backend: torch"
+        )
+
+
+def _check_correction(config: Config, algorithm: Algorithm) -> None:
+    sampling, level = config.sampling, config.rollout.correction
+    if level == "token" and algorithm.needs.row_credit:
+        raise UserError(
+            f"rollout.correction = token weighs each token, and algorithm '{config.algorithm.name}' has one advantage "
+            f"per row; set rollout.correction: sequence"
+        )
+    if sampling.temperature != 1 or sampling.top_k is not None or sampling.top_p is not None:
+        raise UserError(
+            f"rollout.correction = {level} compares probabilities of the model itself, and the tokens are drawn from "
+            f"others; set sampling.temperature: 1.0 and leave sampling.top_k and sampling.top_p out"
         )
 
 

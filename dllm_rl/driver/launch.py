@@ -195,7 +195,12 @@ def _workers(
 ) -> Workers:
     """The driver's view of both groups; without a transport they hold the same tensors."""
     cluster, (denoiser, tokenizer) = config.cluster, model
-    learner = LearnerGroup(learners, hang_s=cluster.hang_s, max_restarts=cluster.max_restarts)
+    learner = LearnerGroup(
+        learners,
+        minibatches=config.learner.minibatches,
+        hang_s=cluster.hang_s,
+        max_restarts=cluster.max_restarts,
+    )
     pool = EnginePool(
         engines,
         rows_per_call=config.rollout.rows_per_call,

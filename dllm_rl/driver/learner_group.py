@@ -14,9 +14,18 @@ from typing_extensions import override
 
 from dllm_rl.cluster.group import P, R, WorkerGroup, WorkerLost, gather
 from dllm_rl.cluster.watchdog import HEARTBEAT_S, Watchdog
+from dllm_rl.learner.minibatches import split
 from dllm_rl.protocols.algorithm import Algorithm
 from dllm_rl.protocols.learner import Learner
-from dllm_rl.types import GlobalCounts, LikelihoodEstimate, MaskSample, RolloutBatch, TrainingBatch, WeightsVersion
+from dllm_rl.types import (
+    GlobalCounts,
+    LikelihoodEstimate,
+    MaskSample,
+    Minibatch,
+    RolloutBatch,
+    TrainingBatch,
+    WeightsVersion,
+)
 from dllm_rl.workers.learner_worker import LearnerWorker
 
 _GRACE_S = 10.0  # after a failed collective, for the news of who died
@@ -32,26 +41,26 @@ class LearnerGroup(Learner):
         on_rebuild: told when it was.
     """
 
-    def __init__(self, group: WorkerGroup[LearnerWorker], *, hang_s: float, max_restarts: int) -> None:
+    def __init__(
+        self, group: WorkerGroup[LearnerWorker], *, minibatches: int = 1, hang_s: float, max_restarts: int
+    ) -> None:
         """Take over a group.
 
         Args:
             group: the ranks.
+            minibatches: optimiser updates in a pass over a batch.
             hang_s: a rank that makes no micro-batch for so long while it has work is ended.
             max_restarts: how often the group may be built anew over the run.
         """
         self.group, self.step, self.restarts = group, 0, 0
         self.on_rebuild: Callable[[], None] = lambda: None
-        self._hang_s, self._max_restarts = hang_s, max_restarts
+        self._minibatches, self._max_restarts = minibatches, max_restarts
         self._watch = Watchdog(group, hang_s)
 
     @override
     def update(self, training: TrainingBatch, algorithm: Algorithm) -> Mapping[str, float]:
-        assert training.counts is None, "the group holds whole batches"
-        shares = [training]
-        if self.group.size > 1:
-            whole, dealt = GlobalCounts.of(training.batch), balance_rows(training.batch, self.group.size)
-            shares = [training.select(_or_any(r), dataclasses.replace(whole, idle=not len(r))) for r in dealt]
+        assert training.minibatches is None, "the group holds whole batches"
+        shares = [training] if self.group.size == 1 else deal(training, self._minibatches, self.group.size)
         calls = [self.group.submit(rank, LearnerWorker.update, share, algorithm) for rank, share in enumerate(shares)]
         metrics = self._all(calls)[0]
         self.step += 1
@@ -149,6 +158,21 @@ class LearnerGroup(Learner):
 def _or_any(rows: Tensor) -> Tensor:
     """The rows of a rank, or one that lets a rank without any keep step with the others."""
     return rows if len(rows) else torch.zeros(1, dtype=torch.int64)
+
+
+def deal(training: TrainingBatch, minibatches: int, size: int) -> list[TrainingBatch]:
+    """What each rank trains on: its rows of every minibatch, the same number of minibatches on all ranks."""
+    rows: list[list[Tensor]] = [[] for _ in range(size)]
+    parts: list[list[Minibatch]] = [[] for _ in range(size)]
+    for everyone in split(training.batch, minibatches):
+        batch = training.batch.select(everyone)
+        whole = GlobalCounts.of(batch)
+        for rank, own in enumerate(balance_rows(batch, size)):
+            taken, begin = everyone[_or_any(own)], sum(map(len, rows[rank]))
+            place = torch.arange(begin, begin + len(taken))
+            rows[rank].append(taken)
+            parts[rank].append(Minibatch(place, dataclasses.replace(whole, idle=not len(own))))
+    return [training.select(torch.cat(own), part) for own, part in zip(rows, parts, strict=True)]
 
 
 def balance_rows(batch: RolloutBatch, size: int) -> list[Tensor]:

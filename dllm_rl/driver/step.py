@@ -11,7 +11,7 @@ from torch import Tensor
 from dllm_rl import seeding
 from dllm_rl.config.schema import Config
 from dllm_rl.diffusion import masking
-from dllm_rl.diffusion.advantage import scaled, select
+from dllm_rl.diffusion.advantage import scaled
 from dllm_rl.diffusion.staleness import decoded_by_several, oldest_weights, truncated_weights
 from dllm_rl.driver.build import Run
 from dllm_rl.driver.collect import Collected
@@ -19,11 +19,11 @@ from dllm_rl.driver.prefetch import RolloutPrefetcher
 from dllm_rl.driver.reference_cache import ReferenceCache
 from dllm_rl.driver.step_masks import step_masks
 from dllm_rl.errors import UserError
-from dllm_rl.learner.diagnostics import estimator_metrics
+from dllm_rl.learner.diagnostics import estimator_metrics, rounding_noise
 from dllm_rl.protocols.algorithm import Algorithm
 from dllm_rl.reports.clock import Clock
 from dllm_rl.reports.metrics import describe
-from dllm_rl.types import RolloutBatch, TrainingBatch
+from dllm_rl.types import RolloutBatch, TrainingBatch, rows_of
 
 
 def one_step(
@@ -55,7 +55,7 @@ def one_step(
         if len(keep) == 0:
             learner.skip()
         else:
-            batch, rewards, advantage = batch.select(keep), rewards.select(keep), select(advantage, keep)
+            batch, rewards, advantage = batch.select(keep), rewards.select(keep), rows_of(advantage, keep)
             masks = step_masks(algorithm, batch, config, step)
             with run.engines.asleep(timer):
                 with timer("score_s"):
@@ -69,6 +69,9 @@ def one_step(
                             f"learner's own, and those of engine '{config.engine.name}' are approximate; set "
                             f"rollout.correction to token or sequence, or choose another engine"
                         )
+                if step == 0 and config.model.dtype == "bfloat16" and "model" in algorithm.needs.trains:
+                    rows, key = config.diagnostics.rows, seeding.derive(seed, "rounding", step)
+                    learned["ratio_noise"] = rounding_noise(learner, algorithm, batch, rows, key)
                 every = config.diagnostics.every_steps
                 if every is not None and step % every == 0:
                     with timer("diagnose_s"):

@@ -43,7 +43,7 @@ class RankScorer(ModelScorer):
     @override
     def plan(self, batch: RolloutBatch, masks: MaskSample) -> list[likelihood.Work]:
         own = super().plan(batch, masks)
-        number = self._largest([len(own)])[0]
+        number = max(1, *self._largest([len(own)]))  # without any backward, DeepSpeed would step without gradients
         zero = torch.zeros(1, dtype=torch.int64)
         nothing = likelihood.Work(zero, zero, zero, zero, int(batch.valid[0].sum()), idle=True)
         work = own + [nothing] * (number - len(own))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -33,6 +33,40 @@ def redrawn(
             .cpu()
             for seed in seeds
         ]
+    )
+
+
+def rounding_noise(learner: Learner, algorithm: Algorithm, batch: RolloutBatch, rows: int, seed: int) -> float:
+    """Nats per token by which a row's likelihood differs when other rows are scored beside it; root mean square.
+
+    Products of another shape are summed in another order, which bfloat16 shows: no log-ratio means anything below it.
+
+    Args:
+        learner: scores; its weights are not changed.
+        algorithm: draws the masks.
+        batch: rows of this step; the first ones are looked at.
+        rows: how many.
+        seed: of the draw.
+    """
+    few = batch.select(torch.arange(min(rows, len(batch))))
+    masks = algorithm.masks(few, torch.Generator().manual_seed(seed))
+    together = learner.score(few, masks).sequence_logp.double().cpu()
+    alone = []
+    for row in range(len(few)):
+        one = torch.tensor([row])
+        alone.append(learner.score(few.select(one), masks.select(one)).sequence_logp.double().cpu())
+    off = (together - torch.cat(alone)) / few.completion.sum(-1).cpu()
+    return off.square().mean().sqrt().item()
+
+
+def advice(metrics: Mapping[str, float], algorithm: Algorithm) -> str:
+    """One line if the clip of an algorithm is narrower than what rounding does to its ratios, else ""."""
+    noise, epsilon = metrics.get("ratio_noise", 0.0), getattr(algorithm.config, "epsilon", float("inf"))
+    if noise <= epsilon:
+        return ""
+    return (
+        f"rounding moves log-ratios by {noise:.1e} nats per token, more than the clip of {epsilon:.1e}: it removes "
+        f"gradients at random; set model.dtype: float32, or an algorithm.epsilon of {3 * noise:.0e} or more"
     )
 
 

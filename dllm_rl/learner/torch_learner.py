@@ -26,6 +26,7 @@ from dllm_rl import seeding
 from dllm_rl.config.cluster import LearnerSection
 from dllm_rl.diffusion import surrogate
 from dllm_rl.errors import RunStopped
+from dllm_rl.learner.minibatches import split
 from dllm_rl.learner.model_scorer import ModelScorer
 from dllm_rl.learner.optimizer import Optimizer
 from dllm_rl.learner.policy_scorer import PolicyScorer
@@ -33,6 +34,7 @@ from dllm_rl.learner.scorer import Scorer, join_names
 from dllm_rl.learner.value_model import ValueModel
 from dllm_rl.models.denoiser import TransformersDenoiser
 from dllm_rl.models.digest import digest
+from dllm_rl.models.evaluating import has_dropout
 from dllm_rl.protocols.algorithm import Algorithm, Needs, ValueBaseline
 from dllm_rl.types import (
     Experience,
@@ -40,6 +42,7 @@ from dllm_rl.types import (
     LikelihoodEstimate,
     Loss,
     MaskSample,
+    Minibatch,
     RolloutBatch,
     TrainingBatch,
     WeightsVersion,
@@ -96,11 +99,12 @@ class TorchLearner:
             self._scorers["policy" if trains_model else "model"] = policy
         model = None if self._model is None else self._model.trained
         self._trained = join_names(model, None if policy is None else policy.trained)
-        self._values = ValueModel(denoiser, config, total_steps) if needs.values else None
+        self._values = ValueModel(denoiser, config, total_steps, seed=seed) if needs.values else None
         self._optimizer = self._make_optimizer(total_steps)
+        self._drops = trains_model and has_dropout(denoiser.module)
 
     def _make_optimizer(self, total_steps: int) -> Optimizer:
-        return Optimizer([p for _, p in self._trained], self._config, total_steps)
+        return Optimizer([p for _, p in self._trained], self._config, total_steps, seed=self._seed)
 
     @property
     def ticks(self) -> int:
@@ -118,72 +122,111 @@ class TorchLearner:
             return self._scored(batch, masks, self._plans(batch, masks), draws=draws)
 
     def update(self, training: TrainingBatch, algorithm: Algorithm) -> dict[str, float]:
-        """updates_per_step optimiser updates on one batch; the old policy is the one that enters.
+        """updates_per_step passes over one batch, an optimiser update per minibatch; the old policy is what enters.
 
+        Returns:
+            metrics of the last pass, means over its minibatches.
         Raises:
             NonFiniteError: non-finite loss or gradient; weights are those before the update, the batch is on disk.
         """
-        updates, needs = self._config.updates_per_step, algorithm.needs
-        batch, rewards, masks, reference = training.batch, training.rewards, training.masks, training.reference
-        assert len(masks) in (1, updates), f"{len(masks)} entries of masks for {updates} updates"
-        counts = training.counts or GlobalCounts.of(batch)
+        passes, needs, batch = self._config.updates_per_step, algorithm.needs, training.batch
+        assert len(training.masks) in (1, passes), f"{len(training.masks)} entries of masks for {passes} updates"
+        parts = training.minibatches or [
+            Minibatch(rows, GlobalCounts.of(batch.select(rows))) for rows in split(batch, self._config.minibatches)
+        ]
         seeding.seed_everything(seeding.derive(self._seed, "update", self.step))  # dropout of adapters
         lr = self._optimizer.start(self.step)
+        known = self._known(training, needs, alone=len(parts) == 1)
+        targets = self._credit(known, algorithm)
         metrics: dict[str, float] = {}
-        known = [
+        for update in range(passes):
+            number, metrics = update % len(known), {}
+            for part in parts:
+                experience = known[number] if len(parts) == 1 else known[number].select(part.rows, part.counts)
+                experience = dataclasses.replace(experience, counts=part.counts)
+                found, experience = self._update_once(experience, algorithm, first=update == 0 and len(parts) == 1)
+                if len(parts) == 1:
+                    known[number] = experience  # with the old policy, if it had not been scored before
+                if targets:
+                    assert self._values is not None and isinstance(algorithm, ValueBaseline), "see _credit"
+                    old, wanted = (value[part.rows] for value in targets[number])
+                    clip = algorithm.value_clip
+                    found["value_loss"] = self._values.update(
+                        experience.batch, experience.masks, old, wanted, clip=clip
+                    )
+                metrics = {name: metrics.get(name, 0.0) + value / len(parts) for name, value in found.items()}
+        self.step += 1
+        return {**metrics, "lr": lr}
+
+    def _known(self, training: TrainingBatch, needs: Needs, *, alone: bool) -> list[Experience]:
+        """What is known of the batch under each of its draws before the first update.
+
+        Args:
+            training: the batch.
+            needs: of the algorithm.
+            alone: the first update is on the whole batch, scores its own draws under the same weights and is old then.
+        """
+        batch, reference = training.batch, training.reference
+        return [
             Experience(
                 batch=batch,
-                rewards=rewards,
+                rewards=training.rewards,
                 advantage=training.advantage,
                 masks=drawn,
-                # The first update scores its own draws under the same weights.
-                old=self.score(batch, drawn, draws=needs.draws) if number else LikelihoodEstimate.blank(batch),
+                old=LikelihoodEstimate.blank(batch)
+                if alone and not number
+                else self.score(batch, drawn, draws=needs.draws),
                 reference=None if reference is None else reference[number],
-                counts=counts,
+                counts=GlobalCounts.of(batch),
                 entropy=self._model.entropy(batch, drawn) if needs.entropy and self._model is not None else None,
             )
-            for number, drawn in enumerate(masks)
+            for number, drawn in enumerate(training.masks)
         ]
-        targets: list[tuple[Tensor, Tensor]] = []
-        if needs.values:
-            assert self._values is not None and isinstance(algorithm, ValueBaseline), "build_run() sees to it"
-            self._values.start(self.step)
-            for number, experience in enumerate(known):
-                value = self._values.predict(batch, experience.masks)
-                credit, target = algorithm.credit(rewards, batch, value)
-                known[number] = dataclasses.replace(experience, advantage=credit)
-                targets.append((value, target))
-        for update in range(updates):
-            number = update % len(known)
-            drawn = known[number].masks
-            self._optimizer.zero_grad()
-            plans = self._plans(batch, drawn)
-            alive = all(len(work) == 1 for work in plans)  # the graph fits: keep it rather than compute it twice
-            with torch.set_grad_enabled(alive):
-                new = self._scored(batch, drawn, plans, draws=needs.draws)
-            if update == 0:
-                own = {name: value.detach().clone() for name, value in new.differentiable.items()}
-                known[0] = dataclasses.replace(known[0], old=dataclasses.replace(new, **own))
-            if not alive:
-                leaves = {name: value.requires_grad_() for name, value in new.differentiable.items()}
-            experience = known[number]
-            loss = Loss(0.0 * new.token_logp.sum()) if counts.idle else algorithm.loss(new, experience)
-            found = self._over_ranks({"loss": loss.value.detach(), **loss.metrics})
-            self._require_finite("loss", found["loss"], experience)
-            if alive:
-                self._optimizer.backward(loss.value, last=True)
-            else:
-                slopes = torch.autograd.grad(loss.value, list(leaves.values()), materialize_grads=True)
-                self._second_phase(experience, dataclasses.replace(new, **dict(zip(leaves, slopes, strict=True))))
-            check = functools.partial(self._require_finite, "gradient norm", experience=experience)
-            norm = self._optimizer.step(check)
-            metrics = {"grad_norm": norm.item(), "lr": lr}
-            metrics |= surrogate.derived_metrics({name: scalar.item() for name, scalar in found.items()})
-            if needs.values:
-                assert self._values is not None and isinstance(algorithm, ValueBaseline), "seen above"
-                metrics["value_loss"] = self._values.update(batch, drawn, *targets[number], clip=algorithm.value_clip)
-        self.step += 1
-        return metrics
+
+    def _credit(self, known: list[Experience], algorithm: Algorithm) -> list[tuple[Tensor, Tensor]]:
+        """Puts in the advantages that a value model gives; its (predictions, targets) for each draw, else nothing."""
+        if not algorithm.needs.values:
+            return []
+        assert self._values is not None and isinstance(algorithm, ValueBaseline), "build_run() sees to it"
+        self._values.start(self.step)
+        targets = []
+        for number, experience in enumerate(known):
+            value = self._values.predict(experience.batch, experience.masks)
+            credit, target = algorithm.credit(experience.rewards, experience.batch, value)
+            known[number] = dataclasses.replace(experience, advantage=credit)
+            targets.append((value, target))
+        return targets
+
+    def _update_once(
+        self, experience: Experience, algorithm: Algorithm, *, first: bool
+    ) -> tuple[dict[str, float], Experience]:
+        """One optimiser update; its metrics, and the experience with the old policy if the update was the first."""
+        batch, masks = experience.batch, experience.masks
+        self._optimizer.zero_grad()
+        plans = self._plans(batch, masks)
+        # The graph fits: keep it rather than compute it twice. Not with dropout: what the loss is computed from would
+        # be another network's than old and reference, and differ with the number of micro-batches.
+        alive = not self._drops and all(len(work) == 1 for work in plans)
+        with torch.set_grad_enabled(alive):
+            new = self._scored(batch, masks, plans, draws=algorithm.needs.draws)
+        if first:
+            own = {name: value.detach().clone() for name, value in new.differentiable.items()}
+            experience = dataclasses.replace(experience, old=dataclasses.replace(new, **own))
+        if not alive:
+            leaves = {name: value.requires_grad_() for name, value in new.differentiable.items()}
+        idle = experience.counts.idle
+        loss = Loss(0.0 * new.token_logp.sum()) if idle else algorithm.loss(new, experience)
+        found = self._over_ranks({"loss": loss.value.detach(), **loss.metrics})
+        self._require_finite("loss", found["loss"], experience)
+        if alive:
+            self._optimizer.backward(loss.value, last=True)
+        else:
+            slopes = torch.autograd.grad(loss.value, list(leaves.values()), materialize_grads=True)
+            self._second_phase(experience, dataclasses.replace(new, **dict(zip(leaves, slopes, strict=True))))
+        check = functools.partial(self._require_finite, "gradient norm", experience=experience)
+        norm = self._optimizer.step(check)
+        metrics = surrogate.derived_metrics({name: scalar.item() for name, scalar in found.items()})
+        return {"grad_norm": norm.item(), **metrics}, experience
 
     def reference_digest(self) -> str:
         """Digest of the frozen reference's weights; empty if only a policy is trained."""

@@ -12,19 +12,23 @@ from dllm_rl.config.cluster import LearnerSection
 from dllm_rl.diffusion import likelihood, values
 from dllm_rl.learner.optimizer import Optimizer
 from dllm_rl.models.denoiser import TransformersDenoiser
+from dllm_rl.models.evaluating import evaluating
 from dllm_rl.types import MaskSample, RolloutBatch
 
 
 class ValueModel:
     """A copy of the policy's network with a linear head, zero at first, and an optimiser of its own."""
 
-    def __init__(self, denoiser: TransformersDenoiser, config: LearnerSection, total_steps: int) -> None:
+    def __init__(
+        self, denoiser: TransformersDenoiser, config: LearnerSection, total_steps: int, *, seed: int = 0
+    ) -> None:
         """Copy the policy.
 
         Args:
             denoiser: the policy at the start of the run; what is trainable there is trainable here.
             config: optimiser settings; the learning rate is value_lr.
             total_steps: length of the run, for the schedule.
+            seed: of stochastic rounding.
         """
         self._denoiser, self._budget = copy.deepcopy(denoiser), config.tokens_per_microbatch
         weight = next(self._denoiser.module.parameters())
@@ -32,12 +36,12 @@ class ValueModel:
         nn.init.zeros_(self._head.weight)
         settings = config.model_copy(update={"lr": config.value_lr})
         trained = [p for p in self._denoiser.module.parameters() if p.requires_grad]
-        self._optimizer = Optimizer([*trained, *self._head.parameters()], settings, total_steps)
+        self._optimizer = Optimizer([*trained, *self._head.parameters()], settings, total_steps, seed=seed)
 
     def predict(self, batch: RolloutBatch, masks: MaskSample) -> Tensor:
         """(N, L) float32 without gradient; 0 where no draw scores the token."""
         out = torch.zeros(batch.tokens.shape)
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(self._denoiser.module):
             for work in likelihood.plan(batch, masks, self._budget):
                 value, row, position = self._values(batch, masks, work)
                 out[row.cpu(), position.cpu()] = value.cpu()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dllm_rl.config.cluster import LearnerSection
 from dllm_rl.errors import UserError
-from dllm_rl.learner.optimizer import Optimizer
+from dllm_rl.learner.optimizer import Optimizer, adamw
 
 
 def join_ranks(rank: int, size: int, address: str, port: int) -> None:
@@ -92,8 +92,10 @@ class ZeroOptimizer(Optimizer):
         """
         import deepspeed
 
-        super().__init__(parameters, config, steps)
-        self._stage, self._size = config.zero_stage, torch.distributed.get_world_size()
+        self._config, self._total_steps, self._parameters = config, steps, list(parameters)
+        self._adam = adamw(parameters, [p.dim() >= 2 for p in parameters], config)
+        self._stage = zero_stage(config, parameters[0].dtype)
+        self._size = torch.distributed.get_world_size()
         self.engine: Any = deepspeed.initialize(
             model=root,
             optimizer=self._adam,
@@ -131,9 +133,14 @@ class ZeroOptimizer(Optimizer):
         return norm
 
 
+def zero_stage(config: LearnerSection, dtype: torch.dtype) -> int:
+    """The stage that runs: bfloat16 without ZeRO would have neither master weights nor float32 sums of gradients."""
+    return max(1, config.zero_stage) if dtype == torch.bfloat16 else config.zero_stage
+
+
 def settings(config: LearnerSection, dtype: torch.dtype) -> dict[str, Any]:
     """DeepSpeed's configuration."""
-    zero: dict[str, Any] = {**config.zero_options, "stage": config.zero_stage}
+    zero: dict[str, Any] = {**config.zero_options, "stage": zero_stage(config, dtype)}
     if config.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     if config.offload_parameters:
@@ -146,5 +153,6 @@ def settings(config: LearnerSection, dtype: torch.dtype) -> dict[str, Any]:
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": zero,
         "bf16": {"enabled": dtype == torch.bfloat16},
+        "data_types": {"grad_accum_dtype": "fp32"},  # 512 sums in bfloat16 lose 2%, 4,096 half of the gradient
         "steps_per_print": 1 << 62,
     }

@@ -14,6 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from dllm_rl import registry
 from dllm_rl.errors import UserError
 from dllm_rl.models.rotary import FLOAT32_ROTARY, Float32Rotary
+from dllm_rl.models.unembedding import Float32Logits
 
 _LAYER = "{i}"  # stands for a layer number in a pair of names
 
@@ -122,6 +123,9 @@ class Family:
         settings: PretrainedConfig = self.module_class.config_class(**options)
         with torch.device("meta"):
             module = self.module_class(settings).to(dtype)
+            head = module.get_output_embeddings()
+            shape = (head.in_features, head.out_features, head.bias is not None)
+            module.set_output_embeddings(Float32Logits(*shape, dtype=dtype))
             if options["attn_implementation"] == FLOAT32_ROTARY:
                 module.base_model.rotary_emb = Float32Rotary(settings)
             if dtype == torch.float64:

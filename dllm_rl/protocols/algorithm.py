@@ -79,6 +79,8 @@ class Needs:
         draws: loss() reads the log-probabilities of each draw (draw_token_logp).
         traces: prompts carry the tokens of their trace.
         values: it is a ValueBaseline, and advantages come from credit().
+        row_credit: loss() takes one advantage per row, whose likelihood is one number; rollout.correction then has to
+            be sequence.
     """
 
     source: Literal["rollouts", "demonstrations", "pairs"] = "rollouts"
@@ -92,6 +94,7 @@ class Needs:
     draws: bool = False
     traces: bool = False
     values: bool = False
+    row_credit: bool = False
 
 
 class Algorithm:

@@ -84,7 +84,7 @@ class Denoiser(Protocol):
         """
 
     def unembed(self, rows: Tensor) -> Tensor:
-        """Logits (M, V) of hidden states (M, D), in the dtype of the network."""
+        """Logits (M, V) of hidden states (M, D): float32, or float64 if the network computes in float64."""
 
     def prefill(self, tokens: Tensor, valid: Tensor, block_ids: Tensor, cache_type: CacheType = ...) -> Cache:
         """Keys and values of clean (N, P) right-padded prompts under block-causal attention. Block families only."""

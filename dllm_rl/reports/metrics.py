@@ -27,6 +27,8 @@ METRICS: Mapping[str, Metric] = {
     "clip_fraction": Metric("share", "tokens whose gradient the clip removed"),
     "log_ratio_mean": Metric("nats", "mean of log new - log old over the ratio's units: tokens, rows or forwards"),
     "log_ratio_deviation": Metric("nats", "standard deviation of log new - log old over the same"),
+    "ratio_noise": Metric("nats", "what rounding alone does to a log-likelihood per token; at the start, in bfloat16"),
+    "log_ratio_cut": Metric("share", "ratios beyond max_log_ratio nats: cut, and without gradient"),
     "effective_samples": Metric("share", "(mean ratio)^2 / mean ratio^2 over the same; 1 = on policy"),
     "estimate_deviation": Metric("nats", "spread of a row's log-likelihood over fresh mask draws, a few rows"),
     "estimate_deviation_per_token": Metric("nats", "the same, per scored token"),

@@ -26,7 +26,6 @@ BY_HAND = [
     ("just_grpo", {}, lambda A, C, T, N, s: -A / N),
     ("espo", {}, lambda A, C, T, N, s: -A / (C * N)),
     ("gdpo", {"beta": 0.1}, lambda A, C, T, N, s: -A / (C * N)),
-    ("gdpo", {"paper_exact": True}, lambda A, C, T, N, s: -A / (C * N)),
     ("lightning_rl", {}, lambda A, C, T, N, s: -A / (C * N) - 0.1 * s / T),
     ("lightning_rl", {"paper_exact": True, "anchor": 0.0}, lambda A, C, T, N, s: -A / (C * N)),
     # s = 0: d(-log sigmoid)/ds = -1/2; N / 2 pairs; chosen rows (A = 1, s = 1) carry the anchor

@@ -55,6 +55,14 @@ def foreign_policy(folder):
 # name: (changes of the configuration, or a function of tmp_path that makes the files they need and returns them;
 #        words of the message)
 PLANS: dict[str, tuple[dict[str, Any] | Callable[[Path], dict[str, Any]], list[str]]] = {
+    "token weights of a sequence-level method": (
+        {"rollout.correction": "token", "rollout.max_staleness": 1, "algorithm": {"name": "espo"}},
+        ["rollout.correction = token", "'espo' has one advantage per row; set rollout.correction: sequence"],
+    ),
+    "a correction of tokens that were drawn from another distribution": (
+        {"rollout.correction": "token", "rollout.max_staleness": 1, "sampling.temperature": 0.7},
+        ["rollout.correction = token", "set sampling.temperature: 1.0"],
+    ),
     "several engines in one process": (
         {"cluster.engines": 2},
         ["cluster.engines = 2 and cluster.learners = 1 need cluster.kind: ray"],

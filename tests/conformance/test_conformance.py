@@ -261,6 +261,12 @@ class OwnLetters(Sudoku4):
         return [dataclasses.replace(e, prompt=e.prompt[:-1] + mark) for e in super().examples(split)]
 
 
+class RowsOnly(CoupledGRPO):
+    def loss(self, new, experience):
+        assert experience.advantage.dim() == 1
+        return super().loss(new, experience)
+
+
 FAULTS: list[tuple[str, str, str]] = [
     ("algorithms", "Peeks", "no_token_is_scored_in_sight"),
     ("algorithms", "CountsTwice", "weights_are_a_partition_of_unity"),
@@ -276,6 +282,7 @@ FAULTS: list[tuple[str, str, str]] = [
     ("algorithms", "InDouble", "advantages_have_the_shape_of_rows_or_tokens"),
     ("algorithms", "LocalMean", "loss_does_not_depend_on_sharding"),
     ("algorithms", "TrainsOnPadding", "loss_reads_only_completions"),
+    ("algorithms", "RowsOnly", "credit_per_token_is_taken_as_declared"),
     ("algorithms", "Backwards", "better_rows_become_likelier"),
     ("algorithms", "BelievesTheEngine", "behaviour_is_read_as_declared"),
     ("algorithms", "NoReference", "reference_is_needed_as_declared"),

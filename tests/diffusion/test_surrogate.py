@@ -15,7 +15,7 @@ def test_clip_by_hand():
     log_ratio = torch.log(torch.tensor([1.5, 1.5, 0.5, 0.5, 1.1]))
     gain = surrogate.clipped(log_ratio, torch.tensor([1.0, -1.0, 1.0, -1.0, 2.0]), 0.2)
     torch.testing.assert_close(gain, torch.tensor([1.2, -1.5, 0.5, -0.8, 2.2]))
-    active = surrogate.clip_active(log_ratio, torch.tensor([1.0, -1.0, 1.0, -1.0, 2.0]), 0.2)
+    active = surrogate.Clipping(epsilon=0.2).active(log_ratio, torch.tensor([1.0, -1.0, 1.0, -1.0, 2.0]))
     assert active.tolist() == [True, False, False, True, False]
 
 
@@ -28,7 +28,7 @@ def test_clip_removes_the_gradient_exactly_where_it_is_active():
     log_ratio = torch.log(torch.tensor([1.5, 1.5, 0.5, 0.5])).requires_grad_()
     advantage = torch.tensor([1.0, -1.0, 1.0, -1.0])
     (gradient,) = torch.autograd.grad(surrogate.clipped(log_ratio, advantage, 0.2).sum(), log_ratio)
-    active = surrogate.clip_active(log_ratio.detach(), advantage, 0.2)
+    active = surrogate.Clipping(epsilon=0.2).active(log_ratio.detach(), advantage)
     assert torch.equal(gradient == 0, active)
 
 
@@ -101,3 +101,79 @@ def test_deviation_and_effective_samples_by_hand():
         "effective_samples": pytest.approx((1 + math.e) ** 2 / (2 * (1 + math.e**2))),
         "kl": 0.25,
     }
+
+
+GROUP = torch.tensor([0, 0, 1, 1])
+EVERY = torch.ones(4, dtype=torch.bool)
+
+
+def gradient(clip, log_ratio, advantage, where=EVERY, group=GROUP):
+    """(value, derivative) of a loss's gain by the log-ratios, in float64."""
+    leaf = torch.as_tensor(log_ratio, dtype=torch.float64).requires_grad_()
+    gain = torch.where(where, clip.gain(leaf, torch.as_tensor(advantage, dtype=torch.float64), where, group), 0.0).sum()
+    return gain.item(), torch.autograd.grad(gain, leaf)[0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "by_hand"),
+    [  # ratios 1.5, 0.5, 1.5, 0.5 with advantages 1, 1, -1, -1; derivative by log r is r A where it is not clipped
+        ("ppo", [0.0, 0.5, -1.5, 0.0]),
+        ("asymmetric", [1.5, 0.5, -1.5, 0.0]),  # 1 + 0.6 above
+        ("dual", [0.0, 0.5, 0.0, 0.0]),  # no more than 1.4 of negative advantages
+        ("none", [1.5, 0.5, -1.5, -0.5]),
+        ("unconditional", [1.2, 0.8, -1.2, -0.8]),  # clipped weights; each group's mean is 1 already
+    ],
+)
+def test_each_clip_by_hand(kind, by_hand):
+    clip = surrogate.Clipping(epsilon=0.2, clip=kind, epsilon_high=0.6, dual=1.4)
+    log_ratio, advantage = torch.tensor([1.5, 0.5, 1.5, 0.5]).log(), [1.0, 1.0, -1.0, -1.0]
+    _, got = gradient(clip, log_ratio, advantage)
+    torch.testing.assert_close(got, torch.tensor(by_hand, dtype=torch.float64), atol=1e-6, rtol=0)
+    removed = clip.active(log_ratio, torch.tensor(advantage))
+    if kind != "unconditional":
+        assert removed.tolist() == [value == 0 for value in by_hand]
+
+
+def test_weights_of_the_unconditional_clip_sum_to_their_number_in_every_group():
+    clip = surrogate.Clipping(epsilon=0.2, clip="unconditional")
+    where = torch.tensor([[True, True, False], [True, False, False], [True, True, True], [True, True, True]])
+    log_ratio = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    value, got = gradient(clip, log_ratio, torch.ones(4, 1), where)
+    assert value == 0.0 and not got[~where].any()
+    for number, count in ((0, 3), (1, 6)):
+        assert got[number == GROUP].sum().item() == pytest.approx(count)
+    bounded = log_ratio.double().exp().clamp(0.8, 1.2)
+    torch.testing.assert_close(got[0, 0] / got[0, 1], bounded[0, 0] / bounded[0, 1])
+
+
+def test_an_outlier_ruins_the_one_sided_clip_and_not_the_unconditional_one():
+    """Three honest tokens and one whose ratio is estimated as 1e5 with a negative advantage."""
+    log_ratio, advantage = [0.05, -0.05, 0.0, math.log(1e5)], [1.0, 1.0, 1.0, -1.0]
+    share = {}
+    for kind in ("ppo", "dual", "unconditional"):
+        _, got = gradient(surrogate.Clipping(epsilon=0.2, clip=kind), log_ratio, advantage, group=torch.zeros(4).long())
+        share[kind] = (got[3].abs() / got.abs().sum()).item()
+    assert share["ppo"] > 0.9999, "the update is the outlier's alone"
+    assert share["unconditional"] < 0.3 and share["dual"] == 0.0
+
+
+@pytest.mark.parametrize("kind", ["ppo", "dual", "asymmetric", "unconditional", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_no_log_ratio_overflows(kind, dtype):
+    """At 89 nats exp() is infinite in float32, and infinity times a zero derivative is NaN."""
+    leaf = torch.tensor([89.0, -89.0, 2000.0, -2000.0], dtype=dtype, requires_grad=True)
+    clip, advantage = surrogate.Clipping(clip=kind), torch.tensor([-1.0, 1.0, 1.0, -1.0], dtype=dtype)
+    gain = clip.gain(leaf, advantage, EVERY, GROUP) - 0.1 * surrogate.divergence(leaf, torch.zeros_like(leaf), "k3")
+    (got,) = torch.autograd.grad(gain.sum(), leaf)
+    assert bool(torch.isfinite(gain).all()) and bool(torch.isfinite(got).all())
+    figures = surrogate.ratio_metrics(leaf, advantage, clip, EVERY, 4)
+    assert all(bool(torch.isfinite(value)) for value in figures.values()) and figures["log_ratio_cut"] == 1
+
+
+def test_the_divergence_never_lets_go():
+    """k3 is its own tangent beyond the bound: a policy far from the reference is drawn back, not pushed on."""
+    leaf = torch.tensor([-5.0, -19.9, -20.1, -300.0], dtype=torch.float64, requires_grad=True)
+    value = surrogate.divergence(leaf, torch.zeros_like(leaf), "k3")
+    (slope,) = torch.autograd.grad(value.sum(), leaf)
+    assert bool((slope < 0).all()) and bool((value.diff() > 0).all())
+    torch.testing.assert_close(value[:2], torch.expm1(-leaf[:2]) + leaf[:2])

@@ -18,7 +18,7 @@ from dllm_rl.conformance.algorithms import Subject
 from dllm_rl.learner.torch_learner import NonFiniteError, TorchLearner
 from dllm_rl.models.lora import add_lora
 from dllm_rl.models.tokenizers import character_tokenizer
-from dllm_rl.types import GlobalCounts, TrainingBatch
+from dllm_rl.types import GlobalCounts, Minibatch, TrainingBatch
 
 STEPS = 5
 ALL_STAGES = (0, 1, 2, 3)
@@ -67,7 +67,8 @@ def train(made, algorithm, batch, rewards, advantage, masks, counts=None, steps=
     out = []
     for _ in range(steps):
         reference = [made.score(batch, masks, reference=True)] if algorithm.needs.reference else None
-        out.append(made.update(TrainingBatch(batch, rewards, advantage, [masks], reference, counts), algorithm))
+        whole = None if counts is None else [Minibatch(torch.arange(len(batch)), counts)]
+        out.append(made.update(TrainingBatch(batch, rewards, advantage, [masks], reference, whole), algorithm))
     return out
 
 
@@ -205,3 +206,62 @@ def stop_before_damage(rank, size, stages):
 
 def test_a_bad_loss_stops_every_rank_before_the_weights_change():
     assert on_ranks(2, stop_before_damage, (0, 3)) == [True, True]
+
+
+def without_signal(rank, size, stages):
+    from dllm_rl.learner.deepspeed_learner import DeepSpeedLearner
+
+    out = []
+    for stage in stages:
+        case = Case("trace_rl", budget=64, stage=stage)
+        algorithm, denoiser, batch, rewards, advantage, masks, counts = own_rows(case, rank, size)
+        made = learner(DeepSpeedLearner, case, algorithm, denoiser, **case.zero())
+        before = weights(made)
+        flat = train(made, algorithm, batch, rewards, 0 * advantage, masks, counts, steps=1)[0]
+        still = all((before[name] == value).all() for name, value in weights(made).items())
+        signal = train(made, algorithm, batch, rewards, advantage, masks, counts, steps=1)[0]
+        out.append((flat["grad_norm"], still, signal["grad_norm"]))
+    return out
+
+
+def test_a_batch_without_signal_is_a_step_like_any_other():
+    """Every group is flat: all coefficients are zero, and no micro-batch would be forwarded."""
+    for flat, still, signal in on_ranks(2, without_signal, ALL_STAGES):
+        assert flat == 0.0 and still and signal > 0
+
+
+def train_low(rank, size, cases_of_stages):
+    from dllm_rl.learner.deepspeed_learner import DeepSpeedLearner
+
+    out = []
+    for case in cases_of_stages:
+        algorithm, denoiser, *rest = own_rows(case, rank, size)
+        denoiser.module.bfloat16()
+        made = learner(DeepSpeedLearner, case, algorithm, denoiser, **case.zero())
+        before = weights_float(made)
+        train(made, algorithm, *rest)
+        after = weights_float(made)
+        out.append({name: after[name] - before[name] for name in after})
+    return out
+
+
+def weights_float(made):
+    with made.reading(list(made.denoiser.module.parameters())):
+        named = made.denoiser.module.named_parameters()
+        return {name: value.detach().float().numpy().copy() for name, value in named}
+
+
+def test_bfloat16_has_master_weights_at_every_stage():
+    """Against the torch learner's masters: the parameters are the same bfloat16 numbers but for a rounding."""
+    chosen = [Case("masked_sft", stage=stage) for stage in ALL_STAGES]
+    algorithm, denoiser, batch, rewards, masks = parts(chosen[0])
+    denoiser.module.bfloat16()
+    made = learner(TorchLearner, chosen[0], algorithm, denoiser)
+    before = {name: value.detach().float().clone() for name, value in denoiser.module.named_parameters()}
+    train(made, algorithm, batch, rewards, algorithm.advantages(rewards, batch), masks)
+    for case, got in zip(chosen, on_ranks(2, train_low, chosen), strict=True):
+        for name, value in denoiser.module.named_parameters():
+            want = value.detach().float() - before[name]
+            found = torch.from_numpy(got[name])
+            assert torch.cosine_similarity(found.flatten(), want.flatten(), dim=0) > 0.99, f"{case}: {name}"
+            assert (found.norm() / want.norm()).item() == pytest.approx(1, abs=0.02), f"{case}: {name}"

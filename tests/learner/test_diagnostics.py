@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -12,8 +13,9 @@ from dllm_rl.config.cluster import LearnerSection
 from dllm_rl.config.plugins import build
 from dllm_rl.config.schema import Config, DiagnosticsSection
 from dllm_rl.conformance import cases
+from dllm_rl.conformance.algorithms import Subject, learner_for
 from dllm_rl.diffusion import likelihood
-from dllm_rl.learner.diagnostics import estimator_metrics
+from dllm_rl.learner.diagnostics import advice, estimator_metrics, rounding_noise
 from dllm_rl.learner.torch_learner import TorchLearner
 from dllm_rl.protocols.algorithm import Needs
 from dllm_rl.train import train
@@ -69,3 +71,49 @@ def test_a_run_reports_it_when_asked(tmp_path):
     assert [row["step"] for row in rows if row.get("estimate_deviation", 0) > 0] == [1, 3]
     wanted = {"effective_samples", "log_ratio_deviation", "clip_fraction", "zero_variance_groups"}
     assert all(wanted <= set(row) for row in rows)
+
+
+class Rounds:
+    """Scores as a network whose products round by how many rows there are: off by 0.01 nats a row where it is alone."""
+
+    def __init__(self, made):
+        self.made = made
+
+    def score(self, batch, masks):
+        found = self.made.score(batch, masks)
+        off = torch.zeros_like(found.token_logp)
+        off[:, -1] = 0.01 if len(batch) == 1 else 0.0
+        return dataclasses.replace(found, token_logp=found.token_logp + off)
+
+
+def test_what_rounding_does_is_measured_and_told_if_the_clip_is_below_it():
+    subject = Subject("espo", {})
+    batch = subject.batch(False)
+    made = learner_for(subject.needs, batch, "tiny")
+    assert rounding_noise(made, subject.algorithm, batch, 4, seed=0) < 1e-6
+    noise = rounding_noise(Rounds(made), subject.algorithm, batch, 4, seed=0)
+    length = batch.completion[:4].sum(-1)
+    assert noise == pytest.approx((0.01 / length).square().mean().sqrt().item(), rel=1e-3)
+    assert advice({"ratio_noise": 1e-4}, subject.algorithm) == "" == advice({}, subject.algorithm)
+    told = advice({"ratio_noise": noise}, subject.algorithm)
+    assert "more than the clip of 4.0e-04" in told and "model.dtype: float32" in told
+
+
+def test_a_run_in_bfloat16_measures_it_once(tmp_path):
+    values = {
+        "run": {"name": "run", "steps": 2, "output": str(tmp_path), "threads": 1},
+        "model": {
+            "family": "tiny",
+            "init": {"hidden_size": 32, "num_layers": 1, "num_heads": 4, "max_length": 40},
+            "dtype": "bfloat16",
+        },
+        "data": {"task": {"name": "sudoku4", "train_puzzles": 20, "test_puzzles": 10}, "prompts_per_step": 2},
+        "sampling": {"max_new_tokens": 16, "tokens_per_step": 4},
+        "algorithm": {"name": "espo"},
+        "rewards": [{"name": "sudoku", "mode": "cells"}],
+        "reward_pool": {"self_test": 0},
+        "evaluate": {"at_start": False, "at_end": False},
+    }
+    folder = train(Config.model_validate(values)).folder
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert ["ratio_noise" in row for row in rows] == [True, False]

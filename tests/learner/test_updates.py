@@ -16,11 +16,12 @@ from dllm_rl.conformance import cases
 from dllm_rl.conformance.algorithms import learner_for
 from dllm_rl.conformance.suite import check_plugin
 from dllm_rl.diffusion import advantage, likelihood, masking, surrogate
+from dllm_rl.driver.learner_group import deal
 from dllm_rl.learner.torch_learner import TorchLearner
 from dllm_rl.models.tokenizers import character_tokenizer
 from dllm_rl.protocols.algorithm import Algorithm, Needs
 from dllm_rl.seeding import generator_for
-from dllm_rl.types import GlobalCounts, LikelihoodEstimate, Loss, TrainingBatch
+from dllm_rl.types import LikelihoodEstimate, Loss, TrainingBatch, rows_of
 from tests.learner.test_deepspeed import on_ranks, weights
 
 ATOL_F64 = 1e-10
@@ -290,35 +291,36 @@ def train_on_rank(rank, size, names):
     from dllm_rl.learner.deepspeed_learner import DeepSpeedLearner
 
     out = []
-    for name, stage in names:
+    for name, stage, minibatches in names:
         algorithm, batch, scored = method(name), cases.batch(block_causal=False), cases.rewards(cases.MIXED)
         masks = [algorithm.masks(batch, generator_for(0, "masks", u), u) for u in range(2)]
         masks, weight = masks if algorithm.needs.fresh_masks else masks[:1], algorithm.advantages(scored, batch)
-        settings = {"updates_per_step": 2, "tokens_per_microbatch": 60}
+        settings = {"updates_per_step": 2, "tokens_per_microbatch": 60, "minibatches": minibatches}
         if stage is None:
             one = learner(cases.denoiser("tiny"), algorithm.needs, **settings)
-            rows, counts = torch.arange(6), None
+            share = TrainingBatch(batch, scored, weight, masks)
         else:
             sharded = {"stage3_param_persistence_threshold": 0} if stage == 3 else {}
             settings |= {"backend": "deepspeed", "zero_stage": stage, "zero_options": sharded}
             one = learner(cases.denoiser("tiny"), algorithm.needs, kind=DeepSpeedLearner, **settings)
-            rows, counts = (torch.arange(2), torch.arange(2, 6))[rank], GlobalCounts.of(batch)
-        drawn, few = [m.select(rows) for m in masks], batch.select(rows)
+            share = deal(TrainingBatch(batch, scored, weight, masks), minibatches, size)[rank]
         for _ in range(3):
-            reference = [one.score(few, m, reference=True) for m in drawn] if algorithm.needs.reference else None
-            share = advantage.select(weight, rows)
-            one.update(TrainingBatch(few, scored.select(rows), share, drawn, reference, counts), algorithm)
+            reference = None
+            if algorithm.needs.reference:
+                reference = [one.score(share.batch, m, reference=True) for m in share.masks]
+            one.update(dataclasses.replace(share, reference=reference), algorithm)
         found = weights(one) if stage is not None else dict(one.named_weights())
         out.append({name: torch.as_tensor(value).detach().numpy().copy() for name, value in found.items()})
     return out
 
 
 def test_two_ranks_equal_one_process():
-    chosen = [(name, stage) for name in METHODS for stage in (2, 3)]
-    for (name, stage), got in zip(chosen, on_ranks(2, train_on_rank, chosen), strict=True):
-        (want,) = train_on_rank(0, 1, [(name, None)])
+    chosen = [(name, stage, 1) for name in METHODS for stage in (2, 3)]
+    chosen += [("Fresh", stage, 2) for stage in (0, 1, 2, 3)]
+    for (name, stage, minibatches), got in zip(chosen, on_ranks(2, train_on_rank, chosen), strict=True):
+        (want,) = train_on_rank(0, 1, [(name, None, minibatches)])
         for key, value in want.items():
-            assert abs(got[key] - value).max() < 1e-6, f"{name}, stage {stage}: {key}"
+            assert abs(got[key] - value).max() < 1e-6, f"{name}, stage {stage}, {minibatches} minibatches: {key}"
 
 
 def test_rows_of_an_estimate_come_apart_and_together():
@@ -336,7 +338,7 @@ def test_one_helper_knows_the_three_shapes_of_advantages():
     rows, factor = torch.tensor([2, 0]), torch.tensor([1.0, 2.0, 3.0])
     for value in (torch.rand(3), torch.rand(3, 4), torch.rand(2, 3, 4)):
         axis = 0 if value.dim() < 3 else 1
-        assert torch.equal(advantage.select(value, rows), value.index_select(axis, rows))
+        assert torch.equal(rows_of(value, rows), value.index_select(axis, rows))
         others = [i for i in range(value.dim()) if i != axis]
         torch.testing.assert_close(advantage.per_row(value), value.sum(others) if others else value)
         scaled = advantage.scaled(value, factor)
