@@ -166,6 +166,10 @@ _RULES: Mapping[str, tuple[str, Callable[[Any, int, int], bool]]] = {
         lambda v, n, w: _tensor(v, _FLOAT, (n,), (n, w), (0, n, w)),
     ),
     "masks": ("MaskSample of a bool mask and a float weight, both (K, N, L)", _masks),
+    "joint_masks": (
+        "a sequence of such MaskSamples as masks() gives",
+        lambda v, n, w: isinstance(v, Sequence) and all(_masks(one, n, w) for one in v),
+    ),
     "loss": ("Loss of scalar float tensors, its value differentiable in new.token_logp", _loss),
     "keep": ("a bool tensor (N,)", lambda v, n, _: _tensor(v, _BOOL, (n,))),
     "select": ("a bool or int64 tensor (N, W)", lambda v, n, w: _tensor(v, (*_BOOL, torch.int64), (n, w))),

@@ -19,7 +19,7 @@ from dllm_rl.conformance.violation import require
 from dllm_rl.diffusion.advantage import per_row
 from dllm_rl.learner.policy_scorer import PolicyScorer
 from dllm_rl.learner.torch_learner import TorchLearner
-from dllm_rl.protocols.algorithm import Algorithm, Needs, ValueBaseline
+from dllm_rl.protocols.algorithm import Algorithm, JointMasks, Needs, ValueBaseline
 from dllm_rl.types import (
     GIVEN,
     Experience,
@@ -33,6 +33,7 @@ from dllm_rl.types import (
 
 REPEATS = 400  # of the six rows: 2,400 draws for the partition of unity
 TOLERANCE = 1e-10
+UPDATES = 3  # optimiser updates of a step that draw masks of their own
 
 
 class Subject:
@@ -61,6 +62,17 @@ class Subject:
     def masks(self, batch: RolloutBatch, seed: int = 0) -> MaskSample:
         """Draws of a seed."""
         return self.algorithm.masks(batch, seeding.generator_for(seed, "conformance", "masks"))
+
+    def masks_of_updates(self, batch: RolloutBatch, seed: int) -> list[MaskSample]:
+        """Draws of a seed for every optimiser update of a step: one entry unless needs.fresh_masks."""
+        updates = UPDATES if self.needs.fresh_masks else 1
+        if isinstance(self.algorithm, JointMasks):
+            drawn = self.algorithm.joint_masks(batch, seeding.generator_for(seed, "conformance", "masks"), updates)
+            require(len(drawn) == updates, f"joint_masks() gives {len(drawn)} entries for {updates} updates")
+            return [self.masks(batch, seed), *drawn]
+        later = range(1, updates)
+        fresh = (self.algorithm.masks(batch, seeding.generator_for(seed, "conformance", "masks", u), u) for u in later)
+        return [self.masks(batch, seed), *fresh]
 
     def estimate(self, batch: RolloutBatch, masks: MaskSample, *, seed: int) -> LikelihoodEstimate:
         """Plausible log-likelihoods, of tokens or of a policy's choices."""
@@ -162,16 +174,14 @@ def masks_are_drawn_from_the_generator_alone(subject: Subject, batch: RolloutBat
 
 def no_token_is_scored_in_sight(subject: Subject, batch: RolloutBatch) -> None:
     """A weight other than 0 is only where the token is masked in that draw (no peeking)."""
-    for seed in range(20):
-        masks = subject.masks(batch, seed)
+    for masks in (masks for seed in range(20) for masks in subject.masks_of_updates(batch, seed)):
         seen = ((masks.weight != 0) & ~masks.mask).nonzero()
         require(not len(seen), f"draw {seen[0].tolist() if len(seen) else ''} (draw, row, position) is not masked")
 
 
 def only_the_completion_is_scored(subject: Subject, batch: RolloutBatch) -> None:
     """Prompt, padding and whatever follows the end have weight 0, and padding is not masked."""
-    for seed in range(20):
-        masks = subject.masks(batch, seed)
+    for masks in (masks for seed in range(20) for masks in subject.masks_of_updates(batch, seed)):
         outside = ((masks.weight != 0) & ~batch.completion).nonzero()
         require(not len(outside), f"weight at {outside[:1].tolist()} (draw, row, position), outside the completion")
         require(not bool((masks.mask & ~batch.valid).any()), "padding is masked")
@@ -181,7 +191,8 @@ def what_follows_the_end_is_not_shown(subject: Subject, batch: RolloutBatch) -> 
     """Positions after the first EOS are masked in every draw that does not replay the trajectory."""
     if subject.needs.trajectory or not subject.scores_tokens or not subject.rolls_out:
         return
-    require(bool(subject.masks(batch).mask[:, batch.tail].all()), "a draw shows the canvas after EOS")
+    for masks in subject.masks_of_updates(batch, 0):
+        require(bool(masks.mask[:, batch.tail].all()), "a draw shows the canvas after EOS")
 
 
 def weights_are_a_partition_of_unity(subject: Subject, batch: RolloutBatch) -> None:
@@ -190,16 +201,16 @@ def weights_are_a_partition_of_unity(subject: Subject, batch: RolloutBatch) -> N
         require(len(subject.masks(batch).mask) == 0, "masks() draws")
         return
     rows = torch.arange(len(batch)).repeat(REPEATS)
-    total = subject.masks(batch.select(rows), seed=1).weight.double().sum(0)
-    total = total.view(REPEATS, len(batch), -1)[:, batch.completion]
-    error = 5 * total.std(0) / REPEATS**0.5 + 1e-6
-    off = (total.mean(0) - 1).abs()
-    worst = int((off - error).argmax())
-    require(
-        bool((off <= error).all()),
-        f"a token's weights sum to {float(total.mean(0)[worst]):.3f} on average over {REPEATS} draws, expected 1 "
-        f"within {float(error[worst]):.3f}",
-    )
+    for masks in subject.masks_of_updates(batch.select(rows), seed=1):
+        total = masks.weight.double().sum(0).view(REPEATS, len(batch), -1)[:, batch.completion]
+        error = 5 * total.std(0) / REPEATS**0.5 + 1e-6
+        off = (total.mean(0) - 1).abs()
+        worst = int((off - error).argmax())
+        require(
+            bool((off <= error).all()),
+            f"a token's weights sum to {float(total.mean(0)[worst]):.3f} on average over {REPEATS} draws, expected 1 "
+            f"within {float(error[worst]):.3f}",
+        )
 
 
 def trajectories_are_read_as_declared(subject: Subject, batch: RolloutBatch) -> None:

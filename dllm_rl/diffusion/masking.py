@@ -76,27 +76,39 @@ def bernoulli(
     return MaskSample(mask=mask, weight=(mask / t / draws).float())
 
 
-def uniform_count(completion: Tensor, *, draws: int = 1, generator: torch.Generator) -> MaskSample:
+def uniform_count(
+    completion: Tensor, *, draws: int = 1, block_ids: Tensor | None = None, generator: torch.Generator
+) -> MaskSample:
     """Hide n ~ U{1..C} uniformly chosen of the C completion tokens; weight C/n: the any-order ELBO, lower variance.
 
     Counts are stratified over the draws of a row: n_k = 1 + floor(C (k + u)/K mod C) with one u, so that each n_k alone
-    is uniform and together they cover 1..C evenly.
+    is uniform and together they cover 1..C evenly. With blocks every block of a row has counts of its own: a draw of a
+    block-causal model, whose blocks see clean ones before them, then sums the ELBOs of all blocks.
 
     Args:
         completion: (N, L) bool.
         draws: K; weight C/(K n).
+        block_ids: (N, L) int64 block numbers for block-causal models, None for full attention: one block.
         generator: CPU generator.
     Returns:
-        MaskSample with K = draws; every draw hides at least one token of every row.
+        MaskSample with K = draws; every draw hides at least one token of every row, and of every block.
     Source: Ou et al. 2025, arXiv:2406.03736 (any-order ELBO); stratification over the samples of one sequence:
-        the LLaDA 1.5 estimator (arXiv:2505.19223) with n_t = K, n_m = 1.
+        the LLaDA 1.5 estimator (arXiv:2505.19223) with n_t = K, n_m = 1; all blocks in one draw: Arriola et al. 2025
+        (block diffusion), arXiv:2503.09573.
     """
     _check(completion, draws)
-    length = completion.sum(-1, keepdim=True)  # (N, 1)
-    count = 1 + (_stratified(completion, draws, generator) * length).floor().long()  # (K, N, 1)
-    count = count.clamp(max=length)  # u rounds up to 1.0 with probability 2^-53
-    mask = completion & (_random_rank(completion, draws, generator) < count)
-    return MaskSample(mask=mask, weight=(mask * (length / count) / draws).float())
+    scope = torch.zeros_like(completion, dtype=torch.long)
+    if block_ids is not None:
+        scope = (block_ids - block_ids[completion].min()).clamp(0).masked_fill(~completion, 0)
+    length = torch.zeros(len(scope), int(scope.max()) + 1, dtype=torch.long, device=scope.device)
+    length.scatter_add_(1, scope, completion.long())  # (N, B) completion tokens of each block
+    # u rounds up to 1.0 with probability 2^-53; a block without tokens hides none of them.
+    count = (1 + (_stratified(completion, draws, generator, length.shape[1]) * length).floor().long()).minimum(length)
+    rank = _random_rank(completion, draws, generator, scope)  # blocks one after the other
+    here = scope.expand(draws, *scope.shape)
+    count, before = count.gather(2, here), (length.cumsum(1) - length).gather(1, scope)
+    mask = completion & (rank - before < count)
+    return MaskSample(mask=mask, weight=(mask * (length.gather(1, scope) / count.clamp(min=1)) / draws).float())
 
 
 def complementary_pair(
@@ -266,6 +278,60 @@ def merged_steps(unmask_step: Tensor, completion: Tensor, *, block_ids: Tensor |
     return _dense_rank(scope * width + rank, completion, torch.zeros_like(scope))  # blocks follow one another in time
 
 
+def along_segments(
+    unmask_step: Tensor,
+    completion: Tensor,
+    *,
+    num_forwards: Tensor,
+    segments: int,
+    block_ids: Tensor | None = None,
+) -> MaskSample:
+    """Replay a rollout in few states: its T forwards are cut into N segments, and a token is scored before its segment.
+
+    Forward s belongs to segment n if floor(n T/N) <= s < floor((n + 1) T/N); its tokens are scored in the state right
+    before the first forward of the segment. N = 1 hides the whole canvas, N >= T is along_trajectory. Block-causal
+    models score a segment's tokens block by block: earlier blocks are in sight, as they were when it was decoded.
+
+    Args:
+        unmask_step: (N, L) int64; negative where given, num_forwards where never decoded.
+        completion: (N, L) bool, the scored positions.
+        num_forwards: (N,) int64 T of each row.
+        segments: N, the most states per row; per row and block for block-causal models.
+        block_ids: (N, L) int64 block numbers for block-causal models, None for full attention.
+    Returns:
+        MaskSample whose K is the largest number of segments that scored something; every token is scored exactly once.
+    Source: Wang et al. 2025 (d2, StepMerge), arXiv:2509.21474; boundaries as in the released code.
+    """
+    if segments < 1:
+        raise ValueError(f"segments = {segments}: must be at least 1")
+    given = unmask_step < 0
+    segment = (segments * (unmask_step + 1) - 1).div(num_forwards[:, None].clamp(min=1), rounding_mode="floor")
+    return along_trajectory(torch.where(given, unmask_step, segment), completion, block_ids=block_ids)
+
+
+def at_rate(completion: Tensor, rate: Tensor, *, generator: torch.Generator) -> MaskSample:
+    """Hide round(t C) uniformly chosen completion tokens of a row, at least one, for a masking rate t that is given.
+
+    The rates make the estimator: with t from a grid or U[0, 1] the weighted sum is an ELBO integrand.
+
+    Args:
+        completion: (N, L) bool; every row needs at least one True.
+        rate: (N,) t in [0, 1] of each row.
+        generator: CPU generator.
+    Returns:
+        MaskSample with K = 1; weight C/n for the n tokens hidden of C.
+    Raises:
+        ValueError: a rate outside [0, 1].
+    """
+    _check(completion, 1)
+    if bool(((rate < 0) | (rate > 1)).any()):
+        raise ValueError(f"rate = {rate.tolist()}: must be in [0, 1]")
+    length = completion.sum(-1, keepdim=True)  # (N, 1)
+    count = (rate[:, None] * length).round().long().clamp(min=1)
+    mask = completion & (_random_rank(completion, 1, generator) < count)
+    return MaskSample(mask=mask, weight=(mask * (length / count)).float())
+
+
 def _dense_rank(step: Tensor, scored: Tensor, scope: Tensor) -> Tensor:
     """(N, L) number, minus one, of distinct scored steps in the position's row and scope that are not after its own."""
     num_rows, length = step.shape
@@ -298,14 +364,18 @@ def _rand(like: Tensor, generator: torch.Generator | None) -> Tensor:
     return torch.rand(like.shape, generator=generator, dtype=torch.float64).to(like.device)
 
 
-def _stratified(completion: Tensor, draws: int, generator: torch.Generator) -> Tensor:
-    """(K, N, 1) float64; each uniform on [0, 1), one in every K-quantile of a row, in random rotation."""
-    u = torch.rand(1, len(completion), 1, generator=generator, dtype=torch.float64)
+def _stratified(completion: Tensor, draws: int, generator: torch.Generator, blocks: int = 1) -> Tensor:
+    """(K, N, B) float64; each uniform on [0, 1), one in every K-quantile of a row's block, in random rotation."""
+    u = torch.rand(1, len(completion), blocks, generator=generator, dtype=torch.float64)
     k = torch.arange(draws, dtype=torch.float64).view(-1, 1, 1)
     return ((u + k / draws) % 1.0).to(completion.device)
 
 
-def _random_rank(completion: Tensor, draws: int, generator: torch.Generator) -> Tensor:
-    """(K, N, L) rank of each completion token in an independent random order per draw; others rank last."""
-    u = _rand(completion.expand(draws, *completion.shape), generator).masked_fill(~completion, 2.0)
+def _random_rank(completion: Tensor, draws: int, generator: torch.Generator, scope: Tensor | None = None) -> Tensor:
+    """(K, N, L) rank of each completion token in an independent random order per draw; others rank last.
+
+    With a scope (N, L) int64, tokens of a lower one come first.
+    """
+    u = _rand(completion.expand(draws, *completion.shape), generator)
+    u = (u if scope is None else u + scope).masked_fill(~completion, float("inf"))
     return u.argsort(-1).argsort(-1)

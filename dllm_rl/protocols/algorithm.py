@@ -201,3 +201,17 @@ class ValueBaseline(Protocol):
 
     def credit(self, rewards: Rewards, batch: RolloutBatch, value: Tensor) -> tuple[Tensor, Tensor]:
         """Advantages and value targets, both (N, L), from value predictions (N, L); in place of advantages()."""
+
+
+@runtime_checkable
+class JointMasks(Protocol):
+    """An algorithm that draws the masks of a step's optimiser updates together: masking rates on one grid."""
+
+    def joint_masks(self, batch: RolloutBatch, generator: torch.Generator, updates: int) -> Sequence[MaskSample]:
+        """The draws of each optimiser update of a step, in their order; in place of masks() while training.
+
+        Args:
+            batch: rows of the step.
+            generator: CPU generator, one for all updates.
+            updates: number of optimiser updates of the step; 1 unless needs.fresh_masks.
+        """

@@ -74,6 +74,22 @@ class CountsTwice(CoupledGRPO):
         return MaskSample(mask=sample.mask, weight=sample.weight * 2)
 
 
+class CountsTwiceLater(CoupledGRPO):
+    needs = Needs(reference=True, fresh_masks=True)
+
+    def masks(self, batch, generator, update=0):
+        sample = super().masks(batch, generator)
+        return MaskSample(mask=sample.mask, weight=sample.weight * (2 if update else 1))
+
+
+class PeeksLater(CoupledGRPO):
+    needs = Needs(reference=True, fresh_masks=True)
+
+    def joint_masks(self, batch, generator, updates):
+        first, *later = (self.masks(batch, generator) for _ in range(updates))
+        return [first, *(MaskSample(mask=torch.zeros_like(one.mask), weight=one.weight) for one in later)]
+
+
 class SharesMasksByGlobalSeed(CoupledGRPO):
     def masks(self, batch, generator, update=0):
         return super().masks(batch, generator_for(time.perf_counter_ns()))
@@ -254,6 +270,8 @@ class RowsOnly(CoupledGRPO):
 FAULTS: list[tuple[str, str, str]] = [
     ("algorithms", "Peeks", "no_token_is_scored_in_sight"),
     ("algorithms", "CountsTwice", "weights_are_a_partition_of_unity"),
+    ("algorithms", "PeeksLater", "no_token_is_scored_in_sight"),
+    ("algorithms", "CountsTwiceLater", "weights_are_a_partition_of_unity"),
     ("algorithms", "SharesMasksByGlobalSeed", "masks_are_drawn_from_the_generator_alone"),
     ("algorithms", "ScoresThePrompt", "only_the_completion_is_scored"),
     ("algorithms", "ShowsTheTail", "what_follows_the_end_is_not_shown"),

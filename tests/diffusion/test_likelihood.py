@@ -183,6 +183,30 @@ def test_sampled_count_estimates_scatter_around_the_exact_bound(tiny_denoiser, d
     assert abs(estimates.mean() - exact) < 4 * estimates.std() / math.sqrt(4000)
 
 
+@pytest.mark.parametrize("draws", [1, 3])
+def test_counts_of_blocks_scatter_around_the_bound_of_block_by_block_decoding(tiny_denoiser, draws):
+    """The mean over all orders within blocks of 3 and 2 tokens; counts over the row have it too, and scatter more."""
+    denoiser = tiny_denoiser("sdar", block_size=3)
+    one = rollouts(denoiser, ((2, 5),))
+    inside = itertools.product(itertools.permutations(range(2, 5)), itertools.permutations(range(5, 7)))
+    replay = torch.full((12, 7), -1)
+    for row, (first, second) in enumerate(inside):
+        replay[row, [*first, *second]] = torch.arange(5)
+    many = one.select(torch.zeros(12, dtype=torch.int64))
+    step = masking.along_trajectory(replay, many.completion, block_ids=many.block_ids)
+    exact = likelihood.estimate(denoiser, many, step).sequence_logp.mean()
+    rows = one.select(torch.zeros(4000, dtype=torch.int64))
+    sample = masking.uniform_count(
+        rows.completion, draws=draws, block_ids=rows.block_ids, generator=generator_for(0, draws)
+    )
+    estimates = likelihood.estimate(denoiser, rows, sample).sequence_logp
+    assert abs(estimates.mean() - exact) < 4 * estimates.std() / math.sqrt(4000)
+    whole = masking.uniform_count(rows.completion, draws=draws, generator=generator_for(0, draws))
+    scatter = likelihood.estimate(denoiser, rows, whole).sequence_logp
+    assert abs(scatter.mean() - exact) < 4 * scatter.std() / math.sqrt(4000)
+    assert estimates.std() < 0.9 * scatter.std()
+
+
 def test_chunked_unembedding_recomputes_to_the_same_values_and_gradients():
     generator = generator_for(0)
     hidden = torch.randn(37, 16, generator=generator, dtype=torch.float64, requires_grad=True)

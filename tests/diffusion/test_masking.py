@@ -69,6 +69,10 @@ EXACT = {
         lambda c, g: masking.quadrature(c, nodes=1, draws=2, generator=g),
         [{s: (_uniform_subset(2), 3 / 2 / 2) for s in SUBSETS if len(s) == 2}] * 2,
     ),
+    "at_rate 0.4": (  # 1.2 of 3 tokens: 1 token
+        lambda c, g: masking.at_rate(c, torch.full((len(c),), 0.4), generator=g),
+        [{s: (_uniform_subset(1), 3.0) for s in SUBSETS if len(s) == 1}],
+    ),
 }
 
 
@@ -120,6 +124,10 @@ SAMPLERS = {
     "complementary_count": lambda c, g: masking.complementary_count(c, pairs=2, generator=g),
     "left_to_right": lambda c, g: masking.left_to_right(c, c),
     "quadrature": lambda c, g: masking.quadrature(c, nodes=3, draws=2, generator=g),
+    "at_rate": lambda c, g: masking.at_rate(c, torch.rand(len(c), generator=g), generator=g),
+    "uniform_count, blocks": lambda c, g: masking.uniform_count(
+        c, draws=2, block_ids=torch.arange(7).div(2, rounding_mode="floor").expand(c.shape), generator=g
+    ),
     "along_trajectory": lambda c, g: masking.along_trajectory(
         torch.where(c, torch.randint(0, 4, c.shape, generator=g), -1), c
     ),
@@ -216,6 +224,51 @@ def test_merged_steps_share_the_state_before_the_first_of_them():
         masking.along_trajectory(step, completion, merge=0)
 
 
+@pytest.mark.parametrize("segments", range(1, 7))
+def test_segments_by_enumeration_of_every_step_assignment(segments):
+    """All 5^3 ways in which 5 forwards commit three tokens: scored once, in the state before the token's segment."""
+    forwards = 5
+    starts = [n * forwards // segments for n in range(segments)]  # first forward of each segment, as released
+    assignments = list(itertools.product(range(forwards), repeat=LENGTH))
+    step = torch.tensor([[-1] * PROMPT + list(a) + [-1] for a in assignments])
+    number = torch.full((len(step),), forwards)
+    sample = masking.along_segments(step, COMPLETION.expand(len(step), -1), num_forwards=number, segments=segments)
+    assert len(sample.mask) <= min(segments, LENGTH)
+    for row, assignment in enumerate(assignments):
+        start = [max(s for s in starts if s <= step) for step in assignment]  # of each token's segment
+        states = sorted(set(start))
+        for k in range(len(sample.mask)):
+            hidden = [k < len(states) and s >= states[k] for s in assignment]
+            scored = [float(k < len(states) and s == states[k]) for s in start]
+            assert sample.mask[k, row, PROMPT:-1].tolist() == hidden
+            assert sample.weight[k, row, PROMPT:-1].tolist() == scored
+        assert not sample.mask[:, row, :PROMPT].any() and not sample.mask[:, row, -1].any()
+
+
+def test_segments_are_parts_of_a_rows_own_forwards_and_replay_the_tail():
+    """Rows of 6 and 2 forwards in 2 segments; in the first, one position of the tail is decoded late, one never."""
+    step = torch.tensor([[-1, 5, 0, 2, 4, 6], [-1, 0, 1, -1, -1, -1]])
+    completion = torch.tensor([[False, True, True, True, False, False], [False, True, True, False, False, False]])
+    sample = masking.along_segments(step, completion, num_forwards=torch.tensor([6, 2]), segments=2)
+    assert sample.mask[:, 0].int().tolist() == [[0, 1, 1, 1, 1, 1], [0, 1, 0, 0, 1, 1]]
+    assert sample.weight[:, 0].int().tolist() == [[0, 0, 1, 1, 0, 0], [0, 1, 0, 0, 0, 0]]
+    assert sample.mask[:, 1].int().tolist() == [[0, 1, 1, 0, 0, 0], [0, 0, 1, 0, 0, 0]]
+    with pytest.raises(ValueError, match="segments = 0: must be at least 1"):
+        masking.along_segments(step, completion, num_forwards=torch.tensor([6, 2]), segments=0)
+
+
+def test_segments_of_a_block_model_keep_earlier_blocks_in_sight():
+    """Two blocks of two, a forward each token: a segment is scored block by block, all blocks in one draw."""
+    step, blocks = torch.tensor([[-1, 1, 0, 2, 3]]), torch.tensor([[-1, 0, 0, 1, 1]])
+    sample = masking.along_segments(
+        step, step >= 0, num_forwards=torch.tensor([4]), segments=2, block_ids=blocks
+    )  # segments {0, 1} and {2, 3}
+    assert sample.mask[:, 0].int().tolist() == [[0, 1, 1, 1, 1]] and sample.weight[:, 0].sum() == 4
+    every = masking.along_segments(step, step >= 0, num_forwards=torch.tensor([4]), segments=4, block_ids=blocks)
+    exact = masking.along_trajectory(step, step >= 0, block_ids=blocks)
+    assert torch.equal(every.mask, exact.mask) and torch.equal(every.weight, exact.weight)
+
+
 def test_left_to_right_hides_a_token_and_what_follows_but_not_what_was_given():
     canvas = torch.tensor([[False, True, False, True, True]])  # position 2 is an injected token, 4 the tail
     completion = torch.tensor([[False, True, False, True, False]])
@@ -237,6 +290,49 @@ def test_released_quadrature_weights_lose_what_the_floor_cuts_off():
     assert sample.weight.amax(-1).flatten().tolist() == pytest.approx([0.5 / t, 0.5 / (1 - t)])
 
 
+def test_counts_of_blocks_by_enumeration():
+    """Blocks {0, 1} and {2}: counts U{1, 2} and 1, so masks 02, 12 at 1/4 and 012 at 1/2, weights 2/n and 1/1."""
+    exact = {(0, 2): (0.25, [2.0, 0.0, 1.0]), (1, 2): (0.25, [0.0, 2.0, 1.0]), (0, 1, 2): (0.5, [1.0, 1.0, 1.0])}
+    for i in range(LENGTH):
+        assert sum(p * w[i] for p, w in exact.values()) == 1.0, "a partition of unity"
+    blocks = torch.tensor([-1, -1, 0, 0, 1, 1]).expand(ROWS, -1)
+    sample = masking.uniform_count(COMPLETION.expand(ROWS, -1), block_ids=blocks, generator=generator_for(0))
+    assert not sample.mask[..., ~COMPLETION].any() and not sample.weight[..., ~COMPLETION].any()
+    found = 0
+    for subset, (p, weight) in exact.items():
+        rows = (sample.mask[0][:, COMPLETION] == torch.tensor([i in subset for i in range(LENGTH)])).all(-1)
+        assert abs(rows.double().mean() - p) <= 4.5 * math.sqrt(p * (1 - p) / ROWS)
+        assert torch.equal(sample.weight[0][rows][:, COMPLETION], torch.tensor(weight).expand(int(rows.sum()), -1))
+        found += int(rows.sum())
+    assert found == ROWS, "a mask that cannot be"
+
+
+def test_every_block_has_counts_of_its_own_stratified_over_draws():
+    blocks = torch.arange(3).repeat_interleave(4).expand(200, -1)
+    completion = torch.ones_like(blocks, dtype=torch.bool)
+    completion[:, 10:] = False  # the last block ends early: 4, 4 and 2 tokens
+    sample = masking.uniform_count(completion, draws=4, block_ids=blocks, generator=generator_for(0))
+    counts = sample.mask.view(4, 200, 3, 4).sum(-1)
+    assert torch.equal(counts[..., :2].sort(0).values, torch.arange(1, 5)[:, None, None].expand(4, 200, 2))
+    assert torch.equal(counts[..., 2].sort(0).values, torch.tensor([1, 1, 2, 2])[:, None].expand(4, 200))
+    assert 0.15 < (counts[..., 0] == counts[..., 1]).double().mean() < 0.35, "one block does not follow another"
+
+
+def test_one_block_has_the_draws_of_none():
+    plain = masking.uniform_count(RAGGED, draws=3, generator=generator_for(0))
+    one = masking.uniform_count(RAGGED, draws=3, block_ids=torch.full(RAGGED.shape, 7), generator=generator_for(0))
+    assert torch.equal(plain.mask, one.mask) and torch.equal(plain.weight, one.weight)
+
+
+def test_rates_are_shares_of_a_rows_own_completion():
+    """Rows of 6, 1 and 3 completion tokens; one token is hidden even at rate 0, all of them at rate 1."""
+    for rate, counts in ((0.0, [1, 1, 1]), (0.5, [3, 1, 2]), (0.8, [5, 1, 2]), (1.0, [6, 1, 3])):
+        sample = masking.at_rate(RAGGED, torch.full((3,), rate), generator=generator_for(0))
+        assert sample.mask.sum(-1).tolist() == [counts], rate
+    sample = masking.at_rate(RAGGED, torch.tensor([0.5, 1.0, 0.0]), generator=generator_for(0))
+    assert sample.mask.sum(-1).tolist() == [[3, 1, 1]], "a rate for each row"
+
+
 def test_hiding_adds_positions_without_scoring_them():
     also = torch.zeros(1, len(COMPLETION), dtype=torch.bool)
     also[0, -1] = True
@@ -254,6 +350,7 @@ def test_hiding_adds_positions_without_scoring_them():
         (lambda g: masking.uniform_count(torch.zeros(2, 3, dtype=torch.bool), generator=g), "row 0 has no completion"),
         (lambda g: masking.uniform_count(COMPLETION[None], draws=0, generator=g), "draws = 0"),
         (lambda g: masking.fully_masked(COMPLETION[None], prompt_mask_rate=1.5), "prompt_mask_rate = 1.5"),
+        (lambda g: masking.at_rate(COMPLETION[None], torch.tensor([1.1]), generator=g), r"rate = \[1.1"),
         (lambda g: masking.along_trajectory(torch.full((1, 6), -1), COMPLETION[None]), "no unmask step"),
     ],
 )
