@@ -63,6 +63,17 @@ def z_score(reward: Tensor, group: Tensor, included: Tensor, episode: Tensor | N
     )
 
 
+def group_softmax(logit: Tensor, group: Tensor, included: Tensor, episode: Tensor | None = None) -> Tensor:
+    """(N,) float32: G exp(logit) / sum of exp(logit) over the G included samples of the group; their mean is 1."""
+    weight, size = _weights(group, included, episode)
+    logit = logit.masked_fill(~included, float("-inf"))
+    top = torch.full((int(group.max()) + 1,), float("-inf"), device=logit.device).scatter_reduce(
+        0, group, logit, "amax"
+    )
+    odds = (logit - top[group]).exp().nan_to_num(0.0)  # -inf minus -inf, in a group without included rows
+    return size * odds / _group_sum(odds * weight, group).clamp(min=1e-30)
+
+
 def per_component(
     components: Mapping[str, Tensor],
     weights: Mapping[str, float],

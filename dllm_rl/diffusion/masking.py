@@ -111,6 +111,50 @@ def uniform_count(
     return MaskSample(mask=mask, weight=(mask * (length.gather(1, scope) / count.clamp(min=1)) / draws).float())
 
 
+def blockwise_count(
+    completion: Tensor, block_ids: Tensor, *, draws: int = 1, together: bool = False, generator: torch.Generator
+) -> MaskSample:
+    """Hide n ~ U{1..c} uniformly chosen of the c completion tokens of a random block, and all of every later block.
+
+    With B blocks, each drawn equally often, a token of block j (from 0) is hidden if one of j + 1 blocks is drawn.
+    All of these weigh the same:  B/(j+1) c/n  for the n tokens of the drawn block,  B/(j+1)  for those of later ones.
+    Blocks and shares n/c are stratified over the draws of a row: up to B draws choose different blocks.
+
+    Args:
+        completion: (N, L) bool.
+        block_ids: (N, L) int64 block numbers, rising from left to right.
+        draws: K; weights are divided by it.
+        together: hide a part of every block in every draw, each with its own n and weight c/n: for block-causal models,
+            where blocks do not see each other's noise.
+        generator: CPU generator.
+    Returns:
+        MaskSample with K = draws.
+    Source: Wang et al. 2025 (SPG), arXiv:2510.09541, Section 3.3. Differs from the released code: blocks are uniform
+        whatever their number, and weights are per token instead of C/m for the m hidden tokens of a draw.
+    """
+    _check(completion, draws)
+    ids = block_ids.masked_fill(~completion, int(block_ids.max()))
+    block = (block_ids - ids.min(-1, keepdim=True).values).masked_fill(~completion, 0)  # (N, L), 0.. per row
+    num_blocks = block.max(-1, keepdim=True).values + 1  # (N, 1)
+    size = torch.zeros(len(completion), int(num_blocks.max()), dtype=torch.int64, device=completion.device)
+    size = size.scatter_add(1, block, completion.long())  # (N, B)
+    cells = torch.ones_like(size, dtype=torch.bool).flatten()[:, None]  # one stratified share for each row and block
+    share = _stratified(cells, draws, generator).view(draws, *size.shape)
+    count = (1 + (share * size).floor().long()).clamp(max=size)  # (K, N, B), 0 in blocks that a row does not have
+    every = completion.expand(draws, *completion.shape)
+    key = (block + _rand(every, generator)).masked_fill(~completion, size.shape[1])  # block by block, each shuffled
+    rank = key.argsort(-1).argsort(-1) - (size.cumsum(-1) - size).gather(1, block)  # within the block
+    own = count.gather(2, block.expand(draws, -1, -1))  # (K, N, L) n of the token's block
+    noised = completion & (rank < own)
+    weight = noised * size.gather(1, block) / own.clamp(min=1) / draws
+    if together:
+        return MaskSample(mask=noised, weight=weight.float())
+    chosen = (_stratified(completion, draws, generator) * num_blocks).floor().long().clamp(max=num_blocks - 1)
+    here, later = block == chosen, completion & (block > chosen)  # (K, N, L)
+    weight = torch.where(later, 1 / draws, here * weight) * num_blocks / (block + 1)
+    return MaskSample(mask=torch.where(here, noised, later), weight=weight.float())
+
+
 def complementary_pair(
     completion: Tensor,
     *,

@@ -28,6 +28,7 @@ BY_HAND = [
     ("gdpo", {"beta": 0.1}, lambda A, C, T, N, s: -A / (C * N)),
     ("lightning_rl", {}, lambda A, C, T, N, s: -A / (C * N) - 0.1 * s / T),
     ("lightning_rl", {"paper_exact": True, "anchor": 0.0}, lambda A, C, T, N, s: -A / (C * N)),
+    ("wd1", {}, lambda A, C, T, N, s: -A / N),
     # s = 0: d(-log sigmoid)/ds = -1/2; N / 2 pairs; chosen rows (A = 1, s = 1) carry the anchor
     ("vrpo", {}, lambda A, C, T, N, s: -0.5 * 0.2 * A / (N / 2) - 0.05 * s / (C * N / 2)),
 ]

@@ -167,3 +167,16 @@ def test_one_sample_of_many_turns_is_no_group():
         one, ok = torch.zeros(turns, dtype=torch.int64), torch.ones(turns, dtype=torch.bool)
         got = advantage.leave_one_out(torch.arange(turns).float(), one, ok, one)
         assert not got.any(), "there is no other sample to compare with"
+
+
+def test_softmax_weights_of_turns_are_those_of_their_sample():
+    """Rows 0 and 1 are turns of one sample: the group has two samples, and both turns the weight of theirs."""
+    reward, group, included = torch.tensor([1.0, 1.0, 0.0]), torch.zeros(3, dtype=torch.int64), torch.ones(3) > 0
+    got = advantage.group_softmax(reward, group, included, torch.tensor([0, 0, 1]))
+    whole = math.exp(1) + math.exp(0)
+    torch.testing.assert_close(got, 2 * torch.tensor([math.exp(1), math.exp(1), math.exp(0)]) / whole)
+
+
+def test_a_group_without_included_rows_has_no_softmax_weights():
+    group, included = torch.tensor([0, 0, 4]), torch.tensor([True, True, False])
+    assert advantage.group_softmax(torch.zeros(3), group, included).tolist() == [1.0, 1.0, 0.0]

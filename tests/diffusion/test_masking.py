@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from dllm_rl.diffusion import masking
+from dllm_rl.diffusion.layout import block_index
 from dllm_rl.seeding import generator_for
 
 PROMPT, LENGTH = 2, 3  # two prompt tokens, three completion tokens, one padding position
@@ -21,7 +22,15 @@ def _uniform_subset(n):
     return 1 / math.comb(LENGTH, n)
 
 
-# Each sampler with its draws k as {subset: (probability, weight on its members)}: the closed form, written by hand.
+BLOCKS = torch.tensor([-1, -1, 0, 0, 1, 2])  # blocks of two: tokens 0 and 1, then token 2
+
+
+def _blocks(completion, generator, **options):
+    return masking.blockwise_count(completion, BLOCKS.expand_as(completion), generator=generator, **options)
+
+
+# Each sampler with its draws k as {subset: (probability, weight on its members, all the same or one each)}: the closed
+# form, written by hand.
 EXACT = {
     "fully_masked": (
         lambda c, g: masking.fully_masked(c, generator=g),
@@ -58,6 +67,33 @@ EXACT = {
         lambda c, g: masking.complementary_count(c, generator=g),
         [{s: (_uniform_subset(len(s)) / 4, 4 / max(1, len(s)) / 2) for s in SUBSETS}] * 2,
     ),
+    "blockwise_count": (  # block {0, 1} or {2} with 1/2 each, 1 or 2 of two tokens with 1/2 each
+        lambda c, g: _blocks(c, g),
+        [
+            {
+                (0, 2): (1 / 8, {0: 2 * 2 / 1, 2: 2 / 2}),
+                (1, 2): (1 / 8, {1: 2 * 2 / 1, 2: 2 / 2}),
+                (0, 1, 2): (1 / 4, {0: 2 * 2 / 2, 1: 2 * 2 / 2, 2: 2 / 2}),
+                (2,): (1 / 2, {2: 2 / 2 * 1 / 1}),
+            }
+        ],
+    ),
+    "blockwise_count, 2 draws": (
+        lambda c, g: _blocks(c, g, draws=2),
+        [
+            {
+                (0, 2): (1 / 8, {0: 2, 2: 1 / 2}),
+                (1, 2): (1 / 8, {1: 2, 2: 1 / 2}),
+                (0, 1, 2): (1 / 4, {0: 1, 1: 1, 2: 1 / 2}),
+                (2,): (1 / 2, {2: 1 / 2}),
+            }
+        ]
+        * 2,
+    ),
+    "blockwise_count, together": (
+        lambda c, g: _blocks(c, g, together=True),
+        [{(0, 2): (1 / 4, {0: 2, 2: 1}), (1, 2): (1 / 4, {1: 2, 2: 1}), (0, 1, 2): (1 / 2, 1)}],
+    ),
     "quadrature, 2 nodes": (  # t = 0.211, 0.789 of 3 tokens: 1 and 2 tokens
         lambda c, g: masking.quadrature(c, nodes=2, generator=g),
         [
@@ -76,10 +112,14 @@ EXACT = {
 }
 
 
+def _weight(w, subset, i):
+    return w.get(i, 0) if isinstance(w, dict) else w * (i in subset)
+
+
 @pytest.mark.parametrize("name", EXACT)
 def test_closed_form_is_a_partition_of_unity(name):
     for i in range(LENGTH):
-        total = sum(p * w for draw in EXACT[name][1] for s, (p, w) in draw.items() if i in s)
+        total = sum(p * _weight(w, s, i) for draw in EXACT[name][1] for s, (p, w) in draw.items())
         assert total == pytest.approx(1.0, abs=1e-12)
 
 
@@ -98,7 +138,7 @@ def test_sampler_follows_its_closed_form(name):
             number = sum(2**i for i in subset)
             impossible.discard(number)
             rows = weight[:, COMPLETION][code == number]
-            expected = torch.tensor([w if i in subset else 0.0 for i in range(LENGTH)])
+            expected = torch.tensor([float(_weight(w, subset, i)) for i in range(LENGTH)])
             torch.testing.assert_close(rows, expected.expand_as(rows), rtol=1e-6, atol=0)
             assert abs(len(rows) / ROWS - p) <= 4.5 * math.sqrt(p * (1 - p) / ROWS) + 1e-12, (
                 subset,
@@ -115,6 +155,12 @@ RAGGED = torch.tensor(
         [False, False, True, True, False, True, False],
     ]
 )
+
+
+def _ragged_blocks(completion):
+    return block_index(torch.tensor([1, 1, 2]).repeat(len(completion) // 3), completion.shape[1], 2)
+
+
 SAMPLERS = {
     "fully_masked": lambda c, g: masking.fully_masked(c, prompt=~c, prompt_mask_rate=0.4, draws=2, generator=g),
     "bernoulli": lambda c, g: masking.bernoulli(c, draws=3, t_min=0.1, generator=g),
@@ -122,6 +168,10 @@ SAMPLERS = {
     "complementary_pair": lambda c, g: masking.complementary_pair(c, pairs=2, generator=g),
     "complementary_pair, full view": lambda c, g: masking.complementary_pair(c, pairs=2, full_view=True, generator=g),
     "complementary_count": lambda c, g: masking.complementary_count(c, pairs=2, generator=g),
+    "blockwise_count": lambda c, g: masking.blockwise_count(c, _ragged_blocks(c), draws=3, generator=g),
+    "blockwise_count, together": lambda c, g: masking.blockwise_count(
+        c, _ragged_blocks(c), draws=2, together=True, generator=g
+    ),
     "left_to_right": lambda c, g: masking.left_to_right(c, c),
     "quadrature": lambda c, g: masking.quadrature(c, nodes=3, draws=2, generator=g),
     "at_rate": lambda c, g: masking.at_rate(c, torch.rand(len(c), generator=g), generator=g),
@@ -167,6 +217,20 @@ def test_pairs_are_complements_and_counts_are_stratified():
     assert torch.equal(pair.mask[0::2] ^ pair.mask[1::2], completion.expand(3, -1, -1))
     counts = masking.uniform_count(completion, draws=8, generator=generator_for(0)).mask.sum(-1)  # (8, 500)
     assert torch.equal(counts.sort(0).values, torch.arange(1, 9)[:, None].expand(8, 500)), "8 draws cover 1..8"
+
+
+def test_draws_of_a_row_choose_different_blocks_and_hide_what_comes_later():
+    completion = torch.ones(300, 12, dtype=torch.bool)
+    completion[100:, 7:] = False  # four blocks of three, or two and a third that holds one token
+    ids = (torch.arange(12) // 3).expand(300, -1)
+    sample = masking.blockwise_count(completion, ids, draws=3, generator=generator_for(0))
+    chosen = torch.where(sample.mask, ids, 99).amin(-1)  # (3, 300)
+    assert (chosen.sort(0).values.diff(dim=0) > 0).all(), "three draws, three blocks"
+    assert chosen[:, 100:].max() == 2 and set(chosen[:, :100].flatten().tolist()) == {0, 1, 2, 3}
+    later = ids > chosen[..., None]
+    assert torch.equal(sample.mask & later, completion & later)
+    blocks = torch.where(completion[:, -1:], 4, 3)
+    torch.testing.assert_close(sample.weight[later], (completion * blocks / (ids + 1) / 3).expand(3, -1, -1)[later])
 
 
 def test_quadrature_integrates_polynomials_exactly():
