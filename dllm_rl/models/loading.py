@@ -19,10 +19,11 @@ from dllm_rl.models.denoiser import TransformersDenoiser
 from dllm_rl.models.families import family_named, family_of
 from dllm_rl.models.family import Family, finish
 from dllm_rl.models.lora import merged_weights
+from dllm_rl.models.tokenizers import save_tokenizer
 from dllm_rl.types import BlockOrigin
 
 _SHOWN = 4  # names listed in an error message
-_HUB_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.py"]
+_HUB_FILES = ["*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "*.py"]
 
 
 def load_denoiser(
@@ -90,7 +91,7 @@ def save_denoiser(denoiser: TransformersDenoiser, tokenizer: Any, folder: str | 
 
     Args:
         denoiser: what to save.
-        tokenizer: its tokenizer.
+        tokenizer: its tokenizer, see save_tokenizer.
         folder: made if missing; a previous checkpoint in it is replaced.
     """
     folder = Path(folder)
@@ -106,7 +107,7 @@ def save_denoiser(denoiser: TransformersDenoiser, tokenizer: Any, folder: str | 
     dtype_key = "dtype" if "dtype" in config else "torch_dtype"
     config[dtype_key] = str(network.get_input_embeddings().weight.dtype).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
     for name, content in denoiser.companions.items():
         (folder / name).write_bytes(content)
 
