@@ -101,7 +101,8 @@ class ModelSection(Section):
     block_size: int | None = Field(default=None, ge=1)
     """Block size of a block-causal family, if the checkpoint does not say."""
     block_origin: Literal["response", "sequence"] | None = None
-    """Where blocks start in a block-causal family: at the response or at the sequence."""
+    """Where blocks start in a block-causal family: at the response or at the sequence; null = as config.json says, else
+    as in the family's published generator."""
     gradient_checkpointing: bool = False
     """Recompute layers in the backward pass to save memory."""
     lora: LoraSection | None = None

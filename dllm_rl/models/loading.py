@@ -49,7 +49,7 @@ def load_denoiser(
         device: where the parameters live; "meta" reads no weights, for callers who want shapes and token ids.
         revision: branch, tag or commit of a hub model.
         block_size: tokens per block of a block-causal family; None takes config.json's.
-        block_origin: where blocks start; None takes config.json's, else "response".
+        block_origin: where blocks start; None takes config.json's, else the family's.
         trust_remote_code: run the checkpoint's own tokenizer code, where transformers has no tokenizer for it.
     Returns:
         (denoiser in evaluation mode, tokenizer).
@@ -68,7 +68,7 @@ def load_denoiser(
         finish(module, device)
     if chosen.block_causal:
         block_size = config.get("block_size") if block_size is None else block_size
-        block_origin = block_origin or config.get("block_origin") or "response"
+        block_origin = block_origin or config.get("block_origin") or chosen.block_origin
         config |= {"block_size": block_size, "block_origin": block_origin}
     extras = (*sorted(folder.glob("*.py")), *folder.glob("generation_config.json"))
     return (
@@ -78,7 +78,7 @@ def load_denoiser(
             config,
             **_special_tokens(config, tokenizer, chosen, module.config.vocab_size, str(path)),
             block_size=block_size,
-            block_origin=block_origin or "response",
+            block_origin=block_origin or chosen.block_origin,
             companions={file.name: file.read_bytes() for file in extras},
             source=str(path),
         ),
