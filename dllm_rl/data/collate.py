@@ -74,8 +74,8 @@ def supervised(
 ) -> RolloutBatch:
     """A batch of demonstrations.
 
-    A completion shorter than the canvas gets an EOS; one that fills it exactly ends without. Nothing was decoded, so
-    every unmask_step is GIVEN and no trajectory can be replayed.
+    A completion shorter than the canvas gets an EOS (Denoiser.eos_id); one that fills it exactly ends without. Nothing
+    was decoded, so every unmask_step is GIVEN and no trajectory can be replayed.
 
     Args:
         prompts: one per row.
@@ -130,9 +130,16 @@ def require_room(uid: str, completion: Sequence[int], max_new_tokens: int) -> No
         )
 
 
-def completion_texts(trajectories: Sequence[Trajectory], tokenizer: Any) -> list[str]:
-    """Completions as text, up to and without EOS; a special token inside a completion stays visible."""
-    return [tokenizer.decode(_before_eos(t).tolist(), skip_special_tokens=False) for t in trajectories]
+def completion_texts(trajectories: Sequence[Trajectory], tokenizer: Any, *, special: bool = False) -> list[str]:
+    """Completions as text, up to the first end token and without it.
+
+    Args:
+        trajectories: how they were decoded.
+        tokenizer: of the model.
+        special: True keeps special tokens inside a completion visible, for records of what was generated; reward
+            functions see the text without them.
+    """
+    return [tokenizer.decode(_before_end(t).tolist(), skip_special_tokens=not special) for t in trajectories]
 
 
 def _block_ids(start: Tensor, width: int, denoiser: Denoiser) -> Tensor | None:
@@ -140,7 +147,7 @@ def _block_ids(start: Tensor, width: int, denoiser: Denoiser) -> Tensor | None:
     return None if size is None else block_index(start, width, size, denoiser.block_origin)
 
 
-def _before_eos(t: Trajectory) -> Tensor:
+def _before_end(t: Trajectory) -> Tensor:
     length = t.completion_length - (t.finish == "eos")
     return t.tokens[t.prompt_length : t.prompt_length + length]
 

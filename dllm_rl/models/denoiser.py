@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -42,6 +42,7 @@ class TransformersDenoiser:
         mask_id: int,
         eos_id: int,
         pad_id: int,
+        end_ids: Sequence[int] = (),
         block_size: int | None = None,
         block_origin: BlockOrigin = "response",
         companions: Mapping[str, bytes] | None = None,
@@ -56,6 +57,7 @@ class TransformersDenoiser:
             mask_id: mask token.
             eos_id: end-of-sequence token.
             pad_id: padding token.
+            end_ids: further tokens that end a completion.
             block_size: tokens per block; required by block-causal families, refused by the others.
             block_origin: where blocks start.
             companions: see the class.
@@ -83,6 +85,7 @@ class TransformersDenoiser:
         self.mask_id = mask_id
         self.eos_id = eos_id
         self.pad_id = pad_id
+        self.end_ids = tuple(dict.fromkeys((eos_id, *end_ids)))
         self.vocab_size: int = module.config.vocab_size
         self.max_length: int = self.config[family.max_length_key]
         self.block_size = block_size

@@ -80,6 +80,7 @@ def load_model(
         revision=m.revision,
         block_size=m.block_size,
         block_origin=m.block_origin,
+        end_tokens=m.end_tokens,
         trust_remote_code=m.trust_remote_code,
     )
     if small:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
+from jinja2 import TemplateError
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -119,6 +120,19 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
     if declared.get("tokenizer_class") == "TokenizersBackend":
         declared["tokenizer_class"] = "PreTrainedTokenizerFast"  # its name in transformers 4, an alias in 5
         settings.write_text(json.dumps(declared, indent=2, ensure_ascii=False) + "\n")
+
+
+def answer_end(tokenizer: Any) -> int | None:
+    """The token that the chat template puts after an answer; None without a template that renders one."""
+    if getattr(tokenizer, "chat_template", None) is None:
+        return None
+    chat = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+    try:
+        rendered = tokenizer.apply_chat_template(chat, tokenize=False)
+    except (TemplateError, ValueError):  # it wants other messages, or is several templates without a default
+        return None
+    ids: list[int] = tokenizer.encode(rendered.rpartition("answer")[2], add_special_tokens=False)
+    return ids[0] if ids else None
 
 
 def vocabulary_digest(tokenizer: Any) -> str:

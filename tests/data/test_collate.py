@@ -103,7 +103,7 @@ def test_a_completion_that_does_not_fit_is_refused_never_cut():
         supervised([prompt("b", [5])], [[]], ROWS, group=[0], max_new_tokens=2)
 
 
-def test_texts_end_before_eos_and_hide_nothing():
+def test_texts_end_before_the_end_token_and_records_hide_nothing():
     tokenizer = character_tokenizer("12 \n")  # ids from 3
     rows = [
         trajectory([3], [3, 4, EOS, EOS], length=3),
@@ -111,4 +111,5 @@ def test_texts_end_before_eos_and_hide_nothing():
         trajectory([3], [3, MASK, 5, 6], length=4, finish="length"),
         trajectory([3], [EOS, EOS, EOS, EOS], length=1),
     ]
-    assert completion_texts(rows, tokenizer) == ["12", "1212", "1<mask> \n", ""]
+    assert completion_texts(rows, tokenizer, special=True) == ["12", "1212", "1<mask> \n", ""]
+    assert completion_texts(rows, tokenizer) == ["12", "1212", "1 \n", ""]

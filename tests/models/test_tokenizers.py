@@ -103,7 +103,7 @@ def test_dream_tokenizer_files_load_without_running_the_checkpoints_code(tmp_pat
 
 
 def old_files(folder, corpus=("the cat sat on the mat. " * 3, "Ünïcode 日本\n")):
-    """Tokenizer files as transformers 4 wrote them for SDAR: Qwen's class, added tokens and template in one file."""
+    """Tokenizer files as transformers 4 wrote them for SDAR: Qwen's class, added tokens by number."""
     model = json.loads(byte_bpe_tokenizer(list(corpus) * 20, 400).backend_tokenizer.to_str())["model"]
     plain = {token: number - 3 for token, number in model["vocab"].items() if number >= 3}
     merges = [" ".join(pair) for pair in model["merges"]]
@@ -115,7 +115,6 @@ def old_files(folder, corpus=("the cat sat on the mat. " * 3, "Ünïcode 日本\
             for place, (text, flag) in enumerate(special.items())
         },
         "additional_special_tokens": ["<|im_start|>", "<|im_end|>", "<|MASK|>"],
-        "chat_template": CHATML,
         "eos_token": "<|endoftext|>",
         "pad_token": "<|endoftext|>",
         "mask_token": "<|MASK|>",
@@ -127,6 +126,7 @@ def old_files(folder, corpus=("the cat sat on the mat. " * 3, "Ünïcode 日本\
         "tokenizer_config.json": json.dumps(settings, indent=4, ensure_ascii=False),
         "special_tokens_map.json": json.dumps({"eos_token": {"content": "<|endoftext|>", "lstrip": False}}),
         "added_tokens.json": json.dumps({text: len(plain) + place for place, text in enumerate(special)}),
+        "chat_template.jinja": CHATML,
         "additional_chat_templates/short.jinja": "{{ messages[0].content }}",
     }
     for name, content in files.items():
@@ -167,3 +167,37 @@ def test_tokenizers_made_here_have_a_class_that_transformers_4_knows(tmp_path, k
     read = AutoTokenizer.from_pretrained(tmp_path)
     assert read.get_vocab() == made.get_vocab() and read.chat_template == made.chat_template
     assert read.special_tokens_map == made.special_tokens_map
+
+
+def chat_model(tmp_path):
+    """A folder with the tokenizer of an SDAR chat model, whose answers end at <|im_end|>, and its text -> id."""
+    old_files(tmp_path / "source")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "source")
+    made = create_denoiser("tiny", tokenizer, hidden_size=16, num_layers=1, num_heads=2, max_length=32, seed=0)
+    save_denoiser(made, tokenizer, tmp_path / "model")
+    return tmp_path / "model", tokenizer.convert_tokens_to_ids
+
+
+def test_end_tokens_are_those_of_all_files_and_the_template_says_which_one_answers_get(tmp_path):
+    folder, number = chat_model(tmp_path)
+    end, eos = number("<|im_end|>"), number("<|endoftext|>")
+    denoiser, _ = load_denoiser(folder, device="meta")
+    assert (denoiser.eos_id, denoiser.end_ids) == (eos, (eos,))  # nothing says that <|im_end|> ends a completion
+    chosen, _ = load_denoiser(folder, device="meta", end_tokens=["<|im_end|>", number("<think>")])
+    assert (chosen.eos_id, chosen.end_ids) == (end, (end, eos, number("<think>")))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [end, eos, 10**6]}))
+    denoiser, tokenizer = load_denoiser(folder)
+    assert (denoiser.eos_id, denoiser.end_ids) == (end, (end, eos))
+    save_denoiser(denoiser, tokenizer, folder.parent / "again")
+    assert load_denoiser(folder.parent / "again")[0].end_ids == (end, eos)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": None}))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": [eos, end]}))
+    assert load_denoiser(folder, device="meta")[0].end_ids == (end, eos)
+
+
+@pytest.mark.parametrize("wrong", ["<|no_such|>", "the cat", 10**6, -1, "<|MASK|>"])
+def test_end_tokens_that_cannot_be_generated_are_refused(tmp_path, wrong):
+    folder, _ = chat_model(tmp_path)
+    with pytest.raises(ValueError, match=r"model\.end_tokens: .* is not a token that .* can generate; give the text"):
+        load_denoiser(folder, device="meta", end_tokens=[wrong])
