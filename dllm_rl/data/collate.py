@@ -85,11 +85,11 @@ def supervised(
         max_new_tokens: canvas length.
         pad_to_canvas: fill the canvas with scored EOS tokens, as LLaDA's SFT does.
     Raises:
-        UserError: see require_room.
+        UserError: see check_completion.
     """
     rows: list[Tensor] = []
     for prompt, completion in zip(prompts, completions, strict=True):
-        require_room(prompt.uid, completion, max_new_tokens)
+        check_completion(prompt.uid, completion, denoiser, max_new_tokens)
         target = [*completion, denoiser.eos_id][:max_new_tokens]
         if pad_to_canvas:
             target += [denoiser.eos_id] * (max_new_tokens - len(target))
@@ -115,12 +115,17 @@ def supervised(
     ).check()
 
 
-def require_room(uid: str, completion: Sequence[int], max_new_tokens: int) -> None:
-    """Refuse a completion that is empty or longer than the canvas.
+def check_completion(uid: str, completion: Sequence[int], denoiser: Denoiser, max_new_tokens: int) -> None:
+    """Refuse a completion that is empty, longer than the canvas, or holds the mask token, which no model may learn.
 
     Raises:
-        UserError: naming the example and its length.
+        UserError: naming the example.
     """
+    if denoiser.mask_id in completion:
+        raise UserError(
+            f"example '{uid}': token {list(completion).index(denoiser.mask_id)} of its completion is the model's mask "
+            f"token; take its text out of the completion, or declare the token special in tokenizer_config.json"
+        )
     if not 0 < len(completion) <= max_new_tokens:
         raise UserError(
             f"example '{uid}': its completion has {len(completion)} tokens, sampling.max_new_tokens is "

@@ -13,7 +13,7 @@ PAD, MASK, EOS = 0, 1, 2  # of character_tokenizer
 
 def blocks(origin, size=2):
     """What a batch asks a denoiser."""
-    return SimpleNamespace(pad_id=PAD, eos_id=EOS, block_size=size, block_origin=origin)
+    return SimpleNamespace(mask_id=MASK, pad_id=PAD, eos_id=EOS, block_size=size, block_origin=origin)
 
 
 ROWS = blocks("response", size=None)
@@ -101,6 +101,11 @@ def test_a_completion_that_does_not_fit_is_refused_never_cut():
         supervised([prompt("b", [5])], [[7, 8, 9]], ROWS, group=[0], max_new_tokens=2)
     with pytest.raises(ValueError, match="'b': its completion is empty"):
         supervised([prompt("b", [5])], [[]], ROWS, group=[0], max_new_tokens=2)
+
+
+def test_a_completion_with_the_mask_token_is_refused():
+    with pytest.raises(ValueError, match="'b': token 1 of its completion is the model's mask token; take its text out"):
+        supervised([prompt("b", [5])], [[7, MASK, 9]], ROWS, group=[0], max_new_tokens=3)
 
 
 def test_texts_end_before_the_end_token_and_records_hide_nothing():
