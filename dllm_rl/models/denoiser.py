@@ -29,6 +29,7 @@ class TransformersDenoiser:
         config: config.json in the family's own keys; written back by save_denoiser.
         companions: further files of the checkpoint folder (the hub's own code), name -> content, written back too.
         adapter: the peft model when a LoRA adapter is attached, else None. `module` is the network in both cases.
+        adapter_config: adapter_config.json of an adapter that was loaded, written back by save_adapter; else None.
         source: where the weights came from, for messages and adapter files.
         forwards: of the network so far; a sign of life.
     """
@@ -80,6 +81,7 @@ class TransformersDenoiser:
         self.config = dict(config)
         self.companions = dict(companions or {})
         self.adapter: Any = None
+        self.adapter_config: str | None = None
         self.source = source
         self.forwards = 0
         self.mask_id = mask_id

@@ -3,9 +3,10 @@
     python scripts/parity/hub_loading.py --tokenizer sdar=FOLDER --code llada=FOLDER --code dream=FOLDER
 
 Makes that environment (once), saves tiny random models with each tokenizer, loads them there, and compares token ids of
-texts with special tokens and Unicode, of conversations, and the logits of the published model code with ours. FOLDER is
-a hub folder; of --tokenizer it needs the tokenizer's files, of --code the .json and .py files. No weights are read.
-Prints a table; the exit code is 1 if anything differs. Logits are compared for families with full attention.
+texts with special tokens and Unicode, of conversations, and the logits of the published model code with ours, also with
+adapters that peft made there and that dllm-rl saved again. FOLDER is a hub folder; of --tokenizer it needs the
+tokenizer's files, of --code the .json and .py files. No weights are read. Logits are compared for families with full
+attention. Prints a table; the exit code is 1 if anything differs.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from transformers import AutoTokenizer
 from dllm_rl.models.create import create_denoiser
 from dllm_rl.models.denoiser import TransformersDenoiser
 from dllm_rl.models.loading import load_denoiser, save_denoiser
+from dllm_rl.models.lora import load_adapter, save_adapter
 from dllm_rl.models.tokenizers import byte_bpe_tokenizer, character_tokenizer
 
 READER = Path(__file__).with_name("hub_reader.py")
@@ -40,6 +42,14 @@ CHATS = [
         {"role": "user", "content": "don't"},
     ],
 ]
+ADAPTERS: dict[str, dict[str, dict[str, Any]]] = {
+    "llada": {
+        "d1": {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj", "gate_proj"]},
+        "ff_out": {"target_modules": ["ff_out"], "use_rslora": True},
+        "all-linear": {"target_modules": "all-linear", "rank_pattern": {"q_proj": 1}, "alpha_pattern": {"0.v_proj": 3}},
+    },
+    "dream": {"all-linear": {"target_modules": "all-linear", "rank_pattern": {"0.self_attn.q_proj": 1}}},
+}
 TOLERANCE = 1e-4  # nats, float32, logits of a few units
 
 
@@ -68,7 +78,7 @@ def main() -> int:
             rows += _compare(python, f"family {family}", denoiser, made["byte_bpe"], Path(name) / family, logits=True)
     width = max(len(where) for where, _, _ in rows)
     for where, what, result in rows:
-        print(f"{where:{width}}  {what:14}  {result}")
+        print(f"{where:{width}}  {what:17}  {result}")
     return int(any(not result.startswith("equal") for _, _, result in rows))
 
 
@@ -83,10 +93,9 @@ def _compare(
     tokens = torch.arange(3, 19)[None] % len(tokenizer)
     tokens[0, ::3] = denoiser.mask_id
     wanted = {"folder": str(folder), "texts": texts, "chats": chats, "rows": tokens.tolist() if logits else []}
-    done = subprocess.run([python, READER], input=json.dumps(wanted), capture_output=True, text=True, check=False)
-    if done.returncode:
-        return [(where, "loads", done.stderr.strip().splitlines()[-1])]
-    there = json.loads(done.stdout)
+    there = _read(python, wanted)
+    if isinstance(there, str):
+        return [(where, "loads", there)]
     here = {
         "texts": [tokenizer.encode(text, add_special_tokens=False) for text in texts],
         "chats": [tokenizer.apply_chat_template(c, add_generation_prompt=True, return_dict=False) for c in chats],
@@ -98,17 +107,43 @@ def _compare(
         result = f"differ: number {odd[0]}, {ours[odd[0]]} and {there[what][odd[0]]}" if odd else f"equal ({len(ours)})"
         rows.append((where, what, result))
     if logits:
-        mask, valid = tokens == denoiser.mask_id, torch.ones_like(tokens, dtype=torch.bool)
-        mask[:, 0] &= not denoiser.shift
-        with torch.no_grad():
-            ours_now = denoiser.unembed(denoiser.hidden_states(tokens, mask, valid)[0])
-        theirs = torch.tensor(there["logits"])[0]
-        if denoiser.shift:
-            theirs, ours_now = theirs[:-1], ours_now[1:]
-        gap = (ours_now - theirs).abs().max().item()
-        verdict = "equal" if gap <= TOLERANCE else "differ"
-        rows.append((where, "logits", f"{verdict} (by at most {gap:.1e} of {theirs.abs().max():.2g})"))
+        rows.append((where, "logits", _gap(denoiser, tokens, there["logits"])))
+        for label, options in ADAPTERS.get(denoiser.family.name, {}).items():
+            target, saved = folder / f"peft-{label}", folder / f"saved-{label}"
+            made = _read(python, wanted | {"adapter": {"folder": str(target), "r": 4, "lora_alpha": 8, **options}})
+            if isinstance(made, str):
+                return [*rows, (where, label, made)]
+            adapted = load_denoiser(folder)[0]
+            load_adapter(adapted, target)
+            rows.append((where, f"{label}, read", _gap(adapted, tokens, made["logits"])))
+            save_adapter(adapted, saved)
+            back = _read(python, wanted | {"adapter": str(saved)})
+            rows.append(
+                (where, f"{label}, saved", back if isinstance(back, str) else _gap(adapted, tokens, back["logits"]))
+            )
     return rows
+
+
+def _read(python: Path, wanted: dict[str, Any]) -> dict[str, Any] | str:
+    """The answer of hub_reader.py, or the last line of its error."""
+    request = json.dumps({"adapter": None, **wanted})
+    done = subprocess.run([python, READER], input=request, capture_output=True, text=True, check=False)
+    found: dict[str, Any] | str
+    found = done.stderr.strip().splitlines()[-1] if done.returncode else json.loads(done.stdout)
+    return found
+
+
+def _gap(denoiser: TransformersDenoiser, tokens: torch.Tensor, logits: list[Any]) -> str:
+    mask, valid = tokens == denoiser.mask_id, torch.ones_like(tokens, dtype=torch.bool)
+    mask[:, 0] &= not denoiser.shift
+    with torch.no_grad():
+        ours = denoiser.unembed(denoiser.hidden_states(tokens, mask, valid)[0])
+    theirs = torch.tensor(logits)[0]
+    if denoiser.shift:
+        theirs, ours = theirs[:-1], ours[1:]
+    gap = (ours - theirs).abs().max().item()
+    verdict = "equal" if gap <= TOLERANCE else "differ"
+    return f"{verdict} (by at most {gap:.1e} of {theirs.abs().max():.2g})"
 
 
 def _with_code(family: str, source: Path, tokenizer: Any, folder: Path) -> TransformersDenoiser:
@@ -132,7 +167,7 @@ def _environment(folder: Path, release: str) -> Path:
     if not python.exists():
         print(f"installing transformers {release} into {folder}", file=sys.stderr)
         venv.create(folder, with_pip=True)
-        packages = [f"torch=={torch.__version__.split('+')[0]}", f"transformers=={release}", "einops"]
+        packages = [f"torch=={torch.__version__.split('+')[0]}", f"transformers=={release}", "peft==0.17.1"]
         subprocess.run([python, "-m", "pip", "install", "--quiet", *packages], check=True)
     return python
 

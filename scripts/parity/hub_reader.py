@@ -1,6 +1,7 @@
 """Runs in an environment with transformers 4: what the hub's own code makes of a checkpoint folder.
 
-Reads {"folder", "texts", "chats", "rows"} as JSON from standard input, writes the answer as JSON to standard output.
+Reads {"folder", "texts", "chats", "rows", "adapter"} as JSON from standard input, writes the answer as JSON to standard
+output. The adapter is a folder of one, or {"folder", and the options of a LoraConfig} to make a random one and save it.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import json
 import sys
 from typing import Any
 
+import peft
 import torch
 from transformers import AutoModel, AutoTokenizer
 
@@ -23,6 +25,12 @@ def answer(wanted: dict[str, Any]) -> dict[str, Any]:
     }
     if wanted["rows"]:
         model = AutoModel.from_pretrained(wanted["folder"], trust_remote_code=True, dtype=torch.float32).eval()
+        if isinstance(wanted["adapter"], str):
+            model = peft.PeftModel.from_pretrained(model, wanted["adapter"])
+        elif wanted["adapter"] is not None:
+            target = wanted["adapter"].pop("folder")
+            model = peft.get_peft_model(model, peft.LoraConfig(**wanted["adapter"], init_lora_weights=False))
+            model.save_pretrained(target, safe_serialization=False)  # adapter_model.bin
         with torch.no_grad():
             found["logits"] = model(input_ids=torch.tensor(wanted["rows"])).logits.tolist()
     return found
