@@ -100,6 +100,24 @@ def test_lora_trains_the_adapter_alone(tmp_path):
     assert "adapter_model.safetensors" in saved and "model.safetensors" not in saved
 
 
+def test_checkpoints_keep_the_tokenizer_files_of_the_model_also_after_a_resume(tmp_path):
+    source = run(configuration(tmp_path, steps=1, name="source")).folder / "initial"
+    settings = json.loads((source / "tokenizer_config.json").read_text())
+    (source / "tokenizer_config.json").write_text(json.dumps(settings, indent=7))  # not as transformers writes it
+    (source / "special_tokens_map.json").write_text('{"eos_token": "<eos>"}')
+    files = {file.name: file.read_bytes() for file in source.glob("*tok*")}
+    assert len(files) == 3
+    values = configuration(tmp_path, steps=1, checkpoint={"every_steps": 1}) | {
+        "model": {"path": str(source), "family": "tiny"}
+    }
+    run(values)
+    values["run"]["steps"] = 2
+    folder = run(values, resume=True).folder
+    for step in (1, 2):
+        saved = folder / f"checkpoints/step-{step:06d}/model"
+        assert {name: (saved / name).read_bytes() for name in files} == files
+
+
 def test_an_existing_run_is_not_written_over(tmp_path):
     run(configuration(tmp_path))
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
