@@ -131,16 +131,16 @@ class Trajectory:
         prompt_uid: uid of the prompt.
         sample: index within the prompt's group.
         tokens: (L,) int64; prompt, then the whole completion canvas. Canvas positions that were never decoded
-            (blocks after the one that held the first EOS) hold the EOS token.
+            (blocks after the one that held the first end token) hold the EOS token.
         prompt_length: number of prompt tokens.
-        completion_length: tokens up to and including the first EOS, or the whole canvas.
+        completion_length: tokens up to and including the first end token, or the whole canvas.
         events: (E, 3) int64 rows (forward index, position, token), in commit order.
         unmask_step: (L,) int64; the forward (0-based) that committed the position, GIVEN if it was given,
             num_forwards if it was never decoded.
         behaviour_logp: (L,) float32 nats; log p(token | state before its commit) under the untempered model
             distribution without the mask token; 0 where not generated.
         num_forwards: denoising forwards that the row took part in.
-        finish: "eos" if an EOS ended the row, "length" if the canvas is full, "paused" if blocks are left to decode.
+        finish: "eos" if an end token ended the row, "length" if the canvas is full, "paused" if blocks are left.
         exact: whether behaviour_logp are those of the learner's own network (no approximate cache).
         weights: the weights that generated it, or its last blocks.
         weights_step: (L,) int64; optimiser step of the weights that committed the position, several per row if it was
@@ -175,9 +175,9 @@ class RolloutBatch:
     Attributes:
         tokens: (N, L) int64.
         valid: (N, L) bool; False on padding.
-        completion: (N, L) bool; the scored tokens: the canvas up to and including the first EOS.
+        completion: (N, L) bool; the scored tokens: the canvas up to and including the first end token.
         hint: (N, L) bool; completion tokens that were given (Prompt.injected), not generated.
-        tail: (N, L) bool; canvas positions after the first EOS: masked from random-mask estimators, never scored.
+        tail: (N, L) bool; canvas positions after the first end token: masked from random-mask estimators, never scored.
         unmask_step: (N, L) int64; see Trajectory; GIVEN on padding.
         behaviour_logp: (N, L) float32 nats.
         prompt_length: (N,) int64.

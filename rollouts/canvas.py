@@ -133,7 +133,7 @@ def trajectory(
     order: Tensor,
     confidence: Tensor | None,
     num_forwards: int,
-    eos_id: int,
+    denoiser: Denoiser,
     weights: WeightsVersion,
 ) -> Trajectory:
     """A finished or paused row.
@@ -147,7 +147,7 @@ def trajectory(
         order: (>= L,) int64; 0 where not decoded.
         confidence: (>= num_forwards, >= L) float32, or None.
         num_forwards: denoising forwards of the row.
-        eos_id: end token.
+        denoiser: says which tokens end a row, and what positions hold that were never decoded.
         weights: the weights that were used.
     """
     start = len(request.prompt.token_ids)
@@ -158,14 +158,14 @@ def trajectory(
     if request.partial is not None:
         earlier = generated & (step < request.partial.num_forwards)
         weights_step = torch.where(earlier, request.partial.weights_step, weights_step)
-    ends = (generated & (tokens == eos_id)).nonzero().flatten()
+    ends = (generated & torch.isin(tokens, torch.tensor(denoiser.end_ids))).nonzero().flatten()
     completion_length = int(ends[0]) + 1 - start if len(ends) else sampling.max_new_tokens
     decoded = generated.clone()
     given = torch.zeros(length, dtype=torch.bool)
     given[:start] = True
     given[[start + offset for offset in request.prompt.injected]] = True
     never = ~(decoded | given)
-    tokens[never], step[never] = eos_id, num_forwards
+    tokens[never], step[never] = denoiser.eos_id, num_forwards
     positions = decoded.nonzero().flatten()
     positions = positions[(step[positions] * (length + 1) + order[positions]).argsort(stable=True)]
     return Trajectory(

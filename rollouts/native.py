@@ -104,6 +104,7 @@ class NativeSampler:
         self._max_batch_tokens, self._chunk_elements = max_batch_tokens, chunk_elements
         self._whole = keep_confidence or strategy.reads_canvas
         self._cache_type = cache_type
+        self._end_ids = torch.tensor(denoiser.end_ids)
 
     def generate(
         self,
@@ -119,6 +120,7 @@ class NativeSampler:
         wanted = requests(self._denoiser, prompts, sampling, seed, samples_per_prompt, partial)
         finished = {r.index: r.partial for r in wanted if r.partial is not None and r.partial.finish != "paused"}
         todo = [request for request in wanted if request.index not in finished]
+        self._end_ids = self._end_ids.to(self._denoiser.device)  # once: at every forward it would wait for the device
         todo.sort(key=lambda request: len(request.prompt.token_ids))
         decode = self._decode_full if self._denoiser.block_size is None else self._decode_blocks
         with torch.no_grad(), evaluating(self._denoiser.module):
@@ -289,8 +291,8 @@ class NativeSampler:
         rows.forward += active.any(-1)
 
     def _ended(self, rows: _Rows, inside: Tensor) -> Tensor:
-        """(N,) bool: an EOS was generated inside the given positions."""
-        return (inside & (rows.step != GIVEN) & (rows.tokens == self._denoiser.eos_id)).any(-1)
+        """(N,) bool: an end token was generated inside the given positions."""
+        return (inside & (rows.step != GIVEN) & torch.isin(rows.tokens, self._end_ids)).any(-1)
 
     def _retire(
         self, rows: _Rows, done: Tensor, batch: list[Request], sampling: Sampling
@@ -316,7 +318,7 @@ class NativeSampler:
                     order=choice[place],
                     confidence=confidence[place] if self._whole else None,
                     num_forwards=forwards[row],
-                    eos_id=self._denoiser.eos_id,
+                    denoiser=self._denoiser,
                     weights=self.weights,
                 ),
             )

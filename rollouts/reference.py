@@ -74,6 +74,7 @@ class ReferenceSampler:
         seen: list[torch.Tensor] = []
         key = torch.tensor([[request.key]], device=device)
         position = torch.arange(length, device=device)[None]
+        end_ids = torch.tensor(denoiser.end_ids, device=device)
         forward = 0
         if partial is not None:
             forward, seen = (
@@ -117,7 +118,7 @@ class ReferenceSampler:
                 logp = torch.where(chosen, candidates.logp, logp)
                 masked = masked & ~chosen
                 forward += 1
-            if bool((inside & (step != GIVEN) & (tokens == denoiser.eos_id)).any()):
+            if bool((inside & (step != GIVEN) & torch.isin(tokens, end_ids)).any()):
                 break
         return trajectory(
             request,
@@ -128,7 +129,7 @@ class ReferenceSampler:
             order=order[0],
             confidence=torch.stack([torch.zeros(length, device=device), *seen])[1:] if self._whole else None,
             num_forwards=forward,
-            eos_id=denoiser.eos_id,
+            denoiser=denoiser,
             weights=self.weights,
         )
 

@@ -101,7 +101,11 @@ class ModelSection(Section):
     block_size: int | None = Field(default=None, ge=1)
     """Block size of a block-causal family, if the checkpoint does not say."""
     block_origin: Literal["response", "sequence"] | None = None
-    """Where blocks start in a block-causal family: at the response or at the sequence."""
+    """Where blocks start in a block-causal family: at the response or at the sequence; null = as config.json says, else
+    as in the family's published generator."""
+    end_tokens: list[str | int] = Field(default=[])
+    """Further tokens that end a completion, as text or id, such as ["<|im_end|>"]; beside the tokenizer's EOS token and
+    the eos_token_id of config.json and generation_config.json."""
     gradient_checkpointing: bool = False
     """Recompute layers in the backward pass to save memory."""
     lora: LoraSection | None = None

@@ -74,8 +74,8 @@ def supervised(
 ) -> RolloutBatch:
     """A batch of demonstrations.
 
-    A completion shorter than the canvas gets an EOS; one that fills it exactly ends without. Nothing was decoded, so
-    every unmask_step is GIVEN and no trajectory can be replayed.
+    A completion shorter than the canvas gets an EOS (Denoiser.eos_id); one that fills it exactly ends without. Nothing
+    was decoded, so every unmask_step is GIVEN and no trajectory can be replayed.
 
     Args:
         prompts: one per row.
@@ -85,11 +85,11 @@ def supervised(
         max_new_tokens: canvas length.
         pad_to_canvas: fill the canvas with scored EOS tokens, as LLaDA's SFT does.
     Raises:
-        UserError: see require_room.
+        UserError: see check_completion.
     """
     rows: list[Tensor] = []
     for prompt, completion in zip(prompts, completions, strict=True):
-        require_room(prompt.uid, completion, max_new_tokens)
+        check_completion(prompt.uid, completion, denoiser, max_new_tokens)
         target = [*completion, denoiser.eos_id][:max_new_tokens]
         if pad_to_canvas:
             target += [denoiser.eos_id] * (max_new_tokens - len(target))
@@ -115,12 +115,17 @@ def supervised(
     ).check()
 
 
-def require_room(uid: str, completion: Sequence[int], max_new_tokens: int) -> None:
-    """Refuse a completion that is empty or longer than the canvas.
+def check_completion(uid: str, completion: Sequence[int], denoiser: Denoiser, max_new_tokens: int) -> None:
+    """Refuse a completion that is empty, longer than the canvas, or holds the mask token, which no model may learn.
 
     Raises:
-        UserError: naming the example and its length.
+        UserError: naming the example.
     """
+    if denoiser.mask_id in completion:
+        raise UserError(
+            f"example '{uid}': token {list(completion).index(denoiser.mask_id)} of its completion is the model's mask "
+            f"token; take its text out of the completion, or declare the token special in tokenizer_config.json"
+        )
     if not 0 < len(completion) <= max_new_tokens:
         raise UserError(
             f"example '{uid}': its completion has {len(completion)} tokens, sampling.max_new_tokens is "
@@ -130,9 +135,16 @@ def require_room(uid: str, completion: Sequence[int], max_new_tokens: int) -> No
         )
 
 
-def completion_texts(trajectories: Sequence[Trajectory], tokenizer: Any) -> list[str]:
-    """Completions as text, up to and without EOS; a special token inside a completion stays visible."""
-    return [tokenizer.decode(_before_eos(t).tolist(), skip_special_tokens=False) for t in trajectories]
+def completion_texts(trajectories: Sequence[Trajectory], tokenizer: Any, *, special: bool = False) -> list[str]:
+    """Completions as text, up to the first end token and without it.
+
+    Args:
+        trajectories: how they were decoded.
+        tokenizer: of the model.
+        special: True keeps special tokens inside a completion visible, for records of what was generated; reward
+            functions see the text without them.
+    """
+    return [tokenizer.decode(_before_end(t).tolist(), skip_special_tokens=not special) for t in trajectories]
 
 
 def _block_ids(start: Tensor, width: int, denoiser: Denoiser) -> Tensor | None:
@@ -140,7 +152,7 @@ def _block_ids(start: Tensor, width: int, denoiser: Denoiser) -> Tensor | None:
     return None if size is None else block_index(start, width, size, denoiser.block_origin)
 
 
-def _before_eos(t: Trajectory) -> Tensor:
+def _before_end(t: Trajectory) -> Tensor:
     length = t.completion_length - (t.finish == "eos")
     return t.tokens[t.prompt_length : t.prompt_length + length]
 

@@ -1,10 +1,11 @@
-"""From examples to tokens: chat templates, and nothing truncated or dropped in silence."""
+"""From examples to tokens: chat templates, and nothing truncated, dropped or given a meaning in silence."""
 
 from __future__ import annotations
 
 from typing import Any
 from unicodedata import normalize
 
+from dllm_rl.data.plain_text import PlainText, encode_text
 from dllm_rl.errors import UserError
 from dllm_rl.types import Example, Prompt
 
@@ -20,7 +21,7 @@ def encode(
     """Tokenise the prompt of an example.
 
     A message list goes through the tokenizer's chat template; text is taken as it is, unless there is a system prompt
-    to put before it.
+    to put before it. Special tokens in what users wrote, such as "<|im_end|>", are encoded as text.
 
     Args:
         example: the row.
@@ -31,8 +32,14 @@ def encode(
     Raises:
         UserError: a prompt that is too long, cannot be represented, or needs a chat template that is not there.
     """
-    text = render(example.prompt, tokenizer, example.uid, system_prompt=system_prompt)
-    ids = _tokens(text, tokenizer, f"prompt of example '{example.uid}'")
+    conversation = _conversation(example.prompt, example.uid, system_prompt)
+    what = f"prompt of example '{example.uid}'"
+    if conversation is None:
+        text, ids = str(example.prompt), _tokens(str(example.prompt), tokenizer, what)
+    else:
+        plain = PlainText((part for message in conversation for part in message.values()), tokenizer)
+        rendered = _render(conversation, plain, tokenizer, example.uid)
+        text, ids = plain.unmark(rendered), _tokens(rendered, tokenizer, what, plain)
     if not ids:
         raise UserError(f"example '{example.uid}': its prompt is empty")
     if max_prompt_tokens is not None and len(ids) > max_prompt_tokens:
@@ -68,41 +75,60 @@ def encode_completion(
         UserError: the text cannot be represented, or the chat template rewrites the prompt or the completion.
     """
     what = f"completion of example '{uid}'"
-    if isinstance(prompt, list):
-        before = render(prompt, tokenizer, uid)
-        whole = tokenizer.apply_chat_template([*prompt, {"role": "assistant", "content": text}], tokenize=False)
-        found = whole.rfind(text)
-        if not whole.startswith(before) or found < len(before):
-            raise UserError(
-                f"{what}: the chat template does not render prompt and completion as the prompt followed by the "
-                f"completion; strip spaces around the completion, or use plain-text prompts"
-            )
-        text = whole[len(before) : found + len(text)]
-    return _tokens(text, tokenizer, what)
+    if not isinstance(prompt, list):
+        return _tokens(text, tokenizer, what)
+    plain = PlainText([text, *(part for message in prompt for part in message.values())], tokenizer)
+    before = _render(prompt, plain, tokenizer, uid)
+    marked = plain.mark(text)
+    whole = _apply(tokenizer, [*_marked(prompt, plain), {"role": "assistant", "content": marked}])
+    found = whole.rfind(marked)
+    if not whole.startswith(before) or found < len(before):
+        raise UserError(
+            f"{what}: the chat template does not render prompt and completion as the prompt followed by the "
+            f"completion; strip spaces around the completion, or use plain-text prompts"
+        )
+    return _tokens(whole[len(before) : found + len(marked)], tokenizer, what, plain)
 
 
-def render(
-    prompt: str | list[dict[str, str]], tokenizer: Any, uid: str = "?", *, system_prompt: str | None = None
-) -> str:
-    """The prompt as text, chat template applied up to where the assistant starts to speak."""
+def _conversation(
+    prompt: str | list[dict[str, str]], uid: str, system_prompt: str | None
+) -> list[dict[str, str]] | None:
+    """What the chat template renders; None for text that is taken as it is."""
     if isinstance(prompt, str) and system_prompt is None:
-        return prompt
+        return None
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     if system_prompt is not None:
         if messages[0]["role"] == "system":
             raise UserError(f"example '{uid}' has a system message of its own; drop data.system_prompt, or the message")
         messages = [{"role": "system", "content": system_prompt}, *messages]
+    return messages
+
+
+def _render(messages: list[dict[str, str]], plain: PlainText, tokenizer: Any, uid: str) -> str:
+    """The conversation as marked text, up to where the assistant starts to speak."""
     if getattr(tokenizer, "chat_template", None) is None:
         raise UserError(
             f"example '{uid}' is a conversation, but the tokenizer has no chat template; use an instruct model's "
             f"tokenizer, or plain-text prompts"
         )
-    text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return _apply(tokenizer, _marked(messages, plain), add_generation_prompt=True)
+
+
+def _marked(messages: list[dict[str, str]], plain: PlainText) -> list[dict[str, str]]:
+    return [{key: plain.mark(part) for key, part in message.items()} for message in messages]
+
+
+def _apply(tokenizer: Any, messages: list[dict[str, str]], **options: bool) -> str:
+    text: str = tokenizer.apply_chat_template(messages, tokenize=False, **options)
     return text
 
 
-def _tokens(text: str, tokenizer: Any, what: str) -> list[int]:
-    ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
+def _tokens(text: str, tokenizer: Any, what: str, plain: PlainText | None = None) -> list[int]:
+    """Tokens of a user's text or, with what marked it, of a rendered conversation."""
+    if plain is None:
+        ids = encode_text(text, tokenizer)
+    else:
+        ids, text = plain.encode(text), plain.unmark(text)
     unknown = tokenizer.unk_token_id
     if (unknown is not None and unknown in ids) or (text and not ids):
         raise UserError(f"{what}: the tokenizer cannot represent all of {text[:60]!r}")

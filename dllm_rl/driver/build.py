@@ -17,7 +17,7 @@ from dllm_rl.cluster.group import WorkerGroup
 from dllm_rl.cluster.local_group import LocalWorkerGroup
 from dllm_rl.config.plugins import build
 from dllm_rl.config.schema import Config, RewardPlugin
-from dllm_rl.data.collate import require_room
+from dllm_rl.data.collate import check_completion
 from dllm_rl.data.prompts import encode, encode_completion
 from dllm_rl.data.source import PromptSource
 from dllm_rl.diffusion.layout import block_rule
@@ -26,6 +26,7 @@ from dllm_rl.errors import UserError, require_package
 from dllm_rl.evaluation.evaluate import Evaluation, evaluate
 from dllm_rl.models.from_config import model_path
 from dllm_rl.protocols.algorithm import Algorithm, ExtraRollouts, Plan
+from dllm_rl.protocols.denoiser import Denoiser
 from dllm_rl.protocols.engine import EVALUATE
 from dllm_rl.protocols.rollouter import Rollouter
 from dllm_rl.protocols.strategy import UnmaskingStrategy
@@ -170,7 +171,7 @@ def _build_run(config: Config, folder: Path, progress: Progress, stack: ExitStac
         wanted = _demonstration if algorithm.needs.source == "demonstrations" else _pair
         for example in each(progress, "completions", train_examples):
             demonstrations[example.uid] = [
-                _completion(text, example, tokenizer, sampling.max_new_tokens) for text in wanted(example)
+                _completion(text, example, denoiser, tokenizer, sampling.max_new_tokens) for text in wanted(example)
             ]
     return Run(
         **{f.name: getattr(workers, f.name) for f in dataclasses.fields(workers)},
@@ -274,9 +275,9 @@ def _pair(example: Example) -> Sequence[str]:
     return [example.chosen, example.rejected]
 
 
-def _completion(text: str, example: Example, tokenizer: Any, max_new_tokens: int) -> Sequence[int]:
+def _completion(text: str, example: Example, denoiser: Denoiser, tokenizer: Any, max_new_tokens: int) -> Sequence[int]:
     tokens = encode_completion(text, tokenizer, uid=example.uid, prompt=example.prompt)
-    require_room(example.uid, tokens, max_new_tokens)  # known now, rather than when its turn comes
+    check_completion(example.uid, tokens, denoiser, max_new_tokens)  # known now, rather than when its turn comes
     return tokens
 
 

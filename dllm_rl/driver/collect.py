@@ -49,7 +49,6 @@ class _Drawn:
     """Scored rollouts before they are a batch; one entry per row."""
 
     turns: list[Turn]
-    texts: list[str]
     expert: list[bool]
     rewards: Rewards
 
@@ -59,7 +58,6 @@ class _Drawn:
         after = max(turn.episode for turn in first.turns) + 1
         return _Drawn(
             first.turns + [dataclasses.replace(turn, episode=after + turn.episode) for turn in second.turns],
-            first.texts + second.texts,
             first.expert + second.expert,
             Rewards.join(first.rewards, second.rewards),
         )
@@ -107,25 +105,27 @@ def collect(
             chosen = run.algorithm.select_rows(added, drawn.rewards, everything, generator)
             batch, rewards, rows = everything.select(chosen), drawn.rewards.select(chosen), chosen.tolist()
             metrics |= {f"guided/{name}": value for name, value in rollout_metrics(batch, rewards).items()}
+    said = completion_texts([drawn.turns[row].trajectory for row in rows], run.tokenizer, special=True)
+    several = any(turn.turn for turn in turns)
     return Collected(
         batch=batch,
         rewards=rewards,
         metrics=metrics,
-        samples=[_sample(drawn, row, several=any(turn.turn for turn in turns)) for row in rows],
+        samples=[_sample(drawn, row, text, several=several) for row, text in zip(rows, said, strict=True)],
         uids=[prompt.uid for prompt in prompts],
         seconds=timer.seconds,
     )
 
 
-def _sample(drawn: _Drawn, row: int, *, several: bool) -> dict[str, Any]:
-    """A row of samples.jsonl; it says which turn it is if there are several."""
+def _sample(drawn: _Drawn, row: int, said: str, *, several: bool) -> dict[str, Any]:
+    """A row of samples.jsonl: what was generated, special tokens included; which turn it is if there are several."""
     turn = drawn.turns[row]
     where = {"episode": turn.episode, "turn": turn.turn} if several else {}
     return {
         "uid": turn.prompt.uid,
         **where,
         "prompt": turn.prompt.text,
-        "completion": drawn.texts[row],
+        "completion": said,
         "answer": turn.prompt.answer,
         "reward": drawn.rewards.total[row].item(),
         "status": drawn.rewards.status[row],
@@ -159,7 +159,7 @@ def _scored(run: Run, turns: list[Turn], timer: Clock, *, expert: bool = False) 
     texts = completion_texts([turn.trajectory for turn in turns], run.tokenizer)
     with timer("reward_s"):
         rewards = score_turns(run.reward_pool, turns, texts, run.rollouter.rewarded)
-    return _Drawn(turns, texts, [expert] * len(turns), rewards)
+    return _Drawn(turns, [expert] * len(turns), rewards)
 
 
 def _collate(run: Run, drawn: _Drawn) -> RolloutBatch:

@@ -27,7 +27,7 @@ def create_denoiser(
     intermediate_size: int | None = None,
     max_length: int,
     block_size: int | None = None,
-    block_origin: BlockOrigin = "response",
+    block_origin: BlockOrigin | None = None,
     tie_embeddings: bool = False,
     rope_theta: float = 10000.0,
     norm_eps: float = 1e-6,
@@ -49,7 +49,7 @@ def create_denoiser(
         intermediate_size: feed-forward width, default 4 * hidden_size.
         max_length: longest sequence, tokens.
         block_size: tokens per block (block-causal families only).
-        block_origin: where blocks start.
+        block_origin: where blocks start; None takes the family's.
         tie_embeddings: share the input and output embedding matrix.
         rope_theta: base of the rotary frequencies.
         norm_eps: epsilon of the norms.
@@ -60,6 +60,7 @@ def create_denoiser(
         UserError: sizes that do not divide, or a tokenizer without mask or eos token.
     """
     chosen = family_named(family)
+    block_origin = block_origin or chosen.block_origin
     num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
     if hidden_size % (2 * num_heads):
         raise UserError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ class TransformersDenoiser:
         config: config.json in the family's own keys; written back by save_denoiser.
         companions: further files of the checkpoint folder (the hub's own code), name -> content, written back too.
         adapter: the peft model when a LoRA adapter is attached, else None. `module` is the network in both cases.
+        adapter_config: adapter_config.json of an adapter that was loaded, written back by save_adapter; else None.
         source: where the weights came from, for messages and adapter files.
         forwards: of the network so far; a sign of life.
     """
@@ -42,6 +43,7 @@ class TransformersDenoiser:
         mask_id: int,
         eos_id: int,
         pad_id: int,
+        end_ids: Sequence[int] = (),
         block_size: int | None = None,
         block_origin: BlockOrigin = "response",
         companions: Mapping[str, bytes] | None = None,
@@ -56,6 +58,7 @@ class TransformersDenoiser:
             mask_id: mask token.
             eos_id: end-of-sequence token.
             pad_id: padding token.
+            end_ids: further tokens that end a completion.
             block_size: tokens per block; required by block-causal families, refused by the others.
             block_origin: where blocks start.
             companions: see the class.
@@ -78,11 +81,13 @@ class TransformersDenoiser:
         self.config = dict(config)
         self.companions = dict(companions or {})
         self.adapter: Any = None
+        self.adapter_config: str | None = None
         self.source = source
         self.forwards = 0
         self.mask_id = mask_id
         self.eos_id = eos_id
         self.pad_id = pad_id
+        self.end_ids = tuple(dict.fromkeys((eos_id, *end_ids)))
         self.vocab_size: int = module.config.vocab_size
         self.max_length: int = self.config[family.max_length_key]
         self.block_size = block_size

@@ -15,6 +15,7 @@ from dllm_rl import registry
 from dllm_rl.errors import UserError
 from dllm_rl.models.rotary import FLOAT32_ROTARY, Float32Rotary
 from dllm_rl.models.unembedding import Float32Logits
+from dllm_rl.types import BlockOrigin
 
 _LAYER = "{i}"  # stands for a layer number in a pair of names
 
@@ -59,6 +60,7 @@ class Family:
         mask_token: text of the mask token, for checkpoints whose config.json does not name its id.
         shift: the network predicts position i at i - 1.
         block_causal: attention is block-causal, with a block size.
+        block_origin: where its blocks start, for checkpoints whose config.json does not say: "response" or "sequence".
         tokenizer_substitutes: remote tokenizer class -> transformers class that reads the same files.
     """
 
@@ -76,6 +78,7 @@ class Family:
     mask_token: str = "<|MASK|>"
     shift: bool = False
     block_causal: bool = False
+    block_origin: BlockOrigin = "response"
     tokenizer_substitutes: Mapping[str, str] = field(default_factory=dict)
 
     def matches(self, config: Mapping[str, Any]) -> bool:

@@ -46,7 +46,7 @@ def model_path(config: Config, folder: Path, task: Task, examples: Sequence[Exam
             tokenizer,
             **m.init.model_dump(exclude={"tokenizer", "vocab_size"}),
             block_size=m.block_size,
-            block_origin=m.block_origin or "response",
+            block_origin=m.block_origin,
             seed=seeding.derive(config.run.seed, "model"),
         )
         save_denoiser(made, tokenizer, initial)
@@ -80,6 +80,7 @@ def load_model(
         revision=m.revision,
         block_size=m.block_size,
         block_origin=m.block_origin,
+        end_tokens=m.end_tokens,
         trust_remote_code=m.trust_remote_code,
     )
     if small:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,11 @@ from dllm_rl.models.denoiser import TransformersDenoiser
 from dllm_rl.models.families import family_named, family_of
 from dllm_rl.models.family import Family, finish
 from dllm_rl.models.lora import merged_weights
+from dllm_rl.models.tokenizers import answer_end, save_tokenizer
 from dllm_rl.types import BlockOrigin
 
 _SHOWN = 4  # names listed in an error message
-_HUB_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.py"]
+_HUB_FILES = ["*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "*.py"]
 
 
 def load_denoiser(
@@ -34,6 +35,7 @@ def load_denoiser(
     revision: str | None = None,
     block_size: int | None = None,
     block_origin: BlockOrigin | None = None,
+    end_tokens: Sequence[str | int] = (),
     trust_remote_code: bool = False,
 ) -> tuple[TransformersDenoiser, Any]:
     """A denoiser and its tokenizer from a checkpoint in the family's own layout.
@@ -48,16 +50,18 @@ def load_denoiser(
         device: where the parameters live; "meta" reads no weights, for callers who want shapes and token ids.
         revision: branch, tag or commit of a hub model.
         block_size: tokens per block of a block-causal family; None takes config.json's.
-        block_origin: where blocks start; None takes config.json's, else "response".
+        block_origin: where blocks start; None takes config.json's, else the family's.
+        end_tokens: further tokens that end a completion, as text or id, beside the tokenizer's EOS token and the
+            eos_token_id of config.json and generation_config.json.
         trust_remote_code: run the checkpoint's own tokenizer code, where transformers has no tokenizer for it.
     Returns:
         (denoiser in evaluation mode, tokenizer).
     Raises:
         UserError: folder or file missing or damaged, unknown family, weights missing or left over (named), no mask
-            token.
+            token, end tokens that do not exist.
     """
     folder = _resolve(path, revision)
-    config = _read_config(folder)
+    config = _read_config(folder / "config.json")
     named = family_named(family) if isinstance(family, str) else family
     chosen = family_of(config, str(path)) if named is None else named
     tokenizer = _load_tokenizer(folder, chosen, trust_remote_code)
@@ -67,17 +71,21 @@ def load_denoiser(
         finish(module, device)
     if chosen.block_causal:
         block_size = config.get("block_size") if block_size is None else block_size
-        block_origin = block_origin or config.get("block_origin") or "response"
+        block_origin = block_origin or config.get("block_origin") or chosen.block_origin
         config |= {"block_size": block_size, "block_origin": block_origin}
+    special = _special_tokens(config, tokenizer, chosen, module.config.vocab_size, str(path))
+    ends = _end_ids(special, config, folder, tokenizer, end_tokens, module.config.vocab_size)
+    special["eos_id"] = ends[0]
     extras = (*sorted(folder.glob("*.py")), *folder.glob("generation_config.json"))
     return (
         TransformersDenoiser(
             module,
             chosen,
             config,
-            **_special_tokens(config, tokenizer, chosen, module.config.vocab_size, str(path)),
+            **special,
+            end_ids=ends,
             block_size=block_size,
-            block_origin=block_origin or "response",
+            block_origin=block_origin or chosen.block_origin,
             companions={file.name: file.read_bytes() for file in extras},
             source=str(path),
         ),
@@ -90,7 +98,7 @@ def save_denoiser(denoiser: TransformersDenoiser, tokenizer: Any, folder: str | 
 
     Args:
         denoiser: what to save.
-        tokenizer: its tokenizer.
+        tokenizer: its tokenizer, see save_tokenizer.
         folder: made if missing; a previous checkpoint in it is replaced.
     """
     folder = Path(folder)
@@ -106,7 +114,7 @@ def save_denoiser(denoiser: TransformersDenoiser, tokenizer: Any, folder: str | 
     dtype_key = "dtype" if "dtype" in config else "torch_dtype"
     config[dtype_key] = str(network.get_input_embeddings().weight.dtype).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
     for name, content in denoiser.companions.items():
         (folder / name).write_bytes(content)
 
@@ -130,9 +138,9 @@ def _resolve(path: str | Path, revision: str | None) -> Path:
     return found
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    file = folder / "config.json"
+def _read_config(file: Path) -> dict[str, Any]:
     if not file.is_file():
+        folder = file.parent
         adapter = (folder / "adapter_config.json").is_file()
         hint = "it holds an adapter: load its base model, then the adapter" if adapter else "is it a model folder?"
         raise UserError(f"{folder}: no config.json; {hint}")
@@ -192,6 +200,35 @@ def _special_tokens(
     if mask_id == eos_id:
         raise UserError(f"{where}: mask and end-of-sequence token are both {mask_id}; they must differ")
     return ids
+
+
+def _end_ids(
+    special: Mapping[str, int],
+    config: Mapping[str, Any],
+    folder: Path,
+    tokenizer: Any,
+    end_tokens: Sequence[str | int],
+    vocab_size: int,
+) -> tuple[int, ...]:
+    """The tokens that end a completion; first the one that the chat template puts after an answer, else EOS."""
+    generation = folder / "generation_config.json"
+    declared: list[int] = [special["eos_id"]]
+    for settings in (_read_config(generation) if generation.is_file() else {}, config):
+        found = settings.get("eos_token_id")
+        declared += found if isinstance(found, list) else [] if found is None else [found]
+    for token in end_tokens:
+        number = tokenizer.get_vocab().get(token) if isinstance(token, str) else token
+        if number is None or not 0 <= number < vocab_size or number == special["mask_id"]:
+            raise UserError(
+                f"model.end_tokens: {token!r} is not a token that {folder} can generate; give the text of one token of "
+                f"its tokenizer, such as {tokenizer.eos_token!r}, or an id below {vocab_size}"
+            )
+        declared.append(number)
+    after_answer = answer_end(tokenizer)
+    first = [after_answer] if after_answer in declared else []
+    # Ids of files that cannot be generated do no harm: leave them out.
+    possible = [n for n in (*first, *declared) if 0 <= n < vocab_size and n != special["mask_id"]]
+    return tuple(dict.fromkeys(possible))
 
 
 def _fill(

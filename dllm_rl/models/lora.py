@@ -14,17 +14,35 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dllm_rl.errors import UserError, first_line
+from dllm_rl.models.checkpoint import read_weights
 from dllm_rl.models.denoiser import TransformersDenoiser
+from dllm_rl.models.family import Family
 from dllm_rl.models.quantize import whole
 from dllm_rl.seeding import generator_for
 
 _PREFIX = "base_model.model."  # peft's own, in front of every module name of an adapter file
 _LORA_PARTS = (".lora_A.", ".lora_B.")
+_HARMLESS_INIT = (True, False, "gaussian", "orthogonal", "eva")  # the others, such as "pissa", change the base weights
+# Settings with which a layer computes, or a file holds, something else than W + scale * B A.
+_UNSUPPORTED = (
+    "use_dora",
+    "modules_to_save",
+    "lora_bias",
+    "target_parameters",
+    "trainable_token_indices",
+    "layer_replication",
+    "alora_invocation_tokens",
+    "use_qalora",
+    "use_bdlora",
+    "arrow_config",
+    "kasa_config",
+    "velora_config",
+    "monteclora_config",
+)
 
 
 def add_lora(
@@ -129,7 +147,7 @@ def merged_updates(denoiser: TransformersDenoiser) -> Iterator[tuple[str, list[n
 def save_adapter(denoiser: TransformersDenoiser, folder: str | Path) -> None:
     """Write adapter_config.json and adapter_model.safetensors in peft's layout, with the family's own module names.
 
-    peft can therefore attach the adapter to the hub's own code too.
+    peft can therefore attach the adapter to the hub's own code too. An adapter that was loaded keeps its settings.
     """
     if denoiser.adapter is None:
         raise UserError("save_adapter: the denoiser has no adapter")
@@ -138,9 +156,12 @@ def save_adapter(denoiser: TransformersDenoiser, folder: str | Path) -> None:
     family = denoiser.family
     state = {
         _PREFIX + family.to_original_name(name.removeprefix(_PREFIX)): value.detach().cpu().contiguous()
-        for name, value in get_peft_model_state_dict(denoiser.adapter).items()
+        for name, value in _weights(denoiser).items()
     }
     save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    if denoiser.adapter_config is not None:
+        (folder / "adapter_config.json").write_text(denoiser.adapter_config)
+        return
     live = denoiser.adapter.peft_config["default"]
     written = LoraConfig(
         **{key: getattr(live, key) for key in ("r", "lora_alpha", "lora_dropout", "bias", "use_rslora")}
@@ -157,51 +178,93 @@ def save_adapter(denoiser: TransformersDenoiser, folder: str | Path) -> None:
 def load_adapter(denoiser: TransformersDenoiser, folder: str | Path) -> int:
     """Attach an adapter that save_adapter or peft wrote for this family; it is trainable.
 
+    What is adapted is what the file holds weights of, whichever way target_modules says it: LLaDA's suffix "ff_out", of
+    released adapters, is the output head too.
+
     Returns:
         Number of modules that got an adapter.
     Raises:
         UserError: missing or damaged files, an unsupported kind of adapter, or weights that do not fit (named).
     """
-    folder = Path(folder)
-    file = folder / "adapter_model.safetensors"
-    for needed in (folder / "adapter_config.json", file):
-        if not needed.is_file():
-            raise UserError(f"{folder}: no {needed.name}; is it an adapter folder?")
-    try:
-        config = LoraConfig.from_pretrained(str(folder))
-        stored = load_file(file)
-    except (SafetensorError, ValueError, TypeError) as error:
-        raise UserError(f"{folder}: damaged or foreign adapter ({first_line(error)})") from error
-    options = ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "lora_bias")
-    unsupported = [name for name in options if getattr(config, name, None)]
-    if not isinstance(config, LoraConfig) or unsupported or config.bias != "none":
-        raise UserError(
-            f"{folder}: only plain LoRA adapters are supported, not {', '.join(unsupported) or 'this kind'}"
-        )
-    state = {_PREFIX + denoiser.family.to_module_name(name.removeprefix(_PREFIX)): v for name, v in stored.items()}
+    folder, family = Path(folder), denoiser.family
+    config, stored = _read(folder)
+    state = {_PREFIX + family.to_module_name(name.removeprefix(_PREFIX)): v for name, v in stored.items()}
     paths = {name.removeprefix(_PREFIX).rsplit(".lora_", 1)[0] for name in state}
     linear = {path for path, module in denoiser.module.named_modules() if isinstance(module, (nn.Linear, LoraLayer))}
     foreign = sorted(paths - linear)
     if foreign:
         raise UserError(f"{folder}: {len(foreign)} adapter modules are not in the model, first {foreign[0]}")
+    head = next(path for path, m in denoiser.module.named_modules() if m is denoiser.module.get_output_embeddings())
+    if head in paths and denoiser.module.config.tie_word_embeddings:
+        raise UserError(f"{folder}: an adapter of the output head, which this model shares with its embedding")
     config.target_modules = paths
+    config.exclude_modules = config.layers_to_transform = config.layers_pattern = None  # the paths say it all
+    config.rank_pattern = _by_path(config.rank_pattern, paths, family)
+    config.alpha_pattern = _by_path(config.alpha_pattern, paths, family)
+    config.init_lora_weights = True
     config.inference_mode = False
     config.base_model_name_or_path = None  # peft warns when the folder was renamed
     if denoiser.adapter is None:
         _attach(denoiser, config)
+        denoiser.adapter_config = (folder / "adapter_config.json").read_text()
     live = denoiser.adapter.peft_config["default"]
-    if (live.r, live.lora_alpha) != (config.r, config.lora_alpha):
-        raise UserError(
-            f"{folder}: the adapter has rank {config.r} and alpha {config.lora_alpha}, the one in use {live.r} and "
-            f"{live.lora_alpha}"
-        )
-    wanted = get_peft_model_state_dict(denoiser.adapter)
+    for name in ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"):
+        if getattr(live, name) != getattr(config, name):
+            raise UserError(
+                f"{folder}: the adapter has {name} = {getattr(config, name)}, the one in use {getattr(live, name)}"
+            )
+    wanted = _weights(denoiser)
     misfit = {name for name in wanted.keys() & state.keys() if wanted[name].shape != state[name].shape}
     wrong = sorted(misfit | (wanted.keys() ^ state.keys()))
     if wrong:
         raise UserError(f"{folder}: {len(wrong)} adapter weights do not fit, first {wrong[0]}")
     set_peft_model_state_dict(denoiser.adapter, state)
     return len(paths)
+
+
+def _read(folder: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """Settings and weights of an adapter folder.
+
+    Raises:
+        UserError: missing or damaged files, or an adapter that computes something else than W + scale * B A.
+    """
+    files = [folder / f"adapter_model.{suffix}" for suffix in ("safetensors", "bin")]
+    found = [file for file in files if file.is_file()]
+    for needed, present in (
+        ("adapter_config.json", (folder / "adapter_config.json").is_file()),
+        (files[0].name, found),
+    ):
+        if not present:
+            raise UserError(f"{folder}: no {needed}; is it an adapter folder?")
+    try:
+        config = LoraConfig.from_pretrained(str(folder))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{folder}: damaged or foreign adapter ({first_line(error)})") from error
+    unsupported = [name for name in _UNSUPPORTED if getattr(config, name, None)]
+    if getattr(config, "init_lora_weights", True) not in _HARMLESS_INIT:
+        unsupported.append(f"init_lora_weights = {config.init_lora_weights!r} (it changes the weights below)")
+    if not isinstance(config, LoraConfig) or unsupported or config.bias != "none":
+        raise UserError(
+            f"{folder}: only plain LoRA adapters are supported, not {', '.join(unsupported) or 'this kind'}"
+        )
+    return config, dict(read_weights(found[0]))
+
+
+def _by_path(pattern: dict[str, int] | None, paths: set[str], family: Family) -> dict[str, int]:
+    """A rank_pattern or alpha_pattern by exact path in the module; its keys match ends of the family's own names."""
+    chosen = {}
+    for path in paths:
+        original = family.to_original_name(path)
+        key = next((key for key in pattern or () if re.match(rf"(.*\.)?({key})$", original)), None)
+        if pattern and key is not None:
+            chosen[re.escape(path)] = pattern[key]
+    return chosen
+
+
+def _weights(denoiser: TransformersDenoiser) -> dict[str, Tensor]:
+    """The adapter's own weights; peft would add the frozen ones below an adapted output head."""
+    found: dict[str, Tensor] = get_peft_model_state_dict(denoiser.adapter, save_embedding_layers=False)
+    return found
 
 
 def _attach(denoiser: TransformersDenoiser, config: LoraConfig) -> None:

@@ -1,6 +1,7 @@
 """SDAR and TraDo: Qwen3 names and equations, block-causal attention.
 
-Source: Cheng et al. 2025, arXiv:2510.06303; Wang et al. 2025, arXiv:2509.06949; published modeling_sdar.py.
+Source: Cheng et al. 2025, arXiv:2510.06303; Wang et al. 2025, arXiv:2509.06949; published modeling_sdar.py, and
+generate.py, whose blocks are counted from the first token of the prompt.
 """
 
 from __future__ import annotations
@@ -48,4 +49,5 @@ SDAR = Family(
     lora_targets=LINEAR_LAYERS,
     mask_token="<|MASK|>",
     block_causal=True,
+    block_origin="sequence",
 )

@@ -1,12 +1,16 @@
-"""Small tokenizers that are trained or written here; saved and loaded like any other with AutoTokenizer."""
+"""Tokenizers: small ones that are trained or written here, and the files of any."""
 
 from __future__ import annotations
 
 import hashlib
+import json
+import shutil
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import tokenizers
+from jinja2 import TemplateError
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -14,6 +18,20 @@ from dllm_rl.errors import UserError
 
 PAD, MASK, EOS = "<pad>", "<mask>", "<eos>"
 SPECIAL = (PAD, MASK, EOS)
+
+# What tokenizers of the hub are stored in, of every release of transformers.
+FILES = (
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "additional_chat_templates/*.jinja",
+    "*.txt",
+    "*.model",
+    "*.tiktoken",
+)
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] }}\n{% endfor %}"
@@ -75,6 +93,46 @@ def _finished(tokenizer: tokenizers.Tokenizer) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token=PAD, mask_token=MASK, eos_token=EOS, clean_up_tokenization_spaces=False
     )
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Write a tokenizer: the files that it was loaded from, byte for byte, so that the hub's own code reads them.
+
+    What transformers 5 would write instead, transformers 4 does not load: a class that it does not know, special tokens
+    in another form. A tokenizer without files (made here, or the files are gone) is written so that both load it.
+
+    Args:
+        tokenizer: as it was loaded or made; what was changed in a loaded one since (added tokens) is not saved.
+        folder: existing folder.
+    """
+    source = Path(tokenizer.name_or_path)
+    files = {file for pattern in FILES for file in source.glob(pattern)} if tokenizer.name_or_path else set()
+    if files:
+        for file in files:
+            copy = folder / file.relative_to(source)
+            if not (copy.exists() and copy.samefile(file)):
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, copy)
+        return
+    tokenizer.save_pretrained(folder)
+    settings = folder / "tokenizer_config.json"
+    declared = json.loads(settings.read_text())
+    if declared.get("tokenizer_class") == "TokenizersBackend":
+        declared["tokenizer_class"] = "PreTrainedTokenizerFast"  # its name in transformers 4, an alias in 5
+        settings.write_text(json.dumps(declared, indent=2, ensure_ascii=False) + "\n")
+
+
+def answer_end(tokenizer: Any) -> int | None:
+    """The token that the chat template puts after an answer; None without a template that renders one."""
+    if getattr(tokenizer, "chat_template", None) is None:
+        return None
+    chat = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+    try:
+        rendered = tokenizer.apply_chat_template(chat, tokenize=False)
+    except (TemplateError, ValueError):  # it wants other messages, or is several templates without a default
+        return None
+    ids: list[int] = tokenizer.encode(rendered.rpartition("answer")[2], add_special_tokens=False)
+    return ids[0] if ids else None
 
 
 def vocabulary_digest(tokenizer: Any) -> str:

@@ -44,7 +44,8 @@ class Denoiser(Protocol):
 
     Attributes:
         mask_id: id of the absorbing mask token; never a sampled token.
-        eos_id: id that ends a completion.
+        eos_id: the end token that a demonstration gets, and that positions hold which were never decoded.
+        end_ids: all tokens that end a completion, eos_id among them.
         pad_id: id for padding.
         vocab_size: number of logits.
         max_length: longest sequence, tokens.
@@ -57,6 +58,7 @@ class Denoiser(Protocol):
 
     mask_id: int
     eos_id: int
+    end_ids: tuple[int, ...]
     pad_id: int
     vocab_size: int
     max_length: int

@@ -103,7 +103,7 @@ def main() -> None:
         device=a.device,
     )
     draw = generator_for(0, "benchmark")
-    clean = [token for token in range(denoiser.vocab_size) if token not in (denoiser.mask_id, denoiser.eos_id)]
+    clean = [token for token in range(denoiser.vocab_size) if token not in (denoiser.mask_id, *denoiser.end_ids)]
     prompts = [
         Prompt(
             uid=f"p{i}",

@@ -13,7 +13,7 @@ PAD, MASK, EOS = 0, 1, 2  # of character_tokenizer
 
 def blocks(origin, size=2):
     """What a batch asks a denoiser."""
-    return SimpleNamespace(pad_id=PAD, eos_id=EOS, block_size=size, block_origin=origin)
+    return SimpleNamespace(mask_id=MASK, pad_id=PAD, eos_id=EOS, block_size=size, block_origin=origin)
 
 
 ROWS = blocks("response", size=None)
@@ -103,7 +103,12 @@ def test_a_completion_that_does_not_fit_is_refused_never_cut():
         supervised([prompt("b", [5])], [[]], ROWS, group=[0], max_new_tokens=2)
 
 
-def test_texts_end_before_eos_and_hide_nothing():
+def test_a_completion_with_the_mask_token_is_refused():
+    with pytest.raises(ValueError, match="'b': token 1 of its completion is the model's mask token; take its text out"):
+        supervised([prompt("b", [5])], [[7, MASK, 9]], ROWS, group=[0], max_new_tokens=3)
+
+
+def test_texts_end_before_the_end_token_and_records_hide_nothing():
     tokenizer = character_tokenizer("12 \n")  # ids from 3
     rows = [
         trajectory([3], [3, 4, EOS, EOS], length=3),
@@ -111,4 +116,5 @@ def test_texts_end_before_eos_and_hide_nothing():
         trajectory([3], [3, MASK, 5, 6], length=4, finish="length"),
         trajectory([3], [EOS, EOS, EOS, EOS], length=1),
     ]
-    assert completion_texts(rows, tokenizer) == ["12", "1212", "1<mask> \n", ""]
+    assert completion_texts(rows, tokenizer, special=True) == ["12", "1212", "1<mask> \n", ""]
+    assert completion_texts(rows, tokenizer) == ["12", "1212", "1 \n", ""]

@@ -115,12 +115,24 @@ def test_dtype_is_converted_and_recorded(saved, tokenizer, tmp_path):
 
 
 def test_block_options_come_from_the_argument_then_config_and_are_saved(saved, tokenizer, tmp_path):
-    folder = saved("sdar")
+    folder = saved("sdar", block_origin="response")
     assert load_denoiser(folder)[0].block_origin == "response"
     denoiser, _ = load_denoiser(folder, block_size=8, block_origin="sequence")
     save_denoiser(denoiser, tokenizer, tmp_path / "other")
     again, _ = load_denoiser(tmp_path / "other")
     assert (again.block_size, again.block_origin) == (8, "sequence")
+
+
+def test_sdar_counts_blocks_from_the_prompt_as_its_published_generator_does(saved, make, tokenizer, tmp_path):
+    folder = saved("sdar")
+    assert json.loads((folder / "config.json").read_text())["block_origin"] == "sequence"
+    edit_config(folder, block_origin="absent")  # the published config.json does not say
+    denoiser, _ = load_denoiser(folder)
+    assert denoiser.block_origin == make("sdar").block_origin == "sequence"
+    save_denoiser(denoiser, tokenizer, tmp_path / "again")
+    assert json.loads((tmp_path / "again/config.json").read_text())["block_origin"] == "sequence"
+    chosen, _ = load_denoiser(folder, block_origin="response")
+    assert chosen.block_origin == "response"
 
 
 def test_tied_weights_under_either_name(saved):

@@ -9,6 +9,7 @@ from dllm_rl import registry
 from dllm_rl.models.families import family_named
 from dllm_rl.models.loading import load_denoiser, save_denoiser
 from dllm_rl.models.lora import add_lora, load_adapter, merged_weights, reference_weights, save_adapter
+from dllm_rl.seeding import generator_for
 
 ALL = registry.names("families")
 NUM_TARGETS = 7
@@ -139,15 +140,113 @@ def test_damaged_and_foreign_adapters_are_refused(make, tmp_path):
     save_adapter(denoiser, tmp_path)
     other = make("llada")
     add_lora(other, rank=3, alpha=4, seed=0)
-    refused("rank 2 and alpha 4, the one in use 3", other)
+    refused("the adapter has r = 2, the one in use 3", other)
     good = load_file(file)
     save_file({name.replace("blocks.1", "blocks.9"): value for name, value in good.items()}, file)
     refused("adapter modules are not in the model, first model.layers.9")
     save_file(dict(list(good.items())[1:]), file)
     refused("1 adapter weights do not fit")
     file.write_bytes(b"x" * 100)
-    refused("damaged or foreign adapter")
+    refused("adapter_model.safetensors: damaged weight file")
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     save_file(good, file)
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
     refused("not use_dora")
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"init_lora_weights": "pissa"}))
+    refused("not init_lora_weights = 'pissa'")
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"target_parameters": ["w"]}))
+    refused("not target_parameters")
+
+
+# What released adapters of LLaDA say; names by suffix, not all of which exist, and ff_out is the output head too.
+D1 = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj", "gate_proj"]
+BLOCK = "model.transformer.blocks.{}."
+FOREIGN = {
+    "d1": ({"target_modules": D1}, [BLOCK + name for name in ("q_proj", "k_proj", "v_proj", "up_proj")]),
+    "output head": ({"target_modules": ["ff_out"]}, [BLOCK + "ff_out", "model.transformer.ff_out"]),
+    "all-linear": ({"target_modules": "all-linear"}, [BLOCK + name for name in ("q_proj", "attn_out", "ff_out")]),
+    "use_rslora": ({"target_modules": ["attn_out"], "use_rslora": True}, [BLOCK + "attn_out"]),
+    "patterns": (
+        {
+            "target_modules": r".*\.(q_proj|ff_proj)",
+            "rank_pattern": {"blocks.0.q_proj": 1, "ff_proj": 3},
+            "alpha_pattern": {r"blocks\.\d+\.ff_proj": 5},
+        },
+        [BLOCK + "q_proj", BLOCK + "ff_proj"],
+    ),
+    "layers": (
+        {"target_modules": ["q_proj"], "layers_to_transform": [0, 1], "layers_pattern": "blocks"},
+        [BLOCK + "q_proj"],
+    ),
+}
+
+
+def foreign_adapter(denoiser, settings, modules, folder, suffix):
+    """Files as peft writes them for the hub's own code, and of each module (scale, B A) by hand."""
+    ranks = {"model.transformer.blocks.0.q_proj": 1, **{BLOCK.format(i) + "ff_proj": 3 for i in (0, 1)}}
+    state, update = {}, {}
+    linear = dict(denoiser.module.named_modules())
+    for name in dict.fromkeys(module.format(i) for module in modules for i in (0, 1)):
+        rank = ranks.get(name, 2) if "rank_pattern" in settings else 2
+        alpha = 5 if "alpha_pattern" in settings and name.endswith("ff_proj") else 8
+        out, width = linear[denoiser.family.to_module_name(name)].weight.shape
+        a = torch.randn(rank, width, generator=generator_for(1, name)) * 0.2
+        b = torch.randn(out, rank, generator=generator_for(2, name)) * 0.2
+        state |= {f"base_model.model.{name}.lora_A.weight": a, f"base_model.model.{name}.lora_B.weight": b}
+        update[name] = alpha / (rank**0.5 if settings.get("use_rslora") else rank) * b @ a
+    folder.mkdir()
+    written = {
+        "peft_type": "LORA",
+        "r": 2,
+        "lora_alpha": 8,
+        "lora_dropout": 0.1,
+        "bias": "none",
+        "inference_mode": True,
+    }
+    written |= {"base_model_name_or_path": "GSAI-ML/LLaDA-8B-Instruct", "task_type": "CAUSAL_LM", "unknown_key": None}
+    (folder / "adapter_config.json").write_text(json.dumps(written | settings))
+    if suffix == "bin":
+        torch.save(state, folder / "adapter_model.bin")
+    else:
+        save_file(state, folder / "adapter_model.safetensors")
+    return state, update
+
+
+@pytest.mark.parametrize("suffix", ["bin", "safetensors"])
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_foreign_adapters_load_and_stay_as_they_are(make, tokenizer, tmp_path, kind, suffix, hidden_of):
+    denoiser = make("llada", num_layers=2)
+    state, update = foreign_adapter(denoiser, *FOREIGN[kind], tmp_path / "foreign", suffix)
+    plain = {denoiser.family.to_original_name(name): p.clone() for name, p in denoiser.module.named_parameters()}
+    assert load_adapter(denoiser, tmp_path / "foreign") == len(update)
+
+    save_denoiser(denoiser, tokenizer, tmp_path / "merged")  # what it computes: W + scale * B A, and W elsewhere
+    merged = load_file(tmp_path / "merged/model.safetensors")
+    for name, value in plain.items():
+        want = value + update.get(name.removesuffix(".weight"), torch.zeros(1))
+        torch.testing.assert_close(merged[name], want, rtol=0, atol=1e-6)
+    again, _ = load_denoiser(tmp_path / "merged")
+    states = hidden_of(denoiser)
+    torch.testing.assert_close(hidden_of(again), states, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(again.unembed(states[0]), denoiser.unembed(states[0]), rtol=1e-4, atol=1e-4)
+
+    save_adapter(denoiser, tmp_path / "saved")
+    saved = load_file(tmp_path / "saved/adapter_model.safetensors")
+    assert saved.keys() == state.keys() and all(torch.equal(saved[name], state[name]) for name in state)
+    settings = [(tmp_path / name / "adapter_config.json").read_bytes() for name in ("foreign", "saved")]
+    assert settings[0] == settings[1]
+    assert load_adapter(denoiser, tmp_path / "saved") == len(update)  # as a resumed run does
+
+
+def test_an_adapter_of_a_shared_output_head_is_refused(make, tmp_path):
+    foreign_adapter(make("llada", num_layers=2), *FOREIGN["output head"], tmp_path / "foreign", "bin")
+    with pytest.raises(ValueError, match="an adapter of the output head, which this model shares with its embedding"):
+        load_adapter(make("llada", num_layers=2, tie_embeddings=True), tmp_path / "foreign")
+
+
+def test_an_adapter_of_another_scale_is_not_loaded_into_the_one_in_use(make, tmp_path):
+    denoiser = make("llada", num_layers=2)
+    foreign_adapter(denoiser, *FOREIGN["use_rslora"], tmp_path / "foreign", "bin")
+    add_lora(denoiser, rank=2, alpha=8, targets=["attn_out"], seed=0)
+    with pytest.raises(ValueError, match="the adapter has use_rslora = True, the one in use False"):
+        load_adapter(denoiser, tmp_path / "foreign")

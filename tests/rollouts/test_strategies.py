@@ -60,6 +60,7 @@ class Table(nn.Module):
     """Each position predicts one token with a fixed confidence, whatever the context."""
 
     mask_id, eos_id, pad_id, vocab_size, max_length = 0, 1, 1, 6, 32
+    end_ids = (1,)
     block_size, block_origin, shift = None, "response", False
     confidence = (0.9, 0.6, 0.8, 0.7, 0.95, 0.5)
     token = (2, 3, 4, 5, 2, 3)
