@@ -124,7 +124,7 @@ def _build_run(config: Config, folder: Path, progress: Progress, stack: ExitStac
             f"algorithm '{config.algorithm.name}' replays trajectories, but strategy '{config.sampling.strategy.name}' "
             f"revises committed tokens; choose another of the two"
         )
-    sampling = Sampling(**config.sampling.model_dump(exclude={"strategy"}))
+    sampling = Sampling(**config.sampling.model_dump(exclude={"preset", "strategy"}))
     train_examples = task.examples("train")
     algorithm.check_plan(
         Plan(
@@ -234,9 +234,11 @@ def _check_source(config: Config, algorithm: Algorithm, strategy: UnmaskingStrat
 
 
 def _eval_samplings(config: Config, sampling: Sampling) -> list[Sampling]:
-    speeds = config.evaluate.tokens_per_step or [sampling.tokens_per_step]
-    whole = dataclasses.replace(sampling, temperature=config.evaluate.temperature, top_k=None, top_p=None)
-    return [dataclasses.replace(whole, tokens_per_step=speed) for speed in speeds]
+    speeds = config.evaluate.tokens_per_step
+    whole = dataclasses.replace(sampling, temperature=config.evaluate.temperature)
+    if sampling.confidence == "model":  # else the order of positions needs the filters
+        whole = dataclasses.replace(whole, top_k=None, top_p=None)
+    return [whole] if speeds is None else [dataclasses.replace(whole, tokens_per_step=n, steps=None) for n in speeds]
 
 
 def _demonstration(example: Example) -> Sequence[str]:

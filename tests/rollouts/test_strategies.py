@@ -44,10 +44,26 @@ def make(name, **options):
         ("confidence_threshold", {"threshold": 0.9}, [0, 2]),
         ("confidence_threshold", {"threshold": 0.55}, [0, 2, 3]),
         ("confidence_threshold", {"threshold": 0.99}, [0]),
+        ("confidence_threshold", {"threshold": 0.99, "at_least_count": True}, [0, 2]),
+        ("confidence_threshold", {"threshold": 0.55, "at_least_count": True}, [0, 2, 3]),
+        # Scores divided by a low temperature outweigh any noise; with a high one the highest noise wins.
+        ("low_confidence", {"temperature": 1e-4}, [0, 2]),
+        ("entropy", {"temperature": 1e-4}, [1, 3]),
+        ("margin", {"temperature": 1e-4}, [2, 3]),
+        ("low_confidence", {"temperature": 1e4}, [1, 3]),
+        ("entropy", {"temperature": 1e4}, [1, 3]),
+        ("margin", {"temperature": 1e4}, [1, 3]),
     ],
 )
 def test_choice_by_hand(name, options, want):
     assert make(name, **options).select(CANDIDATES)[0].nonzero().flatten().tolist() == want
+
+
+@pytest.mark.parametrize("name", ["low_confidence", "entropy", "margin"])
+def test_a_temperature_makes_choices_random_and_is_never_negative(name):
+    assert make(name, temperature=0.1).samples and not make(name).samples
+    with pytest.raises(ValueError, match=r"temperature = -1.0: must be >= 0"):
+        make(name, temperature=-1.0)
 
 
 @pytest.mark.parametrize("threshold", [0.0, 1.5, -1.0])
