@@ -104,4 +104,9 @@ def _fast_dllm() -> list[Case]:
             published = {"steps": CANVAS, "block_length": block, "threshold": threshold}
             ours = {"block_size": block, "strategy": {"threshold": threshold}}
             found.append((f"fast_dllm threshold {threshold}, blocks of {block}", "fast_dllm", published, ours))
+        for factor in (0.5, 1.0, 2.0):
+            published = {"steps": CANVAS, "block_length": block, "factor": factor}
+            strategy = {"name": "rollouts.strategies.confidence_factor:ConfidenceFactor", "factor": factor}
+            ours = {"block_size": block, "strategy": strategy}
+            found.append((f"fast_dllm factor {factor}, blocks of {block}", "fast_dllm", published, ours))
     return found

@@ -4,7 +4,7 @@ Nothing is fetched. Get these files, and put them into one folder SOURCES under 
 
     llada/generate.py                        ML-GSAI/LLaDA@b7e6c35, generate.py
     sdar/generate.py                         JetAstra/SDAR@c2041a8, generate.py
-    fast_dllm/generate.py                    NVlabs/Fast-dLLM@24cc59e, llada/generate.py
+    fast_dllm/generate.py                    NVlabs/Fast-dLLM@0d6d48d, llada/generate.py
     models/llada/{modeling,configuration}_llada.py
                                              NVlabs/Fast-dLLM@24cc59e, llada/model
     models/dream/{modeling_dream,configuration_dream,generation_utils}.py
