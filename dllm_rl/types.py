@@ -193,8 +193,8 @@ class Trajectory:
             paused; GIVEN where it was given or never decoded.
         order: (L,) int64; place in the order in which its forward's positions were chosen, from 1; 0 where not decoded.
             None if the engine does not tell.
-        confidence: (T, L) float32 for T forwards; probability of the token proposed at each position that the forward
-            computed and that was masked, 0 elsewhere. Kept for learned strategies, else None.
+        confidence: (T, L) float32 for T forwards; probability (Sampling.confidence) of the token proposed at each
+            position that the forward computed and that was masked, 0 elsewhere. Kept for learned strategies, else None.
     """
 
     prompt_uid: str

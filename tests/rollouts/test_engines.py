@@ -216,12 +216,17 @@ def test_a_row_does_not_depend_on_its_batch(tiny_denoiser, model):
     assert any(not torch.equal(t.tokens, want[t.prompt_uid, t.sample].tokens) for t in other)
 
 
+FILTERED = {"temperature": 0.6, "top_k": 4, "confidence": "sampled", "schedule": "timesteps"}
+
+
 @pytest.mark.parametrize("engine", [NativeSampler, ReferenceSampler])
-@pytest.mark.parametrize("model", MODELS)
-def test_trajectories_replay_to_their_own_log_probabilities(tiny_denoiser, model, engine):
+@pytest.mark.parametrize(
+    ("model", "more"), [*((m, {}) for m in MODELS), *((m, FILTERED) for m in MODELS), ("llada", {"cfg_scale": 2.0})]
+)
+def test_trajectories_replay_to_their_own_log_probabilities(tiny_denoiser, model, more, engine):
     """tokens + unmask_step determine every state: the learner's estimator gives back what the engine saw."""
     denoiser = build(tiny_denoiser, model)
-    settings = fit(denoiser, Sampling(max_new_tokens=12, temperature=1.0, tokens_per_step=3, block_size=4))
+    settings = fit(denoiser, Sampling(max_new_tokens=12, tokens_per_step=3, block_size=4, **more))
     prompts = prompts_of(denoiser, injected=((2, 6),))
     for t in engine(denoiser, strategy("random"), weights=WEIGHTS).generate(prompts, settings, seed=2):
         length = len(t.tokens)
