@@ -169,7 +169,10 @@ class NativeSampler:
             key=torch.tensor([request.key for request in batch]),
             forward=torch.zeros(len(batch), dtype=torch.int64),
         )
-        begun = torch.stack([masked.nonzero()[:, 0], block_ids[masked]]).unique(dim=1, return_counts=True)[1]
+        apart = (
+            block_ids + length * torch.arange(len(batch))[:, None]
+        )  # blocks of different rows have different numbers
+        begun = torch.unique(apart[masked], return_counts=True)[1]
         for row, request in enumerate(batch):  # set-up, once per row
             if request.partial is not None:
                 rows.restore(row, request.partial)
