@@ -1,18 +1,10 @@
 """Decode tiny checkpoints with the released generators, and write down the tokens that they give.
 
-Nothing is fetched. Get these files, and put them into one folder SOURCES under these names:
-
-    llada/generate.py                        ML-GSAI/LLaDA@b7e6c35, generate.py
-    sdar/generate.py                         JetAstra/SDAR@c2041a8, generate.py
-    fast_dllm/generate.py                    NVlabs/Fast-dLLM@0d6d48d, llada/generate.py
-    models/llada/{modeling,configuration}_llada.py
-                                             NVlabs/Fast-dLLM@24cc59e, llada/model
-    models/dream/{modeling_dream,configuration_dream,generation_utils}.py
-                                             NVlabs/Fast-dLLM@24cc59e, dream/model: the hub's files and one more `alg`
+Nothing is fetched: get the files of SOURCES, below, and put them into one folder under the names there.
 
     python scripts/parity/checkpoints.py CHECKPOINTS        # in the project's environment
     pip install torch==2.13.0 "transformers==4.57.*" einops # in an environment of its own, for the released code
-    PYTHONPATH=. python scripts/parity/published.py SOURCES CHECKPOINTS tests/rollouts/golden/published.json
+    PYTHONPATH=. python scripts/parity/published.py FOLDER CHECKPOINTS tests/rollouts/golden/published.json
 
 What is replaced in the released code, so that equal settings can give equal tokens:
 
@@ -29,6 +21,7 @@ A forward after which nothing changed does not count for the noise, since our en
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib
 import importlib.util
 import json
@@ -40,11 +33,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from cases import CANVAS, EOS, EOT, LENGTHS, MASK, SEED, cases, prompt
 from torch import Tensor
 
 from dllm_rl.seeding import derive, uniform
 
+# Place in the folder -> repository, commit and path. Dream's files are the hub's with one more `alg`.
+SOURCES = {
+    "llada/generate.py": "ML-GSAI/LLaDA b7e6c3565f194352da44b38dd12b6970597309f3 generate.py",
+    "sdar/generate.py": "JetAstra/SDAR c2041a8333333d685f6e15122c84f60f51f85ebd generate.py",
+    "fast_dllm/generate.py": "NVlabs/Fast-dLLM 0d6d48d067176204b7983d3cb8ae742e0726ad53 llada/generate.py",
+    **{
+        f"models/{family}/{file}": f"NVlabs/Fast-dLLM 24cc59e75f20a6384bae8c905965bb090b96388e {family}/model/{file}"
+        for family, file in (
+            ("llada", "modeling_llada.py"),
+            ("llada", "configuration_llada.py"),
+            ("dream", "modeling_dream.py"),
+            ("dream", "configuration_dream.py"),
+            ("dream", "generation_utils.py"),
+        )
+    },
+}
 TOKEN, POSITION, ARRIVAL = 1, 2, 3  # roles of the uniforms in our engines
 NEVER = -1e9
 
@@ -267,7 +277,14 @@ def main() -> None:
             # SDAR's last block may stick out past the canvas, where ours ends.
             end = (length + CANVAS) // 4 * 4 if family == "sdar" else length + CANVAS
             rows[name]["tokens"].append(out[0, length:end].tolist())
-    header = {"made_by": "scripts/parity/published.py, which names the released files and their commits"}
+    header = {
+        "made_by": "scripts/parity/published.py",
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "sources": {
+            place: {"from": origin, "sha256": hashlib.sha256((a.sources / place).read_bytes()).hexdigest()}
+            for place, origin in SOURCES.items()
+        },
+    }
     lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in rows.items())
     a.write.write_text(f'{json.dumps(header)[:-1]}, "cases": {{\n{lines}\n}}}}\n', encoding="utf-8")
 
