@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dllm_rl.diffusion.layout import check_sampling
 from dllm_rl.errors import UserError
 from dllm_rl.protocols.denoiser import Denoiser
 from dllm_rl.protocols.strategy import Candidates, UnmaskingStrategy
@@ -70,7 +71,7 @@ def requests(
 
     Raises:
         UserError: a prompt that does not fit the model, an injected offset outside the canvas, a foreign block size,
-            guidance of a model that cannot have it, rows that were partial for other prompts.
+            steps or guidance that the model cannot have, rows that were partial for other prompts.
     """
     if samples_per_prompt < 1:
         raise UserError(f"samples_per_prompt = {samples_per_prompt}: must be at least 1")
@@ -83,11 +84,7 @@ def requests(
             f"sampling.block_size = {sampling.block_size}, but this block-causal model decodes blocks of "
             f"{denoiser.block_size}; set sampling.block_size to {denoiser.block_size} or leave it out"
         )
-    if sampling.cfg_scale and (denoiser.block_size is not None or denoiser.shift):
-        raise UserError(
-            f"sampling.cfg_scale = {sampling.cfg_scale}: guidance masks whole prompts, which block-causal models and "
-            "models that predict the next position do not take; set sampling.cfg_scale to 0"
-        )
+    check_sampling(denoiser, sampling)
     for prompt in prompts:
         length = len(prompt.token_ids) + sampling.max_new_tokens
         if length > denoiser.max_length:

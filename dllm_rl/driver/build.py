@@ -20,7 +20,7 @@ from dllm_rl.config.schema import Config, RewardPlugin
 from dllm_rl.data.collate import require_room
 from dllm_rl.data.prompts import encode, encode_completion
 from dllm_rl.data.source import PromptSource
-from dllm_rl.diffusion.layout import block_rule
+from dllm_rl.diffusion.layout import block_rule, check_sampling
 from dllm_rl.driver.launch import Workers, WorkerSpec, launch_local, launch_ray
 from dllm_rl.errors import UserError, require_package
 from dllm_rl.evaluation.evaluate import Evaluation, evaluate
@@ -147,6 +147,7 @@ def _build_run(config: Config, folder: Path, progress: Progress, stack: ExitStac
             f"sampling.max_new_tokens = {sampling.max_new_tokens} leaves no room for a prompt: the model takes "
             f"{denoiser.max_length} tokens"
         )
+    check_sampling(denoiser, sampling)
     pause, size = config.rollout.pause_blocks, block_rule(denoiser, sampling)[0]
     if pause is not None and pause * size >= sampling.max_new_tokens:
         raise UserError(
