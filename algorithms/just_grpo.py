@@ -50,10 +50,12 @@ class JustGRPO(Algorithm):
     @override
     def check_plan(self, plan: Plan) -> None:
         """Its likelihoods are those of left-to-right rollouts only."""
-        if plan.strategy != "left_to_right" or plan.sampling.tokens_per_step != 1:
+        one_each = plan.sampling.tokens_per_step == 1 and plan.sampling.schedule in ("static", "uniform")
+        if plan.strategy != "left_to_right" or not one_each:
             raise UserError(
-                "algorithm 'just_grpo' scores left-to-right decoding; set sampling.strategy.name=left_to_right and "
-                "sampling.tokens_per_step=1 (evaluate.strategy and evaluate.tokens_per_step are those of test time)"
+                "algorithm 'just_grpo' scores left-to-right decoding; set sampling.strategy.name=left_to_right, "
+                "sampling.tokens_per_step=1 and sampling.schedule=static (evaluate.strategy and "
+                "evaluate.tokens_per_step are those of test time)"
             )
 
     @override

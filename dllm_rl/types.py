@@ -7,6 +7,7 @@ Rows are padded on the right: a row is its prompt, its completion canvas, then p
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -21,6 +22,8 @@ GIVEN = -1  # unmask_step of a position that was given (prompt, injected token, 
 
 Finish = Literal["eos", "length", "paused"]
 BlockOrigin = Literal["response", "sequence"]
+Schedule = Literal["static", "uniform", "timesteps", "ancestral"]
+Confidence = Literal["model", "sampled"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,25 +93,43 @@ class Sampling:
     Attributes:
         max_new_tokens: length of the completion canvas, tokens.
         block_size: decoding block, tokens; None = the whole canvas is one block (block-causal families: their own).
-        tokens_per_step: positions committed per forward by count-based strategies.
+        tokens_per_step: positions committed per forward by count-based strategies; with steps, what they come to.
+        steps: denoising steps of the whole canvas, spread evenly over its blocks; None = from tokens_per_step.
+        schedule: how many positions each step commits; see diffusion.schedule.commits.
         temperature: 0 = greedy; otherwise token logits are divided by it before sampling.
         top_k: keep only the k most likely tokens, or None.
         top_p: keep the smallest set of tokens whose probability reaches p, or None.
+        top_p_first: whether top_p is applied before top_k.
+        confidence: whose probabilities strategies rank positions by: of the "model" (temperature 1, unfiltered), or
+            "sampled", those that tokens are drawn from.
+        cfg_scale: scale s of classifier-free guidance, u + (s + 1) (l - u) with the logits l and those u of the canvas
+            behind a masked prompt; 0 = none. Doubles the forwards; full attention without shift only.
+        suppress_tokens: token ids that are never proposed.
+        defer_tokens: token ids whose positions are committed last.
     """
 
     max_new_tokens: int
     block_size: int | None = None
     tokens_per_step: int = 1
+    steps: int | None = None
+    schedule: Schedule = "static"
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float | None = None
+    top_p_first: bool = False
+    confidence: Confidence = "model"
+    cfg_scale: float = 0.0
+    suppress_tokens: tuple[int, ...] = ()
+    defer_tokens: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         """Check ranges; every message says what is allowed."""
         for name, fits, allowed in (
             ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
             ("tokens_per_step", self.tokens_per_step >= 1, "at least 1"),
+            ("steps", self.steps is None or self.steps >= 1, "at least 1, or null for tokens_per_step"),
             ("temperature", self.temperature >= 0, ">= 0 (0 means greedy)"),
+            ("cfg_scale", self.cfg_scale >= 0, ">= 0 (0 means no guidance)"),
             ("top_k", self.top_k is None or self.top_k >= 1, "at least 1, or null to keep every token"),
             ("top_p", self.top_p is None or 0 < self.top_p <= 1, "in (0, 1], or null to keep every token"),
             ("block_size", self.block_size is None or self.block_size >= 1, "at least 1, or null for one block"),
@@ -121,6 +142,31 @@ class Sampling:
                 f"sampling.max_new_tokens = {canvas} is not a multiple of sampling.block_size = {size}; "
                 f"{-(-canvas // size) * size} is"
             )
+        if self.defer_tokens and self.confidence == "sampled":
+            raise UserError(
+                "sampling.defer_tokens ranks positions without these tokens, which a filtered distribution may hold "
+                "alone; set sampling.confidence to model"
+            )
+        if self.steps is not None:
+            object.__setattr__(self, "tokens_per_step", -(-canvas // self.steps))
+            if self.block_size is not None:
+                self.steps_per_block(self.block_size)
+
+    def steps_per_block(self, block_size: int) -> int:
+        """Denoising steps of a block of so many tokens.
+
+        Raises:
+            UserError: the steps of the canvas do not divide over its blocks.
+        """
+        if self.steps is None:
+            return -(-block_size // self.tokens_per_step)
+        steps, rest = divmod(self.steps * block_size, self.max_new_tokens)
+        if rest or not steps:
+            raise UserError(
+                f"sampling.steps = {self.steps} do not divide over {self.max_new_tokens} tokens in blocks of "
+                f"{block_size}; set a multiple of {self.max_new_tokens // math.gcd(self.max_new_tokens, block_size)}"
+            )
+        return steps
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,8 +193,8 @@ class Trajectory:
             paused; GIVEN where it was given or never decoded.
         order: (L,) int64; place in the order in which its forward's positions were chosen, from 1; 0 where not decoded.
             None if the engine does not tell.
-        confidence: (T, L) float32 for T forwards; probability of the token proposed at each position that the forward
-            computed and that was masked, 0 elsewhere. Kept for learned strategies, else None.
+        confidence: (T, L) float32 for T forwards; probability (Sampling.confidence) of the token proposed at each
+            position that the forward computed and that was masked, 0 elsewhere. Kept for learned strategies, else None.
     """
 
     prompt_uid: str

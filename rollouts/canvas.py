@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dllm_rl.diffusion.layout import check_sampling
 from dllm_rl.errors import UserError
 from dllm_rl.protocols.denoiser import Denoiser
 from dllm_rl.protocols.strategy import Candidates, UnmaskingStrategy
@@ -70,7 +71,7 @@ def requests(
 
     Raises:
         UserError: a prompt that does not fit the model, an injected offset outside the canvas, a foreign block size,
-            rows that were partial for other prompts.
+            steps or guidance that the model cannot have, rows that were partial for other prompts.
     """
     if samples_per_prompt < 1:
         raise UserError(f"samples_per_prompt = {samples_per_prompt}: must be at least 1")
@@ -83,6 +84,7 @@ def requests(
             f"sampling.block_size = {sampling.block_size}, but this block-causal model decodes blocks of "
             f"{denoiser.block_size}; set sampling.block_size to {denoiser.block_size} or leave it out"
         )
+    check_sampling(denoiser, sampling)
     for prompt in prompts:
         length = len(prompt.token_ids) + sampling.max_new_tokens
         if length > denoiser.max_length:

@@ -19,6 +19,7 @@ from dllm_rl.config import ranges
 from dllm_rl.config.plugins import plugin_class
 from dllm_rl.diffusion.decoding import POSITION_NOISE, TOKEN_NOISE, propose
 from dllm_rl.diffusion.layout import block_index, block_rule
+from dllm_rl.diffusion.schedule import Schedule
 from dllm_rl.models.cache import BlockCache
 from dllm_rl.models.evaluating import evaluating
 from dllm_rl.protocols.denoiser import CacheType, Denoiser
@@ -67,6 +68,11 @@ class _Rows:
             self.order[row, :length] = partial.order
         if partial.confidence is not None and self.confidence.shape[1]:
             self.confidence[row, :forwards, :length] = partial.confidence
+
+    @property
+    def given(self) -> Tensor:
+        """(N, L) bool: prompt and injected tokens."""
+        return self.valid & ~self.masked & (self.step == GIVEN)
 
     @property
     def left(self) -> Tensor:
@@ -125,7 +131,8 @@ class NativeSampler:
         decode = self._decode_full if self._denoiser.block_size is None else self._decode_blocks
         with torch.no_grad(), evaluating(self._denoiser.module):
             for batch in self._batches(todo, sampling):
-                finished.update(decode(self._start(batch, sampling, max_blocks), batch, sampling))
+                rows, schedule = self._start(batch, sampling, max_blocks)
+                finished.update(decode(rows, batch, sampling, schedule))
         return [finished[index] for index in range(len(wanted))]
 
     def _batches(self, todo: list[Request], sampling: Sampling) -> Iterator[list[Request]]:
@@ -139,7 +146,7 @@ class NativeSampler:
         if batch:
             yield batch
 
-    def _start(self, batch: list[Request], sampling: Sampling, count: int | None) -> _Rows:
+    def _start(self, batch: list[Request], sampling: Sampling, count: int | None) -> tuple[_Rows, Schedule]:
         start = torch.tensor([len(request.prompt.token_ids) for request in batch])
         end = start + sampling.max_new_tokens
         length = int(end.max())
@@ -164,14 +171,20 @@ class NativeSampler:
             key=torch.tensor([request.key for request in batch]),
             forward=torch.zeros(len(batch), dtype=torch.int64),
         )
+        apart = (
+            block_ids + length * torch.arange(len(batch))[:, None]
+        )  # blocks of different rows have different numbers
+        begun = torch.unique(apart[masked], return_counts=True)[1]
         for row, request in enumerate(batch):  # set-up, once per row
             if request.partial is not None:
                 rows.restore(row, request.partial)
         for field in dataclasses.fields(rows):
             setattr(rows, field.name, getattr(rows, field.name).to(self._denoiser.device))
-        return rows
+        return rows, Schedule(sampling, size, begun, self._denoiser.device)
 
-    def _decode_full(self, rows: _Rows, batch: list[Request], sampling: Sampling) -> Iterator[tuple[int, Trajectory]]:
+    def _decode_full(
+        self, rows: _Rows, batch: list[Request], sampling: Sampling, schedule: Schedule
+    ) -> Iterator[tuple[int, Trajectory]]:
         position = torch.arange(rows.tokens.shape[1], device=rows.tokens.device).expand_as(rows.tokens)
         yield from self._retire(rows, ~rows.left.any(-1), batch, sampling)
         beyond = int(rows.block_ids.max()) + 1 if len(rows.row) else 0
@@ -179,17 +192,21 @@ class NativeSampler:
             current = torch.where(rows.masked, rows.block_ids, beyond).amin(-1, keepdim=True)
             inside = rows.block_ids == current
             # Rows in the same state (samples of one prompt, at first) share a forward.
-            same = torch.cat([rows.tokens, rows.valid], dim=1)
-            distinct, copy = torch.unique(same, dim=0, return_inverse=True)
-            tokens, valid = distinct.split(rows.tokens.shape[1], dim=1)
-            states = self._denoiser.hidden_states(tokens, tokens == self._denoiser.mask_id, valid.bool(), None)
+            same = [rows.tokens, rows.valid, *([rows.given] if sampling.cfg_scale else [])]
+            distinct, copy = torch.unique(torch.cat(same, dim=1), dim=0, return_inverse=True)
+            tokens, valid, *given = distinct.split(rows.tokens.shape[1], dim=1)
+            masked, valid = tokens == self._denoiser.mask_id, valid.bool()
+            states = [self._denoiser.hidden_states(tokens, masked, valid, None)]
+            states += [self._denoiser.hidden_states(tokens, masked | g.bool(), valid, None) for g in given]
             place = position[: len(rows.row)]
-            self._commit(rows, place, rows.masked & inside, rows.valid, states, sampling, copy)
+            self._commit(rows, place, rows.masked & inside, rows.valid, inside, states, copy, sampling, schedule)
             complete = ~(rows.masked & inside).any(-1)
             done = complete & (self._ended(rows, inside) | ~rows.left.any(-1))
             yield from self._retire(rows, done, batch, sampling)
 
-    def _decode_blocks(self, rows: _Rows, batch: list[Request], sampling: Sampling) -> Iterator[tuple[int, Trajectory]]:
+    def _decode_blocks(
+        self, rows: _Rows, batch: list[Request], sampling: Sampling, schedule: Schedule
+    ) -> Iterator[tuple[int, Trajectory]]:
         denoiser = self._denoiser
         size, origin = block_rule(denoiser, sampling)
         device = rows.tokens.device
@@ -213,7 +230,7 @@ class NativeSampler:
                 window = torch.where(active, denoiser.mask_id, rows.tokens.gather(1, place))
                 states = denoiser.extend(cache, window, position, valid, commit=False)
                 copy = torch.arange(len(states), device=device)
-                self._commit(rows, place, active, valid, states, sampling, copy)
+                self._commit(rows, place, active, valid, valid, [states], copy, sampling, schedule)
             inside = rows.block_ids == rows.block_ids.gather(1, place[:, :1])
             done = self._ended(rows, inside) | ~rows.left.any(-1)
             stay = (~done).nonzero().flatten()
@@ -232,9 +249,11 @@ class NativeSampler:
         place: Tensor,
         active: Tensor,
         visible: Tensor,
-        states: Tensor,
-        sampling: Sampling,
+        inside: Tensor,
+        states: Sequence[Tensor],
         copy: Tensor,
+        sampling: Sampling,
+        schedule: Schedule,
     ) -> None:
         """Propose a token at every active position, let the strategy choose, write what it chose.
 
@@ -243,9 +262,11 @@ class NativeSampler:
             place: (N, W) positions of the window in the row.
             active: (N, W) bool; masked positions of the active block.
             visible: (N, W) bool; positions of the window that belong to the row.
-            states: (u, W, D) of distinct inputs.
-            sampling: how to draw.
+            inside: (N, W) bool; positions of the window that belong to the active block.
+            states: (u, W, D) of distinct inputs; with cfg_scale, also those behind a masked prompt.
             copy: (N,) int64; the state of each row.
+            sampling: how to draw.
+            schedule: how many to commit.
         """
         context = rows.canvas.gather(1, place) & visible
         masked = rows.masked.gather(1, place) & context
@@ -255,31 +276,33 @@ class NativeSampler:
         key, forward = rows.key[row], rows.forward[row]
         noise = uniform(key, forward, position, TOKEN_NOISE)
         size = max(1, self._chunk_elements // self._denoiser.vocab_size)
-        token, logp, entropy, margin = (
-            torch.zeros(active.shape, dtype=kind, device=active.device)
-            for kind in (torch.int64, torch.float32, torch.float32, torch.float32)
-        )
+        token = torch.zeros(active.shape, dtype=torch.int64, device=active.device)
+        logp, confidence, entropy, margin = torch.zeros(4, *active.shape, device=active.device).unbind()
         for begin in range(0, len(row), size):
             part = slice(begin, begin + size)
             at = (row[part], column[part])
-            logits = self._denoiser.unembed(states[copy[at[0]], at[1]])
-            p = propose(logits, sampling, noise[part], mask_id=self._denoiser.mask_id)
-            token[at], logp[at], entropy[at], margin[at] = p.token, p.logp, p.entropy, p.margin
+            logits, *unconditional = (self._denoiser.unembed(s[copy[at[0]], at[1]]) for s in states)
+            behind = unconditional[0] if unconditional else None
+            p = propose(logits, sampling, noise[part], mask_id=self._denoiser.mask_id, unconditional=behind)
+            token[at], logp[at], confidence[at] = p.token, p.logp, p.confidence
+            entropy[at], margin[at] = p.entropy, p.margin
         candidates = Candidates(
             eligible=active,
             token=token,
-            logp=logp.masked_fill(~wanted, float("-inf")),
+            logp=confidence.masked_fill(~wanted, float("-inf")),
             entropy=entropy,
             margin=margin,
             noise=uniform(rows.key[:, None], rows.forward[:, None], place, POSITION_NOISE),
-            count=active.sum(-1).clamp(max=sampling.tokens_per_step),
+            count=schedule.count(
+                active, inside, rows.step.gather(1, place), key=rows.key, forward=rows.forward, position=place
+            ),
             context=context,
             masked=masked,
             time=rows.forward.float() / sampling.max_new_tokens,
         )
         if self._whole:
             row, column = masked.nonzero(as_tuple=True)
-            rows.confidence[row, rows.forward[row], place[row, column]] = logp[row, column].exp()
+            rows.confidence[row, rows.forward[row], place[row, column]] = confidence[row, column].exp()
         order = choose(self._strategy, candidates)
         row, column = order.nonzero(as_tuple=True)
         at = (row, place[row, column])

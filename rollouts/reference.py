@@ -9,6 +9,7 @@ from typing_extensions import override
 
 from dllm_rl.diffusion.decoding import POSITION_NOISE, TOKEN_NOISE, propose
 from dllm_rl.diffusion.layout import block_index, block_rule
+from dllm_rl.diffusion.schedule import ARRIVAL_NOISE, arrival, commits
 from dllm_rl.models.evaluating import evaluating
 from dllm_rl.protocols.denoiser import Denoiser
 from dllm_rl.protocols.strategy import Candidates, UnmaskingStrategy
@@ -86,24 +87,35 @@ class ReferenceSampler:
             order[0] = 0 if partial.order is None else partial.order
         for block in sorted(set(block_ids[0, start:].tolist()))[:count]:
             inside = (block_ids == block) & (position >= start)
+            begun, first_forward = masked & inside, forward
+            counts = commits(int(begun.sum()), size, sampling)
             while bool((active := masked & inside).any()):
                 states = denoiser.hidden_states(
                     tokens, masked, valid, None if denoiser.block_size is None else block_ids
                 )
-                logits = denoiser.unembed(states[0])
+                logits, unconditional = denoiser.unembed(states[0]), None
+                if sampling.cfg_scale:
+                    behind = masked | (step == GIVEN)  # the prompt too
+                    unconditional = denoiser.unembed(denoiser.hidden_states(tokens, behind, valid)[0])
                 # A block-causal forward computes a block; full attention the canvas, whatever may be committed.
                 context = inside if denoiser.block_size is not None else position >= start
                 visible = masked & context
                 wanted = visible if self._whole else active
-                p = propose(logits, sampling, uniform(key, forward, position, TOKEN_NOISE)[0], mask_id=denoiser.mask_id)
+                noise = uniform(key, forward, position, TOKEN_NOISE)[0]
+                p = propose(logits, sampling, noise, mask_id=denoiser.mask_id, unconditional=unconditional)
+                number = counts[min(forward - first_forward, len(counts) - 1)]
+                if sampling.schedule == "ancestral":
+                    due = arrival(uniform(key, 0, position, ARRIVAL_NOISE), sampling.steps_per_block(size))[begun]
+                    done = int((begun & ~masked).sum())
+                    number = int((due <= due.sort().values[done]).sum()) - done
                 candidates = Candidates(
                     eligible=active,
                     token=p.token[None],
-                    logp=p.logp[None].masked_fill(~wanted, float("-inf")),
+                    logp=p.confidence[None].masked_fill(~wanted, float("-inf")),
                     entropy=p.entropy[None].masked_fill(~wanted, 0.0),
                     margin=p.margin[None].masked_fill(~wanted, 0.0),
                     noise=uniform(key, forward, position, POSITION_NOISE),
-                    count=active.sum(-1).clamp(max=sampling.tokens_per_step),
+                    count=active.sum(-1).clamp(max=number),
                     context=context,
                     masked=visible,
                     time=torch.tensor([forward / sampling.max_new_tokens], device=device),
@@ -115,7 +127,7 @@ class ReferenceSampler:
                 order = torch.where(chosen, order_now, order)
                 tokens = torch.where(chosen, candidates.token, tokens)
                 step = torch.where(chosen, forward, step)
-                logp = torch.where(chosen, candidates.logp, logp)
+                logp = torch.where(chosen, p.logp, logp)
                 masked = masked & ~chosen
                 forward += 1
             if bool((inside & (step != GIVEN) & torch.isin(tokens, end_ids)).any()):

@@ -6,13 +6,15 @@ options; those are checked against the plugin's Config when it is built.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from dllm_rl.config.cluster import ClusterSection, LearnerSection, RolloutSection, check
+from dllm_rl.config.presets import with_preset
 from dllm_rl.config.section import Plugin, Section
 from dllm_rl.errors import UserError
+from dllm_rl.types import Confidence, Schedule
 
 
 class RewardPlugin(Plugin):
@@ -143,20 +145,50 @@ class DataSection(Section):
 class SamplingSection(Section):
     """How completions are decoded while training."""
 
+    preset: Literal["llada", "dream", "sdar", "fast_dllm"] | None = None
+    """Decode as the released generator of that name by default; keys beside it override single settings."""
     max_new_tokens: int = Field(default=256, ge=1)
     """Length of the completion canvas, tokens."""
     block_size: int | None = Field(default=None, ge=1)
     """Decoding block; null = the whole canvas (block-causal families: their own block size)."""
     tokens_per_step: int = Field(default=1, ge=1)
     """Positions committed per forward by count-based strategies."""
+    steps: int | None = Field(default=None, ge=1)
+    """Denoising steps of the whole canvas, instead of tokens_per_step."""
+    schedule: Schedule = "static"
+    """How many positions each step commits: static, uniform, timesteps or ancestral."""
     temperature: float = Field(default=1.0, ge=0)
     """0 = greedy."""
     top_k: int | None = Field(default=None, ge=1)
     """Keep the k most likely tokens."""
     top_p: float | None = Field(default=None, gt=0, le=1)
     """Keep the smallest set of tokens with this probability."""
+    top_p_first: bool = False
+    """Apply top_p before top_k."""
+    confidence: Confidence = "model"
+    """Rank positions by the model's distribution, or by the tempered and filtered one that tokens are sampled from."""
+    cfg_scale: float = Field(default=0.0, ge=0)
+    """Classifier-free guidance, 0 = none; doubles the forwards. Full attention without shift only."""
+    suppress_tokens: tuple[int, ...] = ()
+    """Token ids that are never generated."""
+    defer_tokens: tuple[int, ...] = ()
+    """Token ids whose positions are committed last."""
     strategy: Plugin = Plugin(name="low_confidence")
     """Which positions to commit."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_preset(cls, values: Any) -> Any:
+        return with_preset(values) if isinstance(values, dict) else values
+
+    @model_validator(mode="after")
+    def _one_speed(self) -> Self:
+        if self.steps is not None and self.tokens_per_step != 1:
+            raise UserError(
+                f"steps = {self.steps} and tokens_per_step = {self.tokens_per_step} both say how many positions a "
+                "forward commits; leave one of them out"
+            )
+        return self
 
 
 class EngineSection(Plugin):

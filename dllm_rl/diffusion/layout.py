@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dllm_rl.errors import UserError
 from dllm_rl.protocols.denoiser import Denoiser
 from dllm_rl.types import BlockOrigin, Sampling
 
@@ -35,6 +36,21 @@ def block_rule(denoiser: Denoiser, sampling: Sampling) -> tuple[int, BlockOrigin
     if denoiser.block_size is not None:
         return denoiser.block_size, denoiser.block_origin
     return sampling.block_size or sampling.max_new_tokens, "response"
+
+
+def check_sampling(denoiser: Denoiser, sampling: Sampling) -> None:
+    """Refuse options of decoding that do not go with the model.
+
+    Raises:
+        UserError: steps that do not divide over the model's blocks, guidance of a model that cannot have it.
+    """
+    if sampling.cfg_scale and (denoiser.block_size is not None or denoiser.shift):
+        raise UserError(
+            f"sampling.cfg_scale = {sampling.cfg_scale}: guidance masks whole prompts, which block-causal models and "
+            "models that predict the next position do not take; set sampling.cfg_scale to 0"
+        )
+    if sampling.steps is not None:
+        sampling.steps_per_block(block_rule(denoiser, sampling)[0])
 
 
 def block_causal(block_ids: Tensor, valid: Tensor) -> Tensor:

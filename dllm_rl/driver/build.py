@@ -20,7 +20,7 @@ from dllm_rl.config.schema import Config, RewardPlugin
 from dllm_rl.data.collate import check_completion
 from dllm_rl.data.prompts import encode, encode_completion
 from dllm_rl.data.source import PromptSource
-from dllm_rl.diffusion.layout import block_rule
+from dllm_rl.diffusion.layout import block_rule, check_sampling
 from dllm_rl.driver.launch import Workers, WorkerSpec, launch_local, launch_ray
 from dllm_rl.errors import UserError, require_package
 from dllm_rl.evaluation.evaluate import Evaluation, evaluate
@@ -125,7 +125,7 @@ def _build_run(config: Config, folder: Path, progress: Progress, stack: ExitStac
             f"algorithm '{config.algorithm.name}' replays trajectories, but strategy '{config.sampling.strategy.name}' "
             f"revises committed tokens; choose another of the two"
         )
-    sampling = Sampling(**config.sampling.model_dump(exclude={"strategy"}))
+    sampling = Sampling(**config.sampling.model_dump(exclude={"preset", "strategy"}))
     train_examples = task.examples("train")
     algorithm.check_plan(
         Plan(
@@ -148,6 +148,7 @@ def _build_run(config: Config, folder: Path, progress: Progress, stack: ExitStac
             f"sampling.max_new_tokens = {sampling.max_new_tokens} leaves no room for a prompt: the model takes "
             f"{denoiser.max_length} tokens"
         )
+    check_sampling(denoiser, sampling)
     pause, size = config.rollout.pause_blocks, block_rule(denoiser, sampling)[0]
     if pause is not None and pause * size >= sampling.max_new_tokens:
         raise UserError(
@@ -251,9 +252,11 @@ def _check_source(config: Config, algorithm: Algorithm, strategy: UnmaskingStrat
 
 
 def _eval_samplings(config: Config, sampling: Sampling) -> list[Sampling]:
-    speeds = config.evaluate.tokens_per_step or [sampling.tokens_per_step]
-    whole = dataclasses.replace(sampling, temperature=config.evaluate.temperature, top_k=None, top_p=None)
-    return [dataclasses.replace(whole, tokens_per_step=speed) for speed in speeds]
+    speeds = config.evaluate.tokens_per_step
+    whole = dataclasses.replace(sampling, temperature=config.evaluate.temperature)
+    if sampling.confidence == "model":  # else the order of positions needs the filters
+        whole = dataclasses.replace(whole, top_k=None, top_p=None)
+    return [whole] if speeds is None else [dataclasses.replace(whole, tokens_per_step=n, steps=None) for n in speeds]
 
 
 def _demonstration(example: Example) -> Sequence[str]:

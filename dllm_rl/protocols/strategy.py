@@ -17,11 +17,12 @@ class Candidates:
     Attributes:
         eligible: (N, W) bool; positions that may be committed now (masked, in the row's active block).
         token: (N, W) int64 proposed token.
-        logp: (N, W) float32 nats; log p(proposed token), untempered; -inf where not eligible.
-        entropy: (N, W) float32 nats of the untempered distribution; 0 where not eligible.
-        margin: (N, W) float32 probability of the best minus the second best token; 0 where not eligible.
+        logp: (N, W) float32 nats; log p(proposed token), the confidence, under the distribution that
+            Sampling.confidence names; -inf where not eligible and for Sampling.defer_tokens.
+        entropy: (N, W) float32 nats of that distribution; 0 where not eligible.
+        margin: (N, W) float32 probability of its best minus its second best token; 0 where not eligible.
         noise: (N, W) float64 uniform in (0, 1), keyed by (row, forward, position).
-        count: (N,) int64 positions to commit for count-based strategies; <= number eligible.
+        count: (N,) int64 positions to commit for count-based strategies, by Sampling.schedule; <= number eligible.
         context: (N, W) bool; positions of the completion canvas that the forward computed.
         masked: (N, W) bool; every masked position of the context, in the active block or after it. A strategy that
             reads_canvas gets token, logp, entropy and margin at all of them.
@@ -56,7 +57,7 @@ class UnmaskingStrategy:
         """Options of the strategy."""
 
     revises: ClassVar[bool] = False
-    samples: ClassVar[bool] = False
+    samples: bool = False
     reads_canvas: ClassVar[bool] = False
     policy: nn.Module | None = None
 

@@ -1,6 +1,7 @@
 """Commit every position that the model is sure of: as many tokens per forward as it can justify.
 
-Source: Wu et al. 2025 (Fast-dLLM), arXiv:2505.22618; "dynamic" decoding in SDAR and TraDo.
+Source: Wu et al. 2025 (Fast-dLLM), arXiv:2505.22618; with at_least_count, ``low_confidence_dynamic`` of SDAR's released
+code, arXiv:2510.06303. Differs from it: a confidence equal to the threshold is enough.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ from dllm_rl.protocols.strategy import Candidates, UnmaskingStrategy
 
 
 class ConfidenceThreshold(UnmaskingStrategy):
-    """All positions whose proposed token reaches the threshold, at least the best one."""
+    """All positions whose proposed token reaches the threshold, at least the best ones."""
 
     @dataclass(frozen=True, slots=True, kw_only=True)
     class Config:
         """Options."""
 
         threshold: float = 0.9  # probability of the proposed token, in (0, 1]
+        at_least_count: bool = False  # commit as many as the schedule says, if fewer are sure; false = one
 
         def __post_init__(self) -> None:
             if not 0 < self.threshold <= 1:
@@ -34,7 +36,7 @@ class ConfidenceThreshold(UnmaskingStrategy):
 
     @override
     def select(self, candidates: Candidates) -> Tensor:
-        """Ignores tokens_per_step."""
+        """Ignores the schedule, unless at_least_count."""
         sure = candidates.eligible & (candidates.logp >= math.log(self.config.threshold))
-        one = torch.ones_like(candidates.count)
-        return sure | take_best(candidates.logp, candidates.eligible, one)
+        least = candidates.count if self.config.at_least_count else torch.ones_like(candidates.count)
+        return sure | take_best(candidates.logp, candidates.eligible, least)

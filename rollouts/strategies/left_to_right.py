@@ -11,7 +11,7 @@ from dllm_rl.protocols.strategy import Candidates, UnmaskingStrategy
 
 
 class LeftToRight(UnmaskingStrategy):
-    """Leftmost first; tokens_per_step positions a forward."""
+    """Leftmost first."""
 
     @override
     def select(self, candidates: Candidates) -> Tensor:

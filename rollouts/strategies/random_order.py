@@ -13,7 +13,7 @@ from dllm_rl.protocols.strategy import Candidates, UnmaskingStrategy
 
 
 class RandomOrder(UnmaskingStrategy):
-    """Uniformly random positions; tokens_per_step positions a forward."""
+    """Uniformly random positions."""
 
     @override
     def select(self, candidates: Candidates) -> Tensor:

@@ -109,6 +109,14 @@ CONFIGURATIONS: dict[str, tuple[dict[str, Any] | Callable[[Path], dict[str, Any]
         {"model.family": "sdar", "model.block_size": 4, "sampling.block_size": 8},
         ["sampling.block_size = 8", "blocks of 4"],
     ),
+    "steps that do not divide over the model's blocks": (
+        {"model.family": "sdar", "model.block_size": 4, "sampling.steps": 6, "sampling.tokens_per_step": 1},
+        ["sampling.steps = 6 do not divide over 16 tokens in blocks of 4"],
+    ),
+    "guidance of a block-causal model": (
+        {"model.family": "sdar", "model.block_size": 4, "sampling.cfg_scale": 1.5},
+        ["sampling.cfg_scale = 1.5", "set sampling.cfg_scale to 0"],
+    ),
     "block family without a block size": ({"model.family": "sdar"}, ["block_size", "sdar"]),
     "LoRA name that matches nothing": (
         {"model.lora": {"rank": 2, "targets": ["q_proj", "qq_proj"]}},

@@ -135,6 +135,18 @@ PLANS: dict[str, tuple[dict[str, Any] | Callable[[Path], dict[str, Any]], list[s
         {"algorithm": {"name": "just_grpo"}},
         ["just_grpo", "sampling.strategy.name=left_to_right"],
     ),
+    "left-to-right likelihoods of rollouts that commit several tokens now and then": (
+        {
+            "algorithm": {"name": "just_grpo"},
+            "sampling.strategy": {"name": "left_to_right"},
+            "sampling.schedule": "timesteps",
+        },
+        ["just_grpo", "sampling.schedule=static"],
+    ),
+    "steps that do not divide over blocks": (
+        {"sampling.block_size": 4, "sampling.tokens_per_step": 1, "sampling.steps": 6},
+        ["sampling.steps = 6 do not divide over 16 tokens in blocks of 4", "set a multiple of 4"],
+    ),
     "a replay of a strategy that revises": (
         lambda tmp: {"sampling.strategy": {"name": revising_strategy(tmp)}},
         ["'trace_rl' replays trajectories", "revises committed tokens"],

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from dllm_rl.diffusion.decoding import propose, take_best
+from dllm_rl.diffusion.decoding import draw_best, propose, take_best
 from dllm_rl.seeding import generator_for, uniform
 from dllm_rl.types import Sampling
 
@@ -125,3 +125,86 @@ def test_take_best_equals_sorting_row_by_row():
     for row in range(200):
         candidates = sorted((i for i in range(9) if hidden[row, i]), key=lambda i: -score[row, i].item())
         assert chosen[row].nonzero().flatten().tolist() == sorted(candidates[: int(count[row])])
+
+
+LOGITS = 3 * torch.randn(400, 12, generator=generator_for(1))
+NOISE = uniform(torch.arange(400), 0, 0)
+
+
+def settings_of(**settings):
+    return Sampling(max_new_tokens=1, **settings)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_a_sampled_confidence_is_that_of_the_tempered_and_filtered_distribution(temperature):
+    """Expected values: top_p, then top_k of the probabilities in float64, written out row by row."""
+    filters = {"top_p": 0.9, "top_k": 3, "top_p_first": True, "confidence": "sampled"}
+    p = propose(LOGITS, settings_of(temperature=temperature, **filters), NOISE, mask_id=0)
+    plain = propose(LOGITS, settings_of(temperature=temperature), NOISE, mask_id=0)
+    changed = 0
+    for row in range(400):
+        odds = (LOGITS[row].double() / (temperature or 1)).index_fill(0, torch.tensor([0]), -torch.inf).softmax(-1)
+        order = odds.argsort(descending=True)
+        nucleus = int((odds[order].cumsum(0) - odds[order] < 0.9).sum())
+        kept = torch.zeros(12, dtype=torch.float64)
+        kept[order[: min(nucleus, 3)]] = odds[order[: min(nucleus, 3)]]
+        kept /= kept.sum()
+        best = kept.sort(descending=True).values
+        assert p.confidence[row].exp().item() == pytest.approx(kept[p.token[row]].item(), abs=1e-5)
+        assert p.margin[row].item() == pytest.approx((best[0] - best[1]).item(), abs=1e-5)
+        assert p.entropy[row].item() == pytest.approx(-(kept * kept.clamp(1e-300).log()).sum().item(), abs=1e-5)
+        changed += abs(p.confidence[row] - plain.confidence[row]).item() > 1e-3
+    assert changed > 300
+    own = LOGITS.index_fill(-1, torch.tensor([0]), -torch.inf).log_softmax(-1).gather(-1, p.token[:, None])[:, 0]
+    torch.testing.assert_close(p.logp, own)  # the model's own, whatever ranks positions
+
+
+def test_the_order_of_the_filters_matters():
+    """0.5 of the mass is in the two best tokens: 0.45 of all is two tokens, 0.45 of the best two is one."""
+    logits = torch.tensor([0.0, 0.3, 0.2, 0.2, 0.3]).log().expand(DRAWS, -1) + torch.tensor([0, 0.01, 0, 0, 0])
+    noise = uniform(torch.arange(DRAWS), 0, 0)
+
+    def drawn_tokens(**more):
+        return set(propose(logits, settings_of(top_k=2, top_p=0.45, **more), noise, mask_id=0).token.tolist())
+
+    assert drawn_tokens() == {1} and drawn_tokens(top_p_first=True) == {1, 4}
+
+
+def test_guidance_moves_tokens_and_confidence_but_not_the_models_own_log_probability():
+    other, scale = 3 * torch.randn(400, 12, generator=generator_for(2)), 1.5
+    p = propose(LOGITS, settings_of(temperature=0.0, cfg_scale=scale), NOISE, mask_id=0, unconditional=other)
+    guided = (other + (scale + 1) * (LOGITS - other)).index_fill(-1, torch.tensor([0]), -torch.inf).log_softmax(-1)
+    assert torch.equal(p.token, guided.argmax(-1))
+    torch.testing.assert_close(p.confidence, guided.max(-1).values)
+    own = LOGITS.index_fill(-1, torch.tensor([0]), -torch.inf).log_softmax(-1)
+    torch.testing.assert_close(p.logp, own.gather(-1, p.token[:, None])[:, 0])
+    assert (p.token != own.argmax(-1)).float().mean() > 0.3
+
+
+def test_suppressed_tokens_are_never_proposed_and_deferred_ones_have_no_confidence():
+    plain = propose(LOGITS, settings_of(), NOISE, mask_id=0)
+    p = propose(LOGITS, settings_of(suppress_tokens=(3, 5), defer_tokens=(4, 7)), NOISE, mask_id=0)
+    assert {3, 4, 5, 7} <= set(plain.token.tolist()) and not {3, 5} & set(p.token.tolist())
+    deferred = (p.token == 4) | (p.token == 7)
+    assert deferred.sum() > 20 and torch.equal(p.confidence == -torch.inf, deferred) and p.logp.isfinite().all()
+    rest = LOGITS.index_fill(-1, torch.tensor([0, 3, 4, 5, 7]), -torch.inf).log_softmax(-1)
+    torch.testing.assert_close(p.confidence, rest.gather(-1, p.token[:, None])[:, 0])
+    with pytest.raises(ValueError, match=r"defer_tokens .* set sampling.confidence to model"):
+        settings_of(defer_tokens=(4,), confidence="sampled")
+
+
+def test_positions_are_drawn_without_replacement_in_proportion():
+    """All ordered pairs of three eligible positions, against p_i p_j / (1 - p_i) with p = softmax(score / T)."""
+    score, temperature = torch.tensor([[0.5, 9.0, 0.1, 0.3]]), 0.2
+    eligible = torch.tensor([[True, False, True, True]])
+    p = (score[0, [0, 2, 3]].double() / temperature).softmax(-1).tolist()
+    noise = uniform(torch.arange(DRAWS)[:, None], 0, torch.arange(4))
+    chosen = draw_best(
+        score.expand(DRAWS, -1), eligible.expand(DRAWS, -1), torch.full((DRAWS,), 2), noise, temperature=temperature
+    )[:, [0, 2, 3]]
+    for left_out in range(3):
+        i, j = (n for n in range(3) if n != left_out)
+        want = p[i] * p[j] / (1 - p[i]) + p[j] * p[i] / (1 - p[j])
+        share = (~chosen[:, left_out]).double().mean().item()
+        assert abs(share - want) <= 4 * math.sqrt(want * (1 - want) / DRAWS), (left_out, share, want)
+    assert (chosen.sum(-1) == 2).all()

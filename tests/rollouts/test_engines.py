@@ -29,6 +29,11 @@ SAMPLINGS = {
     "greedy": Sampling(max_new_tokens=10, temperature=0.0),
     "greedy, 3 a step, blocks of 5": Sampling(max_new_tokens=10, temperature=0.0, tokens_per_step=3, block_size=5),
     "sampled": Sampling(max_new_tokens=10, temperature=1.0, tokens_per_step=2),
+    "uniform": Sampling(max_new_tokens=12, temperature=1.0, steps=9, schedule="uniform"),
+    "timesteps, filtered confidence": Sampling(
+        max_new_tokens=10, temperature=0.7, steps=5, schedule="timesteps", top_k=4, top_p=0.9, confidence="sampled"
+    ),
+    "ancestral": Sampling(max_new_tokens=10, steps=5, schedule="ancestral", suppress_tokens=(3,), defer_tokens=(4, 5)),
     "sampled, top-k and top-p": Sampling(max_new_tokens=10, temperature=0.7, top_k=6, top_p=0.9, tokens_per_step=2),
 }
 
@@ -53,9 +58,10 @@ def prompts_of(denoiser, lengths=(3, 6, 1, 5, 8), injected=(), every=1) -> list[
     ]
 
 
-def strategy(name):
+def strategy(name, temperature=0.0):
     cls = registry.load("strategies", name)
-    return cls(cls.Config(threshold=0.5) if name == "confidence_threshold" else cls.Config())
+    options = {"threshold": 0.5} if name == "confidence_threshold" else {"temperature": temperature}
+    return cls(cls.Config(**options) if name in ("confidence_threshold", "entropy", "margin") else cls.Config())
 
 
 def fit(denoiser, sampling):
@@ -212,12 +218,17 @@ def test_a_row_does_not_depend_on_its_batch(tiny_denoiser, model):
     assert any(not torch.equal(t.tokens, want[t.prompt_uid, t.sample].tokens) for t in other)
 
 
+FILTERED = {"temperature": 0.6, "top_k": 4, "confidence": "sampled", "schedule": "timesteps"}
+
+
 @pytest.mark.parametrize("engine", [NativeSampler, ReferenceSampler])
-@pytest.mark.parametrize("model", MODELS)
-def test_trajectories_replay_to_their_own_log_probabilities(tiny_denoiser, model, engine):
+@pytest.mark.parametrize(
+    ("model", "more"), [*((m, {}) for m in MODELS), *((m, FILTERED) for m in MODELS), ("llada", {"cfg_scale": 2.0})]
+)
+def test_trajectories_replay_to_their_own_log_probabilities(tiny_denoiser, model, more, engine):
     """tokens + unmask_step determine every state: the learner's estimator gives back what the engine saw."""
     denoiser = build(tiny_denoiser, model)
-    settings = fit(denoiser, Sampling(max_new_tokens=12, temperature=1.0, tokens_per_step=3, block_size=4))
+    settings = fit(denoiser, Sampling(max_new_tokens=12, tokens_per_step=3, block_size=4, **more))
     prompts = prompts_of(denoiser, injected=((2, 6),))
     for t in engine(denoiser, strategy("random"), weights=WEIGHTS).generate(prompts, settings, seed=2):
         length = len(t.tokens)
@@ -324,6 +335,14 @@ def test_a_fully_injected_canvas_needs_no_forward(tiny_denoiser):
         ("tiny", Sampling(max_new_tokens=4), {"token_ids": ()}, "prompt 'p' is empty"),
         ("tiny", Sampling(max_new_tokens=4), {"injected": {4: 5}}, "injected offset 4 is outside"),
         ("sdar, blocks from the response", Sampling(max_new_tokens=6, block_size=3), {}, "decodes blocks of 4"),
+        (
+            "sdar, blocks from the response",
+            Sampling(max_new_tokens=8, cfg_scale=1.0),
+            {},
+            "set sampling.cfg_scale to 0",
+        ),
+        ("dream", Sampling(max_new_tokens=8, cfg_scale=1.0), {}, "set sampling.cfg_scale to 0"),
+        ("sdar, blocks from the response", Sampling(max_new_tokens=8, steps=3), {}, "steps = 3 do not divide"),
     ],
 )
 def test_what_cannot_be_decoded_is_refused(tiny_denoiser, model, sampling, prompt, words):

@@ -26,6 +26,9 @@ CANDIDATES = Candidates(
     masked=torch.tensor([[True, True, True, True, False]]),
     time=torch.tensor([0.25]),
 )
+FACTOR, BOUND = (
+    f"rollouts.strategies.{place}" for place in ("confidence_factor:ConfidenceFactor", "entropy_bound:EntropyBound")
+)
 
 
 def make(name, **options):
@@ -44,10 +47,36 @@ def make(name, **options):
         ("confidence_threshold", {"threshold": 0.9}, [0, 2]),
         ("confidence_threshold", {"threshold": 0.55}, [0, 2, 3]),
         ("confidence_threshold", {"threshold": 0.99}, [0]),
+        ("confidence_threshold", {"threshold": 0.99, "at_least_count": True}, [0, 2]),
+        ("confidence_threshold", {"threshold": 0.55, "at_least_count": True}, [0, 2, 3]),
+        # Confidences 0.95, 0.92, 0.6, 0.5 against 1 - f / (n + 1): 0, 0.667, 0.75, 0.8 with f = 1
+        (FACTOR, {"factor": 1.0}, [0, 2]),
+        (FACTOR, {"factor": 0.1}, [0]),  # the second needs 0.967
+        (FACTOR, {"factor": 1.7}, [0, 1, 2, 3]),  # the third needs 0.575; the last fails alone, and comes along
+        (FACTOR, {"factor": 3.0}, [0, 1, 2, 3]),
+        # Entropies 0.1, 0.2, 0.3, 0.4: sums without the largest are 0, 0.1, 0.3, 0.6
+        (BOUND, {"bound": 0.0}, [1]),
+        (BOUND, {"bound": 0.29}, [1, 3]),
+        (BOUND, {"bound": 0.31}, [1, 2, 3]),
+        (BOUND, {"bound": 0.61}, [0, 1, 2, 3]),
+        # Scores divided by a low temperature outweigh any noise; with a high one the highest noise wins.
+        ("low_confidence", {"temperature": 1e-4}, [0, 2]),
+        ("entropy", {"temperature": 1e-4}, [1, 3]),
+        ("margin", {"temperature": 1e-4}, [2, 3]),
+        ("low_confidence", {"temperature": 1e4}, [1, 3]),
+        ("entropy", {"temperature": 1e4}, [1, 3]),
+        ("margin", {"temperature": 1e4}, [1, 3]),
     ],
 )
 def test_choice_by_hand(name, options, want):
     assert make(name, **options).select(CANDIDATES)[0].nonzero().flatten().tolist() == want
+
+
+@pytest.mark.parametrize("name", ["low_confidence", "entropy", "margin"])
+def test_a_temperature_makes_choices_random_and_is_never_negative(name):
+    assert make(name, temperature=0.1).samples and not make(name).samples
+    with pytest.raises(ValueError, match=r"temperature = -1.0: must be >= 0"):
+        make(name, temperature=-1.0)
 
 
 @pytest.mark.parametrize("threshold", [0.0, 1.5, -1.0])
