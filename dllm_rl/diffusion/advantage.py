@@ -71,7 +71,7 @@ def group_softmax(logit: Tensor, group: Tensor, included: Tensor, episode: Tenso
         0, group, logit, "amax"
     )
     odds = (logit - top[group]).exp().nan_to_num(0.0)  # -inf minus -inf, in a group without included rows
-    return size * odds / _group_sum(odds * weight, group).clamp(min=1e-30)
+    return size * odds / group_sum(odds * weight, group).clamp(min=1e-30)
 
 
 def per_component(
