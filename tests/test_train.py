@@ -109,7 +109,7 @@ def test_stale_rollouts_are_corrected_for_methods_of_rows_too(tmp_path, monkeypa
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
     stale, quiet = {"max_staleness": 1, "correction": "sequence"}, {"at_end": False}
     values = configuration(tmp_path, algorithm=algorithm, steps=3, rollout=stale, evaluate=quiet)
-    values["rewards"], values["reward_pool"] = [{"name": "sudoku"}, {"name": "light_rewards:low"}], {"self_test": 0}
+    values["rewards"], values["reward_pool"] = [{"name": "sudoku"}, {"name": "light_rewards:apart"}], {"self_test": 0}
     summary = run(values)
     assert ["stale_ratio" in row for row in rows(summary)] == [False, True, True]
     assert all(row["grad_norm"] > 0 for row in rows(summary))
@@ -176,7 +176,7 @@ def test_non_finite_training_stops_and_keeps_the_batch(tmp_path):
 def parameters(folder: Path, step: int) -> dict[str, bytes]:
     place = folder / "checkpoints" / f"step-{step:06d}"
     files = [p for p in (place / "model").iterdir() if p.suffix == ".safetensors"]
-    optimizer = torch.load(place / "optimizer.pt", weights_only=True)["optimizer"]["state"]
+    optimizer = torch.load(place / "optimizer.pt", weights_only=True)["optimizer"]["adam"]["state"]
     moments = {f"{k}.{n}": v.numpy().tobytes() for k, s in optimizer.items() for n, v in s.items()}
     return {p.name: p.read_bytes() for p in files} | moments
 

@@ -186,7 +186,7 @@ def test_sampled_count_estimates_scatter_around_the_exact_bound(tiny_denoiser, d
 @pytest.mark.parametrize("draws", [1, 3])
 def test_counts_of_blocks_scatter_around_the_bound_of_block_by_block_decoding(tiny_denoiser, draws):
     """The mean over all orders within blocks of 3 and 2 tokens; counts over the row have it too, and scatter more."""
-    denoiser = tiny_denoiser("sdar", block_size=3)
+    denoiser = tiny_denoiser("sdar", block_size=3, block_origin="response")
     one = rollouts(denoiser, ((2, 5),))
     inside = itertools.product(itertools.permutations(range(2, 5)), itertools.permutations(range(5, 7)))
     replay = torch.full((12, 7), -1)

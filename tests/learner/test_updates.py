@@ -33,7 +33,7 @@ class LogSumOverDraws(Algorithm):
 
     @property
     def needs(self):
-        return Needs(draws=True)
+        return Needs(draws=True, row_credit=True)
 
     def advantages(self, rewards, batch):
         return advantage.leave_one_out(rewards.total, batch.group, rewards.included)
@@ -83,7 +83,7 @@ class Both(Algorithm):
     def needs(self):
         c = self.config
         trains = frozenset(name for name in ("model", "policy") if getattr(c, name))
-        return Needs(trains=trains, trajectory=c.policy)
+        return Needs(trains=trains, trajectory=c.policy, row_credit=True)
 
     def advantages(self, rewards, batch):
         return advantage.leave_one_out(rewards.total, batch.group, rewards.included)
