@@ -31,7 +31,8 @@ FAMILY = {"llada": "llada", "fast_dllm": "llada", "dream": "dream", "sdar": "sda
 @cache
 def model(family):
     made = denoiser(family)
-    made.eos_id = made.mask_id  # released generators go on behind an EOS; this one is never generated
+    # Released generators go on behind an EOS; the mask token is never generated, so that nothing ends a row here.
+    made.eos_id, made.end_ids = made.mask_id, (made.mask_id,)
     return made
 
 
