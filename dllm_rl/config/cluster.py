@@ -91,12 +91,14 @@ class LearnerSection(Section):
     """Peak learning rate."""
     value_lr: float = Field(default=5e-6, gt=0)
     """Peak learning rate of a value model, for algorithms that train one."""
-    schedule: Literal["constant", "cosine"] = "cosine"
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
     """After the warm-up."""
     warmup_steps: int = Field(default=0, ge=0)
     """Steps of linear warm-up."""
+    warmup_ratio: float | None = Field(default=None, ge=0, lt=1)
+    """The same as a share of run.steps, rounded up; null = warmup_steps."""
     min_lr_ratio: float = Field(default=0.0, ge=0, le=1)
-    """Where the cosine ends, as a share of lr."""
+    """Where the decay ends, as a share of lr."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Adam's decay rates."""
     eps: float = Field(default=1e-8, gt=0)
@@ -171,6 +173,8 @@ def check(cluster: ClusterSection, rollout: RolloutSection, learner: LearnerSect
             f"learner.zero_options: '{ours[0]}' has an option of its own; set learner.zero_stage, "
             f"offload_optimizer or offload_parameters"
         )
+    if learner.warmup_ratio is not None and learner.warmup_steps:
+        raise UserError("learner.warmup_steps and learner.warmup_ratio say the same thing; give one of them")
     if learner.master_weights == "stochastic_rounding" and deepspeed:
         raise UserError(
             "learner.master_weights: stochastic_rounding needs learner.backend: torch; DeepSpeed keeps float32"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dllm_rl.config.cluster import LearnerSection
+from dllm_rl.errors import UserError
 from dllm_rl.learner.master_weights import MasterWeights
 from dllm_rl.learner.schedule import learning_rate
 from dllm_rl.seeding import derive
@@ -74,7 +75,16 @@ class Optimizer:
         return {"adam": self._adam.state_dict(), "masters": self._masters.state_dict(), "updates": self._updates}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore state_dict()."""
+        """Restore state_dict().
+
+        Raises:
+            UserError: another version wrote it, without master weights.
+        """
+        if "adam" not in state:
+            raise UserError(
+                "the checkpoint's optimizer.pt is of a version of dllm-rl without master weights; resume with that "
+                "version, or start a new run from its model folder (model.path)"
+            )
         self._adam.load_state_dict(state["adam"])
         self._masters.load_state_dict(state["masters"])
         self._updates = state["updates"]

@@ -8,17 +8,19 @@ from dllm_rl.config.cluster import LearnerSection
 
 
 def learning_rate(step: int, total_steps: int, config: LearnerSection) -> float:
-    """Learning rate of a step: linear warm-up, then constant or cosine down to min_lr_ratio * lr.
+    """Learning rate of a step: linear warm-up, then constant, or a line or cosine down to min_lr_ratio * lr.
 
     Args:
         step: 0-based optimiser step.
-        total_steps: length of the run; the cosine ends one step after the last, so that no step is taken at rate 0.
-        config: lr, schedule, warmup_steps, min_lr_ratio.
+        total_steps: length of the run; the decay ends one step after the last, so that no step is taken at rate 0.
+        config: lr, schedule, warmup_steps, warmup_ratio, min_lr_ratio.
     """
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
+    ratio = config.warmup_ratio
+    warmup = config.warmup_steps if ratio is None else math.ceil(ratio * total_steps)
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
     if config.schedule == "constant":
         return config.lr
-    progress = (step - config.warmup_steps) / (total_steps - config.warmup_steps)
-    floor = config.min_lr_ratio
-    return config.lr * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
+    progress, floor = (step - warmup) / (total_steps - warmup), config.min_lr_ratio
+    left = 1 - progress if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    return config.lr * (floor + (1 - floor) * left)

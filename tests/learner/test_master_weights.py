@@ -8,6 +8,7 @@ from torch import nn
 
 from dllm_rl.config.cluster import LearnerSection
 from dllm_rl.conformance.algorithms import Subject, learner_for
+from dllm_rl.errors import UserError
 from dllm_rl.learner.master_weights import MasterWeights, stochastically_rounded
 from dllm_rl.learner.optimizer import Optimizer
 from dllm_rl.types import TrainingBatch
@@ -119,3 +120,9 @@ def test_every_parameter_is_stepped_once_also_beside_float32():
         for mine, theirs, first in zip(got[:2], wanted[:2], start[:2], strict=True):
             off = (mine.detach().float() - theirs.detach()).abs()
             assert bool((off <= first.abs() / 128).all()), "within one bfloat16 of the float32 result"
+
+
+def test_a_state_of_a_version_without_masters_is_refused():
+    _, optimizer = small(torch.bfloat16)
+    with pytest.raises(UserError, match="without master weights; resume with that version, or"):
+        optimizer.load_state_dict(optimizer.state_dict()["adam"])

@@ -267,3 +267,13 @@ def test_reference_is_the_initial_policy(tiny_denoiser, tmp_path):
     reference: LikelihoodEstimate = learner.score(batch, masks, reference=True)
     torch.testing.assert_close(reference.token_logp, fresh.score(batch, masks).token_logp, atol=1e-12, rtol=0)
     assert (reference.token_logp - learner.score(batch, masks).token_logp).abs().max() > 1e-3
+
+
+def test_a_line_and_a_warm_up_by_ratio():
+    linear = LearnerSection(lr=1.0, schedule="linear", warmup_ratio=0.2, min_lr_ratio=0.1)
+    rates = [learning_rate(step, 10, linear) for step in range(10)]
+    assert rates == pytest.approx([0.5, 1.0, *(0.1 + 0.9 * (1 - step / 8) for step in range(8))])
+    assert learning_rate(0, 1000, LearnerSection(lr=1.0, warmup_ratio=1e-4)) == 1.0, "a step at least, as elsewhere"
+    steps = LearnerSection(lr=1.0, schedule="cosine", warmup_steps=2)
+    ratio = LearnerSection(lr=1.0, schedule="cosine", warmup_ratio=0.2)
+    assert [learning_rate(s, 10, steps) for s in range(10)] == [learning_rate(s, 10, ratio) for s in range(10)]
