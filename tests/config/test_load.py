@@ -71,7 +71,10 @@ BAD = {
     "nested key": (["model.init.hiden_size=8"], "nearest is 'model.init.hidden_size'"),
     "type": (["learner.lr=fast"], "learner.lr = 'fast': input should be a valid number"),
     "range": (["run.steps=0"], "run.steps = 0: input should be greater than or equal to 1"),
-    "choice": (["learner.schedule=linear"], "learner.schedule = 'linear': input should be 'constant' or 'cosine'"),
+    "choice": (
+        ["learner.schedule=step"],
+        "learner.schedule = 'step': input should be 'constant', 'linear' or 'cosine'",
+    ),
     "no equals sign": (["learner.lr"], "override 'learner.lr': expected section.key=value"),
     "into a value": (["run.steps.x=1"], "'run.steps' is a plain value"),
     "list position": (["rewards.5.weight=1"], "'5' is not a position in a list of 1"),
