@@ -88,6 +88,8 @@ def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     """One line per run that differs, with the first metric that does."""
     found = []
     for name, now in after.items():
+        if name not in before:
+            continue  # a configuration that came later
         then = before[name]
         rows = zip(map(renamed, then["metrics"]), now["metrics"], strict=False)
         keys = [
