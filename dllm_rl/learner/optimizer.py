@@ -64,7 +64,7 @@ class Optimizer:
         norm = nn.utils.get_total_norm(gradients)
         check(norm)
         if gradients and self._config.max_grad_norm is not None:
-            # Private, as in torch's own clip_grads_with_norm_, which takes parameters: sums of gradients are not theirs.
+            # Private; torch's clip_grads_with_norm_ does the same, but to the gradients of parameters alone.
             torch._foreach_mul_(gradients, (self._config.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
         generator = torch.Generator(self._device).manual_seed(derive(self._seed, "rounding", self._updates))
         self._masters.step(self._adam.step, generator)
