@@ -63,6 +63,11 @@ def rounding_noise(learner: Learner, algorithm: Algorithm, batch: RolloutBatch, 
 def rollout_gap(learner: Learner, batch: RolloutBatch, rows: int) -> dict[str, float]:
     """How far the engine's log-probabilities of its tokens are from the learner's, where both have the same weights.
 
+    In float32 a few 1e-7 are left of it for block-causal families: the learner replays all blocks at once behind their
+    clean copies, and scaled_dot_product_attention sums a row's keys in an order that depends on where they stand; all
+    other kernels give the same bits. Replayed window by window, as it was decoded, a row differs by nothing
+    (tests/learner/test_diagnostics.py), for as many forwards one after the other as decoding had.
+
     Args:
         learner: replays the states in which the tokens were committed; its weights are not changed.
         batch: rows of this step; the first ones are looked at.

@@ -20,6 +20,8 @@ from dllm_rl.learner.diagnostics import advice, estimator_metrics, rollout_gap, 
 from dllm_rl.learner.torch_learner import TorchLearner
 from dllm_rl.protocols.algorithm import Needs
 from dllm_rl.train import train
+from dllm_rl.types import Trajectory
+from rollouts.native import NativeSampler
 
 
 def learner(tmp_path):
@@ -131,3 +133,46 @@ def test_engine_and_learner_agree_on_log_probabilities_and_a_difference_is_seen(
     with torch.no_grad():
         made.denoiser.module.get_output_embeddings().weight.mul_(1.01)
     assert rollout_gap(made, batch, 6)["rollout_gap"] > 1e-3
+
+
+def window_replay(denoiser, row: Trajectory) -> torch.Tensor:
+    """(L,) nats: the row's tokens block by block behind a cache, the kernels and the shapes of its decoding."""
+    size, length = denoiser.block_size, len(row.tokens)
+    begin = row.prompt_length // size * size if denoiser.block_origin == "sequence" else row.prompt_length
+    block_ids, all_of_it = (torch.arange(begin) // size)[None], torch.ones(1, begin, dtype=torch.bool)
+    cache = denoiser.prefill(row.tokens[None, :begin], all_of_it, block_ids)
+    found = torch.zeros(length)
+    for start in range(begin, length, size):
+        position = torch.arange(start, start + size)[None]
+        visible = position < length  # the last window may stick out past the canvas
+        place = position.clamp(max=length - 1)[0]
+        step = row.unmask_step[place].masked_fill(~visible[0], -1)
+        for forward in sorted(set(step[(step >= 0) & (step < row.num_forwards)].tolist())):
+            masked, chosen = step >= forward, step == forward
+            window = torch.where(masked, denoiser.mask_id, row.tokens[place])[None]
+            states = denoiser.extend(cache, window, position, visible, commit=False)
+            with torch.no_grad():
+                logits = denoiser.unembed(states[0, masked])
+            logits = logits.index_fill(-1, torch.tensor([denoiser.mask_id]), float("-inf"))
+            logp = logits - logits.logsumexp(-1, keepdim=True)
+            found[place[chosen]] = logp[chosen[masked]].gather(-1, row.tokens[place[chosen], None]).squeeze(-1)
+        denoiser.extend(cache, row.tokens[None, place], position, visible, commit=True)
+    return found
+
+
+def test_block_causal_rows_replayed_with_the_kernels_and_shapes_of_decoding_differ_by_nothing():
+    """Equal bits, not a tolerance: the learner's packed replay differs in attention alone, by the order of its sums."""
+    engine, learner = cases.denoiser("sdar"), cases.denoiser("sdar")
+    sampler = NativeSampler(engine, build("strategies", "low_confidence", {}), weights=engines.WEIGHTS)
+    rows = [sampler.generate([prompt], engines.SAMPLED, seed=4)[0] for prompt in engines.PROMPTS]
+    generated = 0
+    for row in rows:
+        made = (row.unmask_step >= 0) & (row.unmask_step < row.num_forwards)
+        assert torch.equal(window_replay(learner, row)[made], row.behaviour_logp[made])
+        generated += int(made.sum())
+    assert generated >= 24
+    batch = collate(rows, learner, group=list(range(len(rows))))
+    assert 0 < rollout_gap(learner_for(Needs(), batch, "sdar"), batch, 6)["rollout_gap_max"] < 2e-6  # another order
+    with torch.no_grad():
+        learner.module.get_output_embeddings().weight.view(torch.int32).add_(1)  # the next float up, or down
+    assert not torch.equal(window_replay(learner, rows[0]), rows[0].behaviour_logp)
