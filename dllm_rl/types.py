@@ -152,6 +152,12 @@ class Sampling:
             if self.block_size is not None:
                 self.steps_per_block(self.block_size)
 
+    @property
+    def plain(self) -> bool:
+        """Whether tokens are drawn from the model's own distribution: untempered, unfiltered, unguided."""
+        filters = self.top_k is not None or self.top_p not in (None, 1) or bool(self.suppress_tokens)
+        return self.temperature == 1 and not filters and not self.cfg_scale
+
     def steps_per_block(self, block_size: int) -> int:
         """Denoising steps of a block of so many tokens.
 
@@ -193,6 +199,8 @@ class Trajectory:
             paused; GIVEN where it was given or never decoded.
         order: (L,) int64; place in the order in which its forward's positions were chosen, from 1; 0 where not decoded.
             None if the engine does not tell.
+        sampled_logp: (L,) float32 nats; of the token under the distribution that it was drawn from (temperature, top_k,
+            top_p, suppress_tokens). None if that is the model's own, or if the engine does not tell.
         confidence: (T, L) float32 for T forwards; probability (Sampling.confidence) of the token proposed at each
             position that the forward computed and that was masked, 0 elsewhere. Kept for learned strategies, else None.
     """
@@ -211,6 +219,7 @@ class Trajectory:
     weights: WeightsVersion
     weights_step: Tensor
     order: Tensor | None = None
+    sampled_logp: Tensor | None = None
     confidence: Tensor | None = None
 
 
@@ -235,6 +244,7 @@ class RolloutBatch:
         block_ids: (N, L) int64 block numbers (diffusion.layout.block_index) for block-causal models, else None.
         exact: every row's behaviour_logp are the learner's own.
         order: (N, L) int64 or None; see Trajectory.
+        sampled_logp: (N, L) float32 nats or None; see Trajectory.
         confidence: (N, T, L) float32, padded with 0 over forwards, or None; see Trajectory.
         expert: (N,) bool; decoded by an expert's unmasking strategy, not the one that is trained; None = no row.
     """
@@ -253,6 +263,7 @@ class RolloutBatch:
     block_ids: Tensor | None
     exact: bool
     order: Tensor | None = None
+    sampled_logp: Tensor | None = None
     confidence: Tensor | None = None
     expert: Tensor | None = None
     episode: Tensor = _EACH_ROW

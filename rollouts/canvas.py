@@ -125,6 +125,12 @@ def choose(strategy: UnmaskingStrategy, candidates: Candidates) -> Tensor:
     return order
 
 
+def both_logp(partial: Trajectory) -> Tensor:
+    """(2, L) float32: log-probabilities of the model, and of the distribution drawn from."""
+    own = partial.behaviour_logp
+    return torch.stack([own, own if partial.sampled_logp is None else partial.sampled_logp])
+
+
 def trajectory(
     request: Request,
     sampling: Sampling,
@@ -145,7 +151,7 @@ def trajectory(
         sampling: for the canvas length.
         tokens: (>= L,) int64, prompt and canvas.
         unmask_step: (>= L,) int64; GIVEN where given or not decoded.
-        logp: (>= L,) float32; 0 where not generated.
+        logp: (2, >= L) float32; of the model, and of the distribution drawn from; 0 where not generated.
         order: (>= L,) int64; 0 where not decoded.
         confidence: (>= num_forwards, >= L) float32, or None.
         num_forwards: denoising forwards of the row.
@@ -154,7 +160,8 @@ def trajectory(
     """
     start = len(request.prompt.token_ids)
     length = start + sampling.max_new_tokens
-    tokens, step, logp, order = (t[:length].cpu().clone() for t in (tokens, unmask_step, logp, order))
+    tokens, step, order = (t[:length].cpu().clone() for t in (tokens, unmask_step, order))
+    own, sampled = logp[:, :length].cpu().clone()
     generated = step != GIVEN
     weights_step = torch.where(generated, weights.step, GIVEN)
     if request.partial is not None:
@@ -178,7 +185,8 @@ def trajectory(
         completion_length=completion_length,
         events=torch.stack([step[positions], positions, tokens[positions]], dim=1),
         unmask_step=step,
-        behaviour_logp=logp,
+        behaviour_logp=own,
+        sampled_logp=None if sampling.plain else sampled,
         num_forwards=num_forwards,
         finish="eos" if len(ends) else "paused" if bool(never.any()) else "length",
         exact=True,

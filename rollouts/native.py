@@ -26,7 +26,7 @@ from dllm_rl.protocols.denoiser import CacheType, Denoiser
 from dllm_rl.protocols.strategy import Candidates, UnmaskingStrategy
 from dllm_rl.seeding import uniform
 from dllm_rl.types import GIVEN, Prompt, Sampling, Trajectory, WeightsVersion
-from rollouts.canvas import Request, choose, requests, trajectory
+from rollouts.canvas import Request, both_logp, choose, requests, trajectory
 from rollouts.torch_engine import TorchEngine
 
 CHUNK_ELEMENTS = 1 << 25  # 0.7 GB at the peak of a greedy choice, 1.5 GB with top-k and top-p
@@ -37,7 +37,8 @@ class _Rows:
     """State of the rows that are still decoding; every tensor has one entry per row.
 
     row (N,) index into the batch's requests; tokens, masked, due (to be decoded in this call), valid, canvas, step,
-    logp, order, block_ids (N, L); confidence (N, T, L), T = 0 unless it is kept; key, forward (N,).
+    order, block_ids (N, L); logp (N, 2, L) of the model and of the distribution drawn from; confidence (N, T, L), T = 0
+    unless it is kept; key, forward (N,).
     """
 
     row: Tensor
@@ -63,7 +64,7 @@ class _Rows:
         forwards, length = partial.num_forwards, len(partial.tokens)
         self.forward[row] = forwards
         self.step[row, :length] = partial.unmask_step.masked_fill(partial.unmask_step == forwards, GIVEN)
-        self.logp[row, :length] = partial.behaviour_logp
+        self.logp[row, :, :length] = both_logp(partial)
         if partial.order is not None:
             self.order[row, :length] = partial.order
         if partial.confidence is not None and self.confidence.shape[1]:
@@ -164,7 +165,7 @@ class NativeSampler:
             valid=position < end[:, None],
             canvas=(position >= start[:, None]) & (position < end[:, None]),
             step=torch.full_like(tokens, GIVEN),
-            logp=torch.zeros(tokens.shape),
+            logp=torch.zeros(len(batch), 2, length),
             order=torch.zeros_like(tokens),
             confidence=torch.zeros(len(batch), sampling.max_new_tokens if self._whole else 0, length),
             block_ids=block_ids,
@@ -277,14 +278,14 @@ class NativeSampler:
         noise = uniform(key, forward, position, TOKEN_NOISE)
         size = max(1, self._chunk_elements // self._denoiser.vocab_size)
         token = torch.zeros(active.shape, dtype=torch.int64, device=active.device)
-        logp, confidence, entropy, margin = torch.zeros(4, *active.shape, device=active.device).unbind()
+        logp, drawn, confidence, entropy, margin = torch.zeros(5, *active.shape, device=active.device).unbind()
         for begin in range(0, len(row), size):
             part = slice(begin, begin + size)
             at = (row[part], column[part])
             logits, *unconditional = (self._denoiser.unembed(s[copy[at[0]], at[1]]) for s in states)
             behind = unconditional[0] if unconditional else None
             p = propose(logits, sampling, noise[part], mask_id=self._denoiser.mask_id, unconditional=behind)
-            token[at], logp[at], confidence[at] = p.token, p.logp, p.confidence
+            token[at], logp[at], drawn[at], confidence[at] = p.token, p.logp, p.sampled_logp, p.confidence
             entropy[at], margin[at] = p.entropy, p.margin
         candidates = Candidates(
             eligible=active,
@@ -308,7 +309,7 @@ class NativeSampler:
         at = (row, place[row, column])
         rows.order[at] = order[row, column]
         rows.tokens[at] = token[row, column]
-        rows.logp[at] = logp[row, column]
+        rows.logp[at[0], :, at[1]] = torch.stack([logp[row, column], drawn[row, column]], dim=-1)
         rows.step[at] = rows.forward[row]
         rows.masked[at] = False
         rows.forward += active.any(-1)

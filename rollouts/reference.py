@@ -15,7 +15,7 @@ from dllm_rl.protocols.denoiser import Denoiser
 from dllm_rl.protocols.strategy import Candidates, UnmaskingStrategy
 from dllm_rl.seeding import uniform
 from dllm_rl.types import GIVEN, Prompt, Sampling, Trajectory, WeightsVersion
-from rollouts.canvas import Request, choose, requests, trajectory
+from rollouts.canvas import Request, both_logp, choose, requests, trajectory
 from rollouts.torch_engine import TorchEngine
 
 
@@ -70,7 +70,7 @@ class ReferenceSampler:
         masked = request.masked(length, sampling.max_new_tokens)[None].to(device)
         valid = torch.ones_like(masked)
         step = torch.full((1, length), GIVEN, device=device)
-        logp = torch.zeros(1, length, device=device)
+        logp = torch.zeros(2, length, device=device)  # of the model, and of the distribution drawn from
         order = torch.zeros_like(step)
         seen: list[torch.Tensor] = []
         key = torch.tensor([[request.key]], device=device)
@@ -83,7 +83,7 @@ class ReferenceSampler:
                 [] if partial.confidence is None else list(partial.confidence.to(device)),
             )
             step[0] = partial.unmask_step.masked_fill(partial.unmask_step == forward, GIVEN)
-            logp[0] = partial.behaviour_logp
+            logp[:] = both_logp(partial)
             order[0] = 0 if partial.order is None else partial.order
         for block in sorted(set(block_ids[0, start:].tolist()))[:count]:
             inside = (block_ids == block) & (position >= start)
@@ -127,7 +127,7 @@ class ReferenceSampler:
                 order = torch.where(chosen, order_now, order)
                 tokens = torch.where(chosen, candidates.token, tokens)
                 step = torch.where(chosen, forward, step)
-                logp = torch.where(chosen, p.logp, logp)
+                logp = torch.where(chosen, torch.stack([p.logp, p.sampled_logp]), logp)
                 masked = masked & ~chosen
                 forward += 1
             if bool((inside & (step != GIVEN) & torch.isin(tokens, end_ids)).any()):
@@ -137,7 +137,7 @@ class ReferenceSampler:
             sampling,
             tokens=tokens[0],
             unmask_step=step[0],
-            logp=logp[0],
+            logp=logp,
             order=order[0],
             confidence=torch.stack([torch.zeros(length, device=device), *seen])[1:] if self._whole else None,
             num_forwards=forward,

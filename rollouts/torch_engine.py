@@ -90,7 +90,7 @@ class TorchEngine(RolloutEngine):
     @classmethod
     @override
     def capabilities(cls, config: Any) -> Capabilities:
-        return Capabilities(confidence=True, partial=True, lora=True, sleep=True)
+        return Capabilities(sampled_logp=True, confidence=True, partial=True, lora=True, sleep=True)
 
     def sampler(self, strategy: UnmaskingStrategy, *, keep_confidence: bool = False) -> Sampler:
         """A decoder over self.denoiser.

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 from collections.abc import ItemsView, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dllm_rl.config.plugins import build, engine_class
 from dllm_rl.conformance import cases
-from dllm_rl.conformance.violation import require
+from dllm_rl.conformance.violation import Violation, require
 from dllm_rl.data.collate import collate
 from dllm_rl.diffusion import likelihood, masking
 from dllm_rl.errors import UnknownWeight
@@ -25,6 +27,7 @@ FAMILIES = ("tiny", "dream", "sdar")  # full attention, shifted predictions, blo
 WEIGHTS = WeightsVersion(step=7, digest="conformance")
 NEWER = WeightsVersion(step=8, digest="newer")
 SAMPLED = Sampling(max_new_tokens=8, temperature=1.0, tokens_per_step=2, block_size=cases.BLOCK)
+TEMPERED = dataclasses.replace(SAMPLED, temperature=0.6, top_k=6, top_p=0.95, suppress_tokens=(7,))
 GREEDY = Sampling(max_new_tokens=8, temperature=0.0, tokens_per_step=2, block_size=cases.BLOCK)
 LOGP_TOLERANCE = 1e-4  # float32
 
@@ -189,16 +192,23 @@ def trajectories_are_complete(subject: Subject, family: str, denoiser: Transform
 
 
 def log_probabilities_are_the_learners(subject: Subject, family: str, denoiser: TransformersDenoiser) -> None:
-    """Where exact is True, behaviour_logp is what the learner's estimator gives along the trajectory."""
-    rows = [t for t in subject.make(denoiser).generate(PROMPTS, SAMPLED, seed=4) if t.exact]
-    if not rows:
-        return
-    group = list(range(len(rows)))
-    batch = collate(rows, denoiser, group=group)
-    masks = masking.along_trajectory(batch.unmask_step, batch.generated, block_ids=batch.block_ids)
-    replayed = likelihood.estimate(denoiser, batch, masks).token_logp
-    off = (replayed - torch.where(batch.generated, batch.behaviour_logp, 0.0)).abs()
-    require(float(off.max()) <= LOGP_TOLERANCE, f"{family}: off by up to {float(off.max()):.2g} nats")
+    """Where exact is True, its log-probabilities are what the learner's estimator gives along the trajectory."""
+    tells = subject.capabilities.sampled_logp
+    for sampling in (SAMPLED, TEMPERED):
+        rows = [t for t in subject.make(denoiser).generate(PROMPTS, sampling, seed=4) if t.exact]
+        if not rows:
+            return
+        batch = collate(rows, denoiser, group=list(range(len(rows))))
+        masks = masking.along_trajectory(batch.unmask_step, batch.generated, block_ids=batch.block_ids)
+        found: dict[str, tuple[Tensor, Sampling | None]] = {"behaviour_logp": (batch.behaviour_logp, None)}
+        if tells and not sampling.plain:
+            if batch.sampled_logp is None:
+                raise Violation(f"{family}: no sampled_logp, which the capabilities promise")
+            found["sampled_logp"] = (batch.sampled_logp, sampling)
+        for name, (given, of) in found.items():
+            replayed = likelihood.estimate(denoiser, batch, masks, sampling=of).token_logp
+            off = float((replayed - torch.where(batch.generated, given, 0.0)).abs().max())
+            require(off <= LOGP_TOLERANCE, f"{family}: {name} is off by up to {off:.2g} nats")
 
 
 def pausing_changes_nothing(subject: Subject, family: str, denoiser: TransformersDenoiser) -> None:

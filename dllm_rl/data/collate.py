@@ -56,6 +56,7 @@ def collate(
         block_ids=_block_ids(start, width, denoiser),
         exact=all(t.exact for t in trajectories),
         order=_if_all([t.order for t in trajectories], lambda rows: _padded(rows, width, 0)),
+        sampled_logp=_if_all([t.sampled_logp for t in trajectories], lambda rows: _padded(rows, width, 0.0)),
         confidence=_if_all([t.confidence for t in trajectories], lambda rows: _stacked(rows, width)),
         expert=None if expert is None else torch.tensor(expert),
         episode=torch.arange(len(start)) if episode is None else torch.tensor(episode),

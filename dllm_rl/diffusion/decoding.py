@@ -23,6 +23,7 @@ class Proposals:
         token: (M,) int64.
         logp: (M,) float32 nats; of the token under the model's own distribution without the mask token: untempered,
             unfiltered, unguided.
+        sampled_logp: (M,) float32 nats; of the token under the distribution that it was drawn from; 0 if greedy.
         confidence: (M,) float32 nats; of the token under the distribution that positions are ranked by
             (Sampling.confidence); -inf for tokens that are deferred.
         entropy: (M,) float32 nats of that distribution.
@@ -31,6 +32,7 @@ class Proposals:
 
     token: Tensor
     logp: Tensor
+    sampled_logp: Tensor
     confidence: Tensor
     entropy: Tensor
     margin: Tensor
@@ -53,29 +55,42 @@ def propose(
     """
     own = _without(logits.float(), [mask_id])
     logp = own - own.logsumexp(-1, keepdim=True)
-    logits = own
+    logits, greedy = own, sampling.temperature == 0
     if unconditional is not None:
         base = unconditional.float()
         # The mask token again: infinity minus infinity is not a number.
         logits = _without(base + (sampling.cfg_scale + 1) * (own - base), [mask_id])
     logits = _without(logits, sampling.suppress_tokens)
-    drawn = logits if sampling.temperature == 0 else logits / sampling.temperature
-    if sampling.temperature > 0 or sampling.confidence == "sampled":
-        drawn = _filtered(drawn, sampling)
+    drawn = logits if greedy and sampling.confidence == "model" else drawn_from(logits, sampling)
     # argmax takes the first of equals, which topk does not promise; bfloat16 logits tie often.
-    token = logits.argmax(-1) if sampling.temperature == 0 else _invert(drawn, uniform)
+    token = logits.argmax(-1) if greedy else _invert(drawn, uniform)
     ranked = _without(drawn if sampling.confidence == "sampled" else logits, sampling.defer_tokens)
     score = logp if ranked is own else ranked - ranked.logsumexp(-1, keepdim=True)
     probability = score.exp()
     entropy = -(probability * score.masked_fill(probability == 0, 0.0)).sum(-1)  # 0 log 0 = 0
     best_two = probability.topk(2, dim=-1).values
+    own_logp = logp.gather(-1, token[:, None]).squeeze(-1)
+    sampled_logp = torch.zeros_like(own_logp) if greedy else own_logp
+    if not (greedy or sampling.plain):
+        sampled_logp = drawn.gather(-1, token[:, None]).squeeze(-1) - drawn.logsumexp(-1)
     return Proposals(
         token=token,
-        logp=logp.gather(-1, token[:, None]).squeeze(-1),
+        logp=own_logp,
+        sampled_logp=sampled_logp,
         confidence=score.gather(-1, token[:, None]).squeeze(-1),
         entropy=entropy,
         margin=best_two[:, 0] - best_two[:, 1],
     )
+
+
+def drawn_from(logits: Tensor, sampling: Sampling) -> Tensor:
+    """Logits (M, V) of the distribution that tokens are drawn from: tempered, then filtered; greedy: only filtered.
+
+    Args:
+        logits: (M, V) of the model, or guided, without the mask token.
+        sampling: suppress_tokens, temperature, top_k, top_p.
+    """
+    return _filtered(_without(logits, sampling.suppress_tokens) / (sampling.temperature or 1), sampling)
 
 
 def _without(logits: Tensor, tokens: Sequence[int]) -> Tensor:

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from dllm_rl.diffusion.decoding import drawn_from
 from dllm_rl.protocols.denoiser import Denoiser
-from dllm_rl.types import LikelihoodEstimate, MaskSample, RolloutBatch
+from dllm_rl.types import LikelihoodEstimate, MaskSample, RolloutBatch, Sampling
 
 CHUNK_ELEMENTS = 1 << 25  # logits held at once: 2^25 floats are 128 MiB in float32
 
@@ -29,6 +30,7 @@ def token_logp(
     mask_id: int,
     chunk_elements: int = CHUNK_ELEMENTS,
     chunks: int = 1,
+    sampling: Sampling | None = None,
 ) -> Tensor:
     """Log-probability of one token per row, without ever holding more than chunk_elements logits.
 
@@ -42,6 +44,7 @@ def token_logp(
         mask_id: id of the mask token.
         chunk_elements: bound on m * V; more rows are processed in chunks that are recomputed in the backward pass.
         chunks: at least so many chunks, empty ones too: ranks that share a sharded unembedding call it equally often.
+        sampling: under the distribution that tokens are drawn from by it; None = the model's own.
     Returns:
         (M,) nats: float32, or float64 if the network computes in float64.
     """
@@ -50,6 +53,7 @@ def token_logp(
         logits = unembed(rows)
         logits = logits if logits.dtype == torch.float64 else logits.float()
         logits = logits.index_fill(-1, torch.tensor([mask_id], device=logits.device), float("-inf"))
+        logits = logits if sampling is None else drawn_from(logits, sampling)
         return logits.gather(-1, ids[:, None]).squeeze(-1) - logits.logsumexp(-1)
 
     number = max(chunks, chunk_count(len(targets), vocab_size, chunk_elements))
@@ -123,7 +127,9 @@ def plan(batch: RolloutBatch, masks: MaskSample, tokens_per_microbatch: int) -> 
     return work
 
 
-def score(denoiser: Denoiser, batch: RolloutBatch, masks: MaskSample, work: Work) -> tuple[Tensor, Tensor, Tensor]:
+def score(
+    denoiser: Denoiser, batch: RolloutBatch, masks: MaskSample, work: Work, sampling: Sampling | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probabilities of the tokens that one micro-batch scores, with graph if gradients are enabled.
 
     Args:
@@ -131,6 +137,7 @@ def score(denoiser: Denoiser, batch: RolloutBatch, masks: MaskSample, work: Work
         batch: rows.
         masks: draws, for the same rows.
         work: the micro-batch.
+        sampling: see token_logp.
     Returns:
         (logp, pair, position): logp (M,) in nats, not weighted; pair (M,) indexes work.draw / work.row; position (M,)
         is the position in the row.
@@ -143,6 +150,7 @@ def score(denoiser: Denoiser, batch: RolloutBatch, masks: MaskSample, work: Work
         vocab_size=denoiser.vocab_size,
         mask_id=denoiser.mask_id,
         chunks=work.chunks,
+        sampling=sampling,
     )
     return logp, pair, position
 
@@ -177,6 +185,7 @@ def estimate(
     *,
     tokens_per_microbatch: int = 1 << 14,
     draws: bool = False,
+    sampling: Sampling | None = None,
 ) -> LikelihoodEstimate:
     """The estimate without gradient.
 
@@ -186,10 +195,11 @@ def estimate(
         masks: draws, for the same rows.
         tokens_per_microbatch: bound on padded tokens per forward.
         draws: keep the log-probabilities of each draw.
+        sampling: see token_logp.
     Returns:
         LikelihoodEstimate on the device of the batch.
     """
-    forward = functools.partial(score, denoiser, batch, masks)
+    forward = functools.partial(score, denoiser, batch, masks, sampling=sampling)
     with torch.no_grad():
         return summed(batch, masks, plan(batch, masks, tokens_per_microbatch), forward, draws=draws)
 

@@ -3,9 +3,11 @@
     rho_i = min(p_now(token_i | state) / p_then(token_i | state), cap)
 
 where the state is the one in which the engine committed the token, and p_then is what the engine recorded: the ratio
-is exact for any estimator that the algorithm uses afterwards. Both are the model's own probabilities, from which tokens
-are drawn at temperature 1 without top-k and top-p alone: other sampling is refused with a correction. The choice of
-positions is not corrected; where it depends on confidence, weights are those of the tokens given their order.
+is exact for any estimator that the algorithm uses afterwards. Both are the probabilities with which tokens are drawn,
+after temperature, top-k, top-p and suppressed tokens: rollouts of older weights count as rollouts of the current ones
+would. A token that could not be drawn any more counts 0, and what only the current weights would draw is missing.
+Guidance and greedy decoding are refused with a correction. The choice of positions is not corrected; where it depends
+on confidence, weights are those of the tokens given their order.
 
 Source: Espeholt et al. 2018 (IMPALA, V-trace), arXiv:1802.01561; per token or per sequence as in Yao et al. 2025,
 "Your efficient RL framework secretly brings you off-policy RL training".
@@ -27,15 +29,17 @@ def truncated_weights(
     """Factors for the advantages.
 
     Args:
-        now: (N, L) nats; log-probability of each generated token in the state of its commit, under current weights.
-        batch: with behaviour_logp of the same tokens under the weights that generated them.
+        now: (N, L) nats; log-probability of drawing each generated token in the state of its commit, under the current
+            weights.
+        batch: with sampled_logp (or behaviour_logp, where they are the same) under the weights that generated it.
         cap: largest factor.
         level: "token" gives (N, L), "sequence" (N,) factors.
     Returns:
         the factors, without gradient, and figures to log.
     """
     generated = batch.generated
-    log_ratio = torch.where(generated, now.detach() - batch.behaviour_logp.to(now.device), 0.0)
+    then = batch.behaviour_logp if batch.sampled_logp is None else batch.sampled_logp
+    log_ratio = torch.where(generated, now.detach() - then.to(now.device), 0.0)
     if level == "sequence":
         log_ratio = log_ratio.sum(-1)
     ratio = log_ratio.exp()

@@ -220,10 +220,11 @@ def _check_correction(config: Config, algorithm: Algorithm) -> None:
             f"rollout.correction = token weighs each token, and algorithm '{config.algorithm.name}' has one advantage "
             f"per row; set rollout.correction: sequence"
         )
-    if sampling.temperature != 1 or sampling.top_k is not None or sampling.top_p is not None:
+    if sampling.temperature == 0 or sampling.cfg_scale:
+        what = "sampling.cfg_scale guides" if sampling.cfg_scale else "sampling.temperature = 0 makes greedy"
         raise UserError(
-            f"rollout.correction = {level} compares probabilities of the model itself, and the tokens are drawn from "
-            f"others; set sampling.temperature: 1.0 and leave sampling.top_k and sampling.top_p out"
+            f"rollout.correction = {level} weighs tokens by how probable their draw was, and {what} tokens; set "
+            f"sampling.temperature: 1.0 and sampling.cfg_scale: 0"
         )
 
 

@@ -9,10 +9,15 @@ from dllm_rl.errors import UserError
 from dllm_rl.models.denoiser import TransformersDenoiser
 from dllm_rl.protocols.algorithm import Algorithm
 from dllm_rl.protocols.engine import Capabilities
+from dllm_rl.types import Sampling
 
 
 def check_engine(
-    config: Config, algorithm: Algorithm, denoiser: TransformersDenoiser, capabilities: Capabilities
+    config: Config,
+    algorithm: Algorithm,
+    denoiser: TransformersDenoiser,
+    capabilities: Capabilities,
+    sampling: Sampling,
 ) -> None:
     """Compare a plan with the engine's capabilities.
 
@@ -21,6 +26,7 @@ def check_engine(
         algorithm: the method.
         denoiser: the model, for its family and attention; weights are not looked at.
         capabilities: of the engine with its options.
+        sampling: decoding while training.
     Raises:
         UserError: naming the engine, what it lacks and what to change.
     """
@@ -41,6 +47,11 @@ def check_engine(
         (
             config.rollout.correction is not None and not can.logp,
             "returns no log-probs, which rollout.correction reads",
+        ),
+        (
+            config.rollout.correction is not None and not sampling.plain and not can.sampled_logp,
+            "does not tell how probable a token was under sampling.temperature, top_k and top_p, which "
+            "rollout.correction reads; set temperature: 1.0 without them",
         ),
         (
             "policy" in algorithm.needs.trains and not can.confidence,

@@ -105,7 +105,7 @@ def launch_local(spec: WorkerSpec, stack: ExitStack) -> Workers:
     """
     config, algorithm = spec.config, spec.algorithm
     denoiser, tokenizer = load_model(config, spec.path)
-    check_engine(config, algorithm, denoiser, spec.engine_capabilities)
+    check_engine(config, algorithm, denoiser, spec.engine_capabilities, spec.sampling)
     chosen = _bound_strategies(spec, vocabulary_digest(tokenizer), denoiser.device)
     shared = SharedModel(denoiser=denoiser, tokenizer=tokenizer, strategies=chosen)
 
@@ -149,7 +149,7 @@ def launch_ray(spec: WorkerSpec, stack: ExitStack, log: Callable[[str], None]) -
 
     config, cluster = spec.config, spec.config.cluster
     denoiser, tokenizer = load_model(config, spec.path, weights=False)
-    check_engine(config, spec.algorithm, denoiser, spec.engine_capabilities)
+    check_engine(config, spec.algorithm, denoiser, spec.engine_capabilities, spec.sampling)
     wanted = cluster.engines * cluster.cpus_per_engine + cluster.learners * cluster.cpus_per_learner
     stack.enter_context(ray_connection(cluster.address, cluster.namespace, wanted))
     default = (0.5 if cluster.colocate else 1.0) if cluster_has_gpus() else 0.0

@@ -23,6 +23,7 @@ from dllm_rl.types import (
     MaskSample,
     Minibatch,
     RolloutBatch,
+    Sampling,
     TrainingBatch,
     WeightsVersion,
 )
@@ -68,17 +69,24 @@ class LearnerGroup(Learner):
 
     @override
     def score(
-        self, batch: RolloutBatch, masks: MaskSample, *, reference: bool = False, draws: bool = False
+        self,
+        batch: RolloutBatch,
+        masks: MaskSample,
+        *,
+        reference: bool = False,
+        draws: bool = False,
+        sampling: Sampling | None = None,
     ) -> LikelihoodEstimate:
-        submit, score = self.group.submit, LearnerWorker.score
+        def submit(rank: int, batch: RolloutBatch, masks: MaskSample) -> Future[LikelihoodEstimate]:
+            return self.group.submit(
+                rank, LearnerWorker.score, batch, masks, reference=reference, draws=draws, sampling=sampling
+            )
+
         if self.group.size == 1:
-            return self._all([submit(0, score, batch, masks, reference=reference, draws=draws)])[0]
+            return self._all([submit(0, batch, masks)])[0]
         dealt = balance_rows(batch, self.group.size)
         scored = self._all(
-            [
-                submit(rank, score, batch.select(rows), masks.select(rows), reference=reference, draws=draws)
-                for rank, rows in enumerate(map(_or_any, dealt))
-            ]
+            [submit(rank, batch.select(rows), masks.select(rows)) for rank, rows in enumerate(map(_or_any, dealt))]
         )
         back = torch.cat(dealt).argsort()
         used = [part for part, rows in zip(scored, dealt, strict=True) if len(rows)]

@@ -116,8 +116,13 @@ def _corrected(
     level = config.rollout.correction
     assert level is not None, "the caller asked"
     replay = masking.along_trajectory(batch.unmask_step, batch.generated, block_ids=batch.block_ids)
-    now = run.learner.score(batch, replay).token_logp
+    plain = run.sampling.plain
+    now = run.learner.score(batch, replay, sampling=None if plain else run.sampling).token_logp
     factor, figures = truncated_weights(now, batch, cap=config.rollout.correction_cap, level=level)
-    own = torch.where(batch.generated, now.float(), batch.behaviour_logp)
     advantage = scaled(advantage, factor.to(advantage.device, torch.float32))
-    return dataclasses.replace(batch, behaviour_logp=own), advantage, figures
+    if run.algorithm.needs.behaviour_logp:
+        now = now if plain else run.learner.score(batch, replay).token_logp
+        batch = dataclasses.replace(
+            batch, behaviour_logp=torch.where(batch.generated, now.float(), batch.behaviour_logp)
+        )
+    return batch, advantage, figures

@@ -22,7 +22,7 @@ from dllm_rl.models.digest import digest
 from dllm_rl.models.evaluating import evaluating
 from dllm_rl.models.loading import load_denoiser, save_denoiser
 from dllm_rl.models.lora import load_adapter, reference_weights, save_adapter
-from dllm_rl.types import LikelihoodEstimate, MaskSample, RolloutBatch
+from dllm_rl.types import LikelihoodEstimate, MaskSample, RolloutBatch, Sampling
 
 Scored = tuple[Tensor, Tensor, Tensor]
 Scoring = Callable[..., Scored]  # likelihood.score or likelihood.entropy
@@ -95,6 +95,12 @@ class ModelScorer:
         with evaluating(self.denoiser.module):
             found = likelihood.summed(batch, once, self.plan(batch, once), forward)
         return found.token_logp / once.weight.sum(0).clamp(min=1)
+
+    def drawn(self, batch: RolloutBatch, masks: MaskSample, sampling: Sampling) -> LikelihoodEstimate:
+        """Likelihoods without gradient under the distribution that tokens are drawn from."""
+        forward = functools.partial(self._forward, functools.partial(likelihood.score, sampling=sampling), batch, masks)
+        with torch.no_grad(), evaluating(self.denoiser.module):
+            return likelihood.summed(batch, masks, self.plan(batch, masks), forward)
 
     def reference_digest(self) -> str:
         """Of the frozen copy, or of the base below the adapter."""

@@ -44,6 +44,7 @@ from dllm_rl.types import (
     MaskSample,
     Minibatch,
     RolloutBatch,
+    Sampling,
     TrainingBatch,
     WeightsVersion,
 )
@@ -112,12 +113,21 @@ class TorchLearner:
         return sum(scorer.ticks for scorer in self._scorers.values())
 
     def score(
-        self, batch: RolloutBatch, masks: MaskSample, *, reference: bool = False, draws: bool = False
+        self,
+        batch: RolloutBatch,
+        masks: MaskSample,
+        *,
+        reference: bool = False,
+        draws: bool = False,
+        sampling: Sampling | None = None,
     ) -> LikelihoodEstimate:
         """Likelihoods without gradient under the current weights, or the frozen reference; see protocols.Learner."""
         if reference:
             assert self._model is not None, "an unmasking policy is trained from scratch: it has no reference"
             return self._model.reference(batch, masks, draws=draws)
+        if sampling is not None:
+            assert self._model is not None, "build_run() refuses corrections of an unmasking policy"
+            return self._model.drawn(batch, masks, sampling)
         with torch.no_grad():
             return self._scored(batch, masks, self._plans(batch, masks), draws=draws)
 

@@ -27,7 +27,8 @@ class Capabilities:
         attention: attention patterns that it serves.
         exact: behaviour_logp are those of the learner's network (no approximate cache, no quantised weights).
         step_maps: trajectories tell which forward committed each token, in which order.
-        logp: trajectories hold the log-probability of each token.
+        logp: trajectories hold the log-probability of each token under the model.
+        sampled_logp: and that under the distribution which it was drawn from, where that is another one.
         confidence: trajectories hold the confidences that unmasking policies are trained on.
         partial: completions can pause at block boundaries and go on later.
         lora: adapters are served as they are; without it they arrive merged (cluster.push: merged).
@@ -40,6 +41,7 @@ class Capabilities:
     exact: bool = True
     step_maps: bool = True
     logp: bool = True
+    sampled_logp: bool = False
     confidence: bool = False
     partial: bool = False
     lora: bool = False

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Protocol
 
 from dllm_rl.protocols.algorithm import Algorithm
-from dllm_rl.types import LikelihoodEstimate, MaskSample, RolloutBatch, TrainingBatch, WeightsVersion
+from dllm_rl.types import LikelihoodEstimate, MaskSample, RolloutBatch, Sampling, TrainingBatch, WeightsVersion
 
 
 class Learner(Protocol):
@@ -16,7 +16,13 @@ class Learner(Protocol):
     step: int
 
     def score(
-        self, batch: RolloutBatch, masks: MaskSample, *, reference: bool = False, draws: bool = False
+        self,
+        batch: RolloutBatch,
+        masks: MaskSample,
+        *,
+        reference: bool = False,
+        draws: bool = False,
+        sampling: Sampling | None = None,
     ) -> LikelihoodEstimate:
         """Likelihoods without gradient under the current weights, or the frozen reference.
 
@@ -25,6 +31,8 @@ class Learner(Protocol):
             masks: draws, for the same rows.
             reference: score the frozen reference instead.
             draws: with the log-probabilities of each draw.
+            sampling: of the distribution that tokens are drawn from by it, instead of the model's own; the current
+                weights' only.
         """
 
     def update(self, training: TrainingBatch, algorithm: Algorithm) -> Mapping[str, float]:

@@ -120,10 +120,16 @@ class LearnerWorker(WeightSender):
         return metrics
 
     def score(
-        self, batch: RolloutBatch, masks: MaskSample, *, reference: bool, draws: bool = False
+        self,
+        batch: RolloutBatch,
+        masks: MaskSample,
+        *,
+        reference: bool = False,
+        draws: bool = False,
+        sampling: Sampling | None = None,
     ) -> LikelihoodEstimate:
         """See Learner; on the CPU."""
-        return self.learner.score(batch, masks, reference=reference, draws=draws).cpu()
+        return self.learner.score(batch, masks, reference=reference, draws=draws, sampling=sampling).cpu()
 
     def skip(self) -> None:
         """See Learner."""

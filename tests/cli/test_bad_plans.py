@@ -59,9 +59,13 @@ PLANS: dict[str, tuple[dict[str, Any] | Callable[[Path], dict[str, Any]], list[s
         {"rollout.correction": "token", "rollout.max_staleness": 1, "algorithm": {"name": "espo"}},
         ["rollout.correction = token", "'espo' has one advantage per row; set rollout.correction: sequence"],
     ),
-    "a correction of tokens that were drawn from another distribution": (
-        {"rollout.correction": "token", "rollout.max_staleness": 1, "sampling.temperature": 0.7},
-        ["rollout.correction = token", "set sampling.temperature: 1.0"],
+    "a correction of guided tokens": (
+        {"rollout.correction": "token", "rollout.max_staleness": 1, "sampling.cfg_scale": 0.5},
+        ["rollout.correction = token", "sampling.cfg_scale guides tokens", "set sampling.temperature: 1.0"],
+    ),
+    "a correction of greedy tokens": (
+        {"rollout.correction": "token", "rollout.max_staleness": 1, "sampling.temperature": 0},
+        ["temperature = 0"],
     ),
     "several engines in one process": (
         {"cluster.engines": 2},

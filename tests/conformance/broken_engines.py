@@ -29,6 +29,14 @@ class Approximate(NativeEngine):
         return [dataclasses.replace(t, behaviour_logp=t.behaviour_logp * 1.01) for t in rows]
 
 
+class TellsTheModels(NativeEngine):
+    """Gives the model's probability of a token as that with which it was drawn."""
+
+    def generate(self, prompts, sampling, *, seed, **options):
+        rows = super().generate(prompts, sampling, seed=seed, **options)
+        return rows if sampling.plain else [dataclasses.replace(t, sampled_logp=t.behaviour_logp) for t in rows]
+
+
 class MiscountsForwards(NativeEngine):
     def generate(self, prompts, sampling, *, seed, **options):
         rows = super().generate(prompts, sampling, seed=seed, **options)

@@ -295,6 +295,7 @@ FAULTS: list[tuple[str, str, str]] = [
     ("engines", "ByPosition", "a_trajectory_does_not_depend_on_its_batch"),
     ("engines", "OneSeed", "seeds_decide"),
     ("engines", "Approximate", "log_probabilities_are_the_learners"),
+    ("engines", "TellsTheModels", "log_probabilities_are_the_learners"),
     ("engines", "MiscountsForwards", "trajectories_are_complete"),
     ("engines", "MiscountsForwards", "it_decodes_what_the_oracle_decodes"),
     ("engines", "StartsOver", "pausing_changes_nothing"),

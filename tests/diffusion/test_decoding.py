@@ -157,6 +157,11 @@ def test_a_sampled_confidence_is_that_of_the_tempered_and_filtered_distribution(
     assert changed > 300
     own = LOGITS.index_fill(-1, torch.tensor([0]), -torch.inf).log_softmax(-1).gather(-1, p.token[:, None])[:, 0]
     torch.testing.assert_close(p.logp, own)  # the model's own, whatever ranks positions
+    torch.testing.assert_close(p.sampled_logp, p.confidence if temperature else torch.zeros(400))  # ranked by the same
+    unranked = propose(
+        LOGITS, settings_of(temperature=temperature, **filters | {"confidence": "model"}), NOISE, mask_id=0
+    )
+    assert torch.equal(unranked.sampled_logp, p.sampled_logp) and not torch.equal(unranked.confidence, p.confidence)
 
 
 def test_the_order_of_the_filters_matters():

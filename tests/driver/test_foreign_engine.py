@@ -72,11 +72,13 @@ def test_with_lora_it_gets_merged_layers(foreign, tiny):
         ("engine.sharpness=yes", r"engine.sharpness = .*number"),
         ("model={family: sdar, block_size: 4, init: {hidden_size: 32, num_layers: 1, num_heads: 4, max_length: 40}}",
          r"serves full attention, family 'sdar' has block_causal"),
+        ("rollout={correction: token, max_staleness: 1}\nsampling.temperature=0.5",
+         r"does not tell how probable a token was under sampling.temperature, .* set temperature: 1.0"),
     ],
 )  # fmt: skip
 def test_what_it_cannot_do_is_refused_before_anything_starts(foreign, tiny, change, message):
     with pytest.raises(UserError, match=message):
-        train(tiny(foreign(), *METHOD, *LOCAL, change))
+        train(tiny(foreign(), *METHOD, *LOCAL, *change.splitlines()))
 
 
 def test_one_that_holds_other_weights_than_it_was_sent_decodes_nothing(foreign, tiny):

@@ -116,6 +116,30 @@ def test_correction_changes_stale_steps_only(tiny):
     assert not any("stale_ratio" in row for row in fresh)
 
 
+def test_a_correction_is_one_of_the_probabilities_with_which_tokens_are_drawn(tiny):
+    stale = ("rollout.max_staleness=1", "rollout.correction=token", "rollout.correction_cap=1.0e+9")
+    sampled = ("sampling.temperature=0.6", "sampling.top_k=5", "sampling.top_p=0.9")
+    still = comparable(train(tiny("still", *stale, *sampled, "learner.lr=1.0e-12")).folder)
+    ratios = [row["stale_ratio"] for row in still if "stale_ratio" in row]
+    assert ratios and ratios == pytest.approx([1.0] * len(ratios), abs=1e-4)
+    moved = comparable(train(tiny("moved", *stale, *sampled)).folder)
+    other = comparable(train(tiny("other", *stale, "sampling.temperature=0.6")).folder)
+    ratios = [row["stale_ratio"] for row in [*moved, *other] if "stale_ratio" in row]
+    assert all(abs(ratio - 1) > 1e-3 for ratio in ratios), ratios
+
+
+def test_a_token_that_would_not_be_drawn_any_more_counts_nothing(tiny_batch):
+    batch = dataclasses.replace(tiny_batch, sampled_logp=tiny_batch.behaviour_logp / 2)
+    first = batch.generated.nonzero()[0]
+    now = batch.sampled_logp.clone()
+    now[first[0], first[1]] = -torch.inf
+    factor, figures = truncated_weights(now, batch, cap=2.0, level="token")
+    assert factor[first[0], first[1]] == 0 and figures["stale_ratio"] < 1
+    assert factor.sum() == factor.numel() - 1, "all others are as likely as they were"
+    whole, _ = truncated_weights(now, batch, cap=2.0, level="sequence")
+    assert whole[first[0]] == 0 and whole.sum() == len(batch) - 1
+
+
 def test_truncated_weights_by_hand(tiny_batch):
     batch = tiny_batch
     now = batch.behaviour_logp + torch.where(batch.generated, torch.tensor(3.0).log(), 7.0)
