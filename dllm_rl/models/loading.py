@@ -77,6 +77,10 @@ def load_denoiser(
     ends = _end_ids(special, config, folder, tokenizer, end_tokens, module.config.vocab_size)
     special["eos_id"] = ends[0]
     extras = (*sorted(folder.glob("*.py")), *folder.glob("generation_config.json"))
+    companions = {file.name: file.read_bytes() for file in extras}
+    if end_tokens:  # an export tells them to whoever decodes with it
+        settings = json.loads(companions.get("generation_config.json", "{}")) | {"eos_token_id": list(ends)}
+        companions["generation_config.json"] = json.dumps(settings, indent=2).encode() + b"\n"
     return (
         TransformersDenoiser(
             module,
@@ -86,7 +90,7 @@ def load_denoiser(
             end_ids=ends,
             block_size=block_size,
             block_origin=block_origin or chosen.block_origin,
-            companions={file.name: file.read_bytes() for file in extras},
+            companions=companions,
             source=str(path),
         ),
         tokenizer,

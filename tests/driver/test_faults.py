@@ -46,7 +46,9 @@ def test_sigterm_or_whatever_asks_saves_between_steps(tiny):
     "arguments",
     [
         pytest.param(["engine,learner,reward_worker", "node"], marks=pytest.mark.slow),
-        ["engine,learner", "--set", "rollout.max_staleness=1", "rollout.correction=token"],
+        pytest.param(
+            ["engine,learner", "--set", "rollout.max_staleness=1", "rollout.correction=token"], marks=pytest.mark.slow
+        ),
     ],
     ids=["in turn", "decoding ahead"],
 )

@@ -2,7 +2,7 @@ import json
 import shutil
 
 import pytest
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationConfig
 
 from dllm_rl.models.create import create_denoiser
 from dllm_rl.models.loading import load_denoiser, save_denoiser
@@ -185,7 +185,13 @@ def test_end_tokens_are_those_of_all_files_and_the_template_says_which_one_answe
     assert (denoiser.eos_id, denoiser.end_ids) == (eos, (eos,))  # nothing says that <|im_end|> ends a completion
     chosen, _ = load_denoiser(folder, device="meta", end_tokens=["<|im_end|>", number("<think>")])
     assert (chosen.eos_id, chosen.end_ids) == (end, (end, eos, number("<think>")))
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [end, eos, 10**6]}))
+    whole, tokenizer = load_denoiser(folder, end_tokens=["<|im_end|>"])
+    save_denoiser(whole, tokenizer, folder.parent / "export")  # whoever decodes with it stops where the run did
+    assert load_denoiser(folder.parent / "export")[0].end_ids == (end, eos)
+    assert GenerationConfig.from_pretrained(folder.parent / "export").eos_token_id == [end, eos]
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [end, eos, 10**6], "top_k": 7}))
+    chosen, _ = load_denoiser(folder, device="meta", end_tokens=["<think>"])
+    assert json.loads(chosen.companions["generation_config.json"])["top_k"] == 7
     denoiser, tokenizer = load_denoiser(folder)
     assert (denoiser.eos_id, denoiser.end_ids) == (end, (end, eos))
     save_denoiser(denoiser, tokenizer, folder.parent / "again")
