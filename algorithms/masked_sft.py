@@ -39,7 +39,7 @@ class MaskedSFT(Algorithm):
     @property
     @override
     def needs(self) -> Needs:
-        return Needs(source="demonstrations", group_size=1)
+        return Needs(old=False, source="demonstrations", group_size=1)
 
     @override
     def advantages(self, rewards: Rewards, batch: RolloutBatch) -> Tensor:

@@ -67,7 +67,7 @@ class SPG(Algorithm):
     @property
     @override
     def needs(self) -> Needs:
-        return Needs(draws=True, fresh_masks=self.config.fresh_masks)  # U is not a sum over draws
+        return Needs(old=False, draws=True, fresh_masks=self.config.fresh_masks)  # U is not a sum over draws
 
     @override
     def advantages(self, rewards: Rewards, batch: RolloutBatch) -> Tensor:

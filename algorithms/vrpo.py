@@ -46,7 +46,7 @@ class VRPO(Algorithm):
     @property
     @override
     def needs(self) -> Needs:
-        return Needs(source="pairs", reference=True)
+        return Needs(old=False, source="pairs", reference=True)
 
     @override
     def advantages(self, rewards: Rewards, batch: RolloutBatch) -> Tensor:

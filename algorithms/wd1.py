@@ -49,7 +49,7 @@ class WD1(Algorithm):
     @property
     @override
     def needs(self) -> Needs:
-        return Needs(fresh_masks=self.config.fresh_masks)
+        return Needs(old=False, fresh_masks=self.config.fresh_masks)
 
     @override
     def advantages(self, rewards: Rewards, batch: RolloutBatch) -> Tensor:

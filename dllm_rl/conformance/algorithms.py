@@ -239,6 +239,16 @@ def behaviour_is_read_as_declared(subject: Subject, batch: RolloutBatch) -> None
     require(depends == declared, f"needs.behaviour_logp = {declared}, but it is {'' if depends else 'not '}read")
 
 
+def old_policy_is_read_as_declared(subject: Subject, batch: RolloutBatch) -> None:
+    """needs.old is True exactly if the loss depends on the old policy."""
+    experience = subject.experience(batch)
+    new = subject.estimate(batch, experience.masks, seed=3)
+    other = dataclasses.replace(experience, old=subject.estimate(batch, experience.masks, seed=9))
+    depends = not torch.equal(subject.gradient(experience, new)[1], subject.gradient(other, new)[1])
+    declared = subject.needs.old
+    require(depends == declared, f"needs.old = {declared}, but it is {'' if depends else 'not '}read")
+
+
 def loss_reads_only_completions(subject: Subject, batch: RolloutBatch) -> None:
     """The loss is one finite number, and its gradient is 0 outside the completion."""
     experience = subject.experience(batch)

@@ -184,7 +184,7 @@ class TorchLearner:
                 advantage=training.advantage,
                 masks=drawn,
                 old=LikelihoodEstimate.blank(batch)
-                if alone and not number
+                if not needs.old or (alone and not number)
                 else self.score(batch, drawn, draws=needs.draws),
                 reference=None if reference is None else reference[number],
                 counts=GlobalCounts.of(batch),

@@ -71,6 +71,7 @@ class Needs:
             choice_logp if the policy is trained, and no token is scored if the model is not.
         group_size: fewest samples per prompt from which its advantages can learn; 1 if they need no group.
         reference: loss() reads experience.reference.
+        old: loss() reads experience.old; else the policy is not scored before the first of several updates.
         entropy: loss() reads experience.entropy.
         trajectory: masks() or loss() reads unmask_step; then refused with strategies that revise committed tokens.
         behaviour_logp: it reads batch.behaviour_logp as the learner's own; then refused with engines whose
@@ -87,6 +88,7 @@ class Needs:
     trains: frozenset[Literal["model", "policy"]] = frozenset({"model"})
     group_size: int = 2
     reference: bool = False
+    old: bool = True
     entropy: bool = False
     trajectory: bool = False
     behaviour_logp: bool = False

@@ -16,6 +16,7 @@ import torch
 from algorithms.coupled_grpo import CoupledGRPO
 from algorithms.masked_sft import MaskedSFT
 from algorithms.trace_rl import TraceRL
+from algorithms.wd1 import WD1
 from dllm_rl import registry
 from dllm_rl.cli.main import main
 from dllm_rl.conformance.rewards import reads_files
@@ -162,6 +163,12 @@ class BelievesTheEngine(TraceRL):
         return super().loss(new, dataclasses.replace(experience, old=behaviour))
 
 
+class ScoresForNothing(WD1):
+    @property
+    def needs(self):
+        return dataclasses.replace(super().needs, old=True)
+
+
 class ChangesTheBatch(TraceRL):
     def masks(self, batch, generator, update=0):
         batch.tokens.add_(1)
@@ -285,6 +292,7 @@ FAULTS: list[tuple[str, str, str]] = [
     ("algorithms", "RowsOnly", "credit_per_token_is_taken_as_declared"),
     ("algorithms", "Backwards", "better_rows_become_likelier"),
     ("algorithms", "BelievesTheEngine", "behaviour_is_read_as_declared"),
+    ("algorithms", "ScoresForNothing", "old_policy_is_read_as_declared"),
     ("algorithms", "NoReference", "reference_is_needed_as_declared"),
     ("algorithms", "ChangesTheBatch", "the_batch_is_left_as_it_was"),
     ("strategies", "Sum", "rows_do_not_see_each_other"),

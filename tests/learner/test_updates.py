@@ -6,12 +6,14 @@ import copy
 import dataclasses
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from algorithms.coupled_grpo import CoupledGRPO
 from dllm_rl.config.cluster import LearnerSection
+from dllm_rl.config.plugins import build
 from dllm_rl.conformance import cases
 from dllm_rl.conformance.algorithms import learner_for
 from dllm_rl.conformance.suite import check_plugin
@@ -33,7 +35,7 @@ class LogSumOverDraws(Algorithm):
 
     @property
     def needs(self):
-        return Needs(draws=True, row_credit=True)
+        return Needs(old=False, draws=True, row_credit=True)
 
     def advantages(self, rewards, batch):
         return advantage.leave_one_out(rewards.total, batch.group, rewards.included)
@@ -51,6 +53,10 @@ class LogSumOverDraws(Algorithm):
 
 class PerDraw(LogSumOverDraws):
     """Every draw of every token has an advantage of its own, and a ratio."""
+
+    @property
+    def needs(self):
+        return dataclasses.replace(super().needs, old=True)
 
     def advantages(self, rewards, batch):
         row = super().advantages(rewards, batch)
@@ -83,7 +89,7 @@ class Both(Algorithm):
     def needs(self):
         c = self.config
         trains = frozenset(name for name in ("model", "policy") if getattr(c, name))
-        return Needs(trains=trains, trajectory=c.policy, row_credit=True)
+        return Needs(old=False, trains=trains, trajectory=c.policy, row_credit=True)
 
     def advantages(self, rewards, batch):
         return advantage.leave_one_out(rewards.total, batch.group, rewards.included)
@@ -236,6 +242,20 @@ def test_fresh_masks_are_scored_before_the_first_update_and_used_by_their_own(bu
         ).value.backward()
         adam.step()
     torch.testing.assert_close(flat(denoiser.module.parameters()), flat(parameters), atol=1e-8, rtol=0)
+
+
+def test_without_an_old_policy_nothing_is_scored_before_the_updates():
+    batch, scored = cases.batch(block_causal=False), cases.rewards(cases.MIXED)
+    forwards, digests = {}, {}
+    for old in (True, False):
+        algorithm = build("algorithms", "wd1", {})
+        needs = dataclasses.replace(algorithm.needs, old=old)
+        one = learner_for(needs, batch, "tiny", updates_per_step=3)
+        masks = [algorithm.masks(batch, generator_for(0, "masks", u), u) for u in range(3)]
+        subject = SimpleNamespace(needs=needs, loss=algorithm.loss)
+        one.update(TrainingBatch(batch, scored, algorithm.advantages(scored, batch), masks), subject)
+        forwards[old], digests[old] = one.ticks, one.version().digest
+    assert forwards == {True: 5, False: 3} and digests[True] == digests[False]
 
 
 def test_as_many_masks_as_updates_or_one():
