@@ -43,20 +43,28 @@ class Turn:
     turn: int = 0
     reward: float | None = None
 
-    def followed_by(self, reply: str, tokenizer: Any) -> Prompt:
+    def followed_by(self, reply: str, tokenizer: Any, *, before: str = "", after: str = "") -> Prompt:
         """The prompt of the next turn: this turn's prompt and completion, then the reply of a tool or a user.
 
         Args:
-            reply: with everything that the chat template puts around it, up to where the model goes on.
+            reply: what was replied; special tokens that are written in it stay text.
             tokenizer: of the model.
+            before: what the chat template puts before a reply; its special tokens are special.
+            after: what it puts behind the reply, up to where the model goes on.
         """
         t, prompt = self.trajectory, self.prompt
         said = t.tokens[t.prompt_length : t.prompt_length + t.completion_length].tolist()
         return dataclasses.replace(
             prompt,
             uid=f"{prompt.uid}#{t.sample}",  # randomness is keyed by it: the samples of a prompt must not share theirs
-            token_ids=(*prompt.token_ids, *said, *tokenizer.encode(reply, add_special_tokens=False)),
-            text=prompt.text + tokenizer.decode(said, skip_special_tokens=False) + reply,
+            token_ids=(
+                *prompt.token_ids,
+                *said,
+                *tokenizer.encode(before, add_special_tokens=False),
+                *tokenizer.encode(reply, add_special_tokens=False, split_special_tokens=True),
+                *tokenizer.encode(after, add_special_tokens=False),
+            ),
+            text=prompt.text + tokenizer.decode(said, skip_special_tokens=False) + before + reply + after,
             injected={},
         )
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dllm_rl.errors import UserError
+from dllm_rl.models.tokenizers import character_tokenizer
 from dllm_rl.protocols.rollouter import Turn, check_turns
 from dllm_rl.types import GIVEN, Prompt, Trajectory, WeightsVersion
 
@@ -56,6 +57,16 @@ def test_the_next_prompt_is_what_was_said_and_the_reply():
     third = turn(prompt, 0, 0, 2).followed_by("1", Digits())
     uids = {t.followed_by("1", Digits()).uid for t in [*TURNS, SECOND]} | {p.uid for p in PROMPTS}
     assert len(uids | {third.uid}) == 4 + 1 + 2, "two completions would share their randomness"
+
+
+def test_special_tokens_in_a_reply_stay_text_and_the_templates_are_special():
+    tokenizer = character_tokenizer("abc<>|eos")
+    end = tokenizer.eos_token
+    said = TURNS[0].followed_by(f"a{end}b", tokenizer, before=end, after=end + "c")
+    start = len(TURNS[0].prompt.token_ids) + 2
+    eos, written = tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(list(f"a{end}b"))
+    assert list(said.token_ids[start:]) == [eos, *written, eos, tokenizer.convert_tokens_to_ids("c")]
+    assert eos not in written and said.text.endswith(f"{end}a{end}b{end}c")
 
 
 def test_one_and_several_turns_pass():
