@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -90,7 +91,8 @@ class TorchEngine(RolloutEngine):
     @classmethod
     @override
     def capabilities(cls, config: Any) -> Capabilities:
-        return Capabilities(sampled_logp=True, confidence=True, partial=True, lora=True, sleep=True)
+        every = frozenset(field.name for field in dataclasses.fields(Sampling))
+        return Capabilities(sampled_logp=True, sampling=every, confidence=True, partial=True, lora=True, sleep=True)
 
     def sampler(self, strategy: UnmaskingStrategy, *, keep_confidence: bool = False) -> Sampler:
         """A decoder over self.denoiser.

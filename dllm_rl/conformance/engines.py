@@ -27,7 +27,7 @@ FAMILIES = ("tiny", "dream", "sdar")  # full attention, shifted predictions, blo
 WEIGHTS = WeightsVersion(step=7, digest="conformance")
 NEWER = WeightsVersion(step=8, digest="newer")
 SAMPLED = Sampling(max_new_tokens=8, temperature=1.0, tokens_per_step=2, block_size=cases.BLOCK)
-TEMPERED = dataclasses.replace(SAMPLED, temperature=0.6, top_k=6, top_p=0.95, suppress_tokens=(7,))
+TEMPERED = dataclasses.replace(SAMPLED, temperature=0.6, top_k=6, top_p=0.95)
 GREEDY = Sampling(max_new_tokens=8, temperature=0.0, tokens_per_step=2, block_size=cases.BLOCK)
 LOGP_TOLERANCE = 1e-4  # float32
 

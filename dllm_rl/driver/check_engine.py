@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 
 from dllm_rl.config.schema import Config
@@ -60,6 +62,10 @@ def check_engine(
         (config.rollout.pause_blocks is not None and not can.partial, "cannot pause; leave rollout.pause_blocks out"),
         (bool(config.cluster.sleep) and not can.sleep, "cannot sleep; set cluster.sleep: false"),
     ]
+    known = {"max_new_tokens", "block_size", "tokens_per_step", "temperature", "top_k", "top_p"} | can.sampling
+    for field in dataclasses.fields(Sampling):
+        asked = field.name not in known and getattr(sampling, field.name) != field.default
+        lacks.append((asked, f"does not follow sampling.{field.name} = {getattr(sampling, field.name)}; leave it out"))
     for missing, what in lacks:
         if missing:
             raise UserError(f"engine '{name}' {what}; or set another engine.name, such as native")

@@ -29,6 +29,8 @@ class Capabilities:
         step_maps: trajectories tell which forward committed each token, in which order.
         logp: trajectories hold the log-probability of each token under the model.
         sampled_logp: and that under the distribution which it was drawn from, where that is another one.
+        sampling: further fields of Sampling that it follows, beside max_new_tokens, block_size, tokens_per_step,
+            temperature, top_k and top_p, which every engine has to.
         confidence: trajectories hold the confidences that unmasking policies are trained on.
         partial: completions can pause at block boundaries and go on later.
         lora: adapters are served as they are; without it they arrive merged (cluster.push: merged).
@@ -42,6 +44,7 @@ class Capabilities:
     step_maps: bool = True
     logp: bool = True
     sampled_logp: bool = False
+    sampling: frozenset[str] = frozenset()
     confidence: bool = False
     partial: bool = False
     lora: bool = False

@@ -72,6 +72,8 @@ def test_with_lora_it_gets_merged_layers(foreign, tiny):
         ("engine.sharpness=yes", r"engine.sharpness = .*number"),
         ("model={family: sdar, block_size: 4, init: {hidden_size: 32, num_layers: 1, num_heads: 4, max_length: 40}}",
          r"serves full attention, family 'sdar' has block_causal"),
+        ("sampling.cfg_scale=0.5", r"does not follow sampling.cfg_scale = 0.5; leave it out"),
+        ("sampling.schedule=uniform", r"does not follow sampling.schedule = uniform"),
         ("rollout={correction: token, max_staleness: 1}\nsampling.temperature=0.5",
          r"does not tell how probable a token was under sampling.temperature, .* set temperature: 1.0"),
     ],
