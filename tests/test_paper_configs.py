@@ -113,7 +113,7 @@ def test_a_header_that_lies_is_found(tmp_path, capsys):
     assert paper_costs.main([str(copy)]) == 0
 
 
-def shrunk(path, tmp_path):
+def shrunk(path, tmp_path, *, ray=False):
     """The configuration as it is written, but for what a laptop without network cannot have.
 
     Replaced: the checkpoint by a random model of its family (model.init), with fewer and shorter rows; the data by rows
@@ -141,10 +141,10 @@ def shrunk(path, tmp_path):
     if config.sampling.tokens_per_step == config.sampling.max_new_tokens:  # a canvas a forward
         values["sampling"]["tokens_per_step"] = CANVAS
     values["learner"] |= {"updates_per_step": min(2, config.learner.updates_per_step)}
-    values["learner"] |= {
-        "zero_stage": min(2, config.learner.zero_stage)
-    }  # 3 takes apart what one process decodes with
-    values["cluster"] = {}
+    if ray:
+        values["cluster"] |= {"engines": 1, "learners": 2}
+    else:  # ZeRO 3 takes apart what one process decodes with
+        values["cluster"], values["learner"]["zero_stage"] = {}, min(2, config.learner.zero_stage)
     values["evaluate"]["limit"] = 2
     values["diagnostics"]["rows"] = 1
     if config.algorithm.name in ASK_WHETHER_SOLVED:
@@ -191,7 +191,19 @@ def environment_kept():
     "path", [pytest.param(p, marks=() if p.stem in QUICK else pytest.mark.slow, id=p.stem) for p in FILES]
 )
 def test_it_runs_with_a_tiny_model_of_the_family(path, tmp_path):
-    config = shrunk(path, tmp_path)
+    assert_it_learns(shrunk(path, tmp_path), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_full_fine_tuning_runs_on_ray_with_zero_3(tmp_path, ray_cluster):
+    config = shrunk(ROOT / "configs/methods/just_grpo_paper.yaml", tmp_path, ray=True)
+    assert (config.cluster.kind, config.cluster.colocate, config.learner.zero_stage) == ("ray", True, 3)
+    assert_it_learns(config, tmp_path)
+
+
+def assert_it_learns(config, tmp_path):
+    """Two steps, and something to learn in them."""
     assert train(config).steps == 2
     rows = map(json.loads, (tmp_path / config.run.name / "metrics.jsonl").read_text().splitlines())
     learned = [row for row in rows if "loss" in row]
