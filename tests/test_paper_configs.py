@@ -22,7 +22,7 @@ FILES = paper_costs.files()
 QUICK = ("diffu_grpo_paper", "coupled_grpo_paper", "trace_rl_paper", "vrpo_paper")  # one of each family and source
 FAMILIES = {"GSAI-ML": "llada", "apple": "dream", "JetLM": "sdar"}  # by the owner of the checkpoint
 CANVAS, VOCABULARY = 32, 300
-GRADED, SOLVED = "tests.light_rewards:apart", "tests.light_rewards:right"
+GRADED, SOLVED = "light_rewards:apart", "light_rewards:right"
 ASK_WHETHER_SOLVED = ("lightning_rl", "unmasking_policy")
 
 
@@ -178,8 +178,9 @@ def task(config, tmp_path):
 
 
 @pytest.fixture
-def environment_kept():
-    """DeepSpeed is told its rank in environment variables."""
+def environment_kept(monkeypatch, request):
+    """Reward workers find light_rewards; DeepSpeed is told its rank in environment variables."""
+    monkeypatch.syspath_prepend(str(request.path.parent))
     before = dict(os.environ)
     yield
     os.environ.clear()
@@ -196,6 +197,7 @@ def test_it_runs_with_a_tiny_model_of_the_family(path, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.ray
+@pytest.mark.usefixtures("environment_kept")
 def test_full_fine_tuning_runs_on_ray_with_zero_3(tmp_path, ray_cluster):
     config = shrunk(ROOT / "configs/methods/just_grpo_paper.yaml", tmp_path, ray=True)
     assert (config.cluster.kind, config.cluster.colocate, config.learner.zero_stage) == ("ray", True, 3)
