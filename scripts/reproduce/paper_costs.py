@@ -168,7 +168,8 @@ def cost(config: Config) -> Cost:
     draws, sets = masks[0].mask.shape[0], len(masks)
     scored = learned_turns * draws * shape.forward(PROMPT + canvas * (2 if shape.block_causal else 1), whole)
     parts = min(learner.minibatches, config.data.prompts_per_step)
-    old = sets if parts > 1 else sets - 1  # a first update on the whole batch scores the old policy itself
+    # A first update on the whole batch scores the old policy itself.
+    old = needs.old * (sets if parts > 1 else sets - 1)
     backward = 1 if config.model.lora is not None else 2
     update = 2 + backward + config.model.gradient_checkpointing  # without a graph, with one, backward, recomputation
     trains = "model" in needs.trains
