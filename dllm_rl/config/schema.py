@@ -34,7 +34,7 @@ class RunSection(Section):
     seed: int = Field(default=0, ge=0)
     """Seed of every random draw."""
     steps: int = Field(ge=1)
-    """Batches to train on; each is one optimiser update, or learner.updates_per_step times learner.minibatches of them."""
+    """Batches to train on; each makes learner.updates_per_step times learner.minibatches optimiser updates."""
     output: str = "runs"
     """Parent folder of run folders."""
     threads: int | None = Field(default=None, ge=1)
