@@ -18,12 +18,12 @@ class Learner(Protocol):
     def score(
         self, batch: RolloutBatch, masks: MaskSample, *, reference: bool = False, draws: bool = False
     ) -> LikelihoodEstimate:
-        """Likelihoods without gradient under the current weights, or the frozen reference.
+        """Likelihoods without gradient under the current weights, or the reference.
 
         Args:
             batch: rows.
             masks: draws, for the same rows.
-            reference: score the frozen reference instead.
+            reference: score the reference instead: frozen, or as its last move left it.
             draws: with the log-probabilities of each draw.
         """
 
