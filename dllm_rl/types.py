@@ -460,7 +460,7 @@ class Experience:
         advantage: (N,), (N, L) or (K, N, L) float32.
         masks: the draws shared by old, reference and current policy.
         old: likelihood under the policy at the start of the update.
-        reference: likelihood under the frozen reference, or None if the algorithm needs none.
+        reference: likelihood under the reference, or None if the algorithm needs none.
         entropy: (N, L) float32 nats; the old policy's predictive entropy at scored positions, averaged over the draws
             that score them, or None if the algorithm needs none.
         counts: of the whole global batch (all ranks); losses divide by them, never by a local count.
@@ -538,7 +538,7 @@ class TrainingBatch:
         rewards: their rewards.
         advantage: (N,), (N, L) or (K, N, L) float32.
         masks: draws of each optimiser update; a single entry is shared by all of them.
-        reference: likelihood under the frozen reference for each entry of masks, or None if the algorithm needs none.
+        reference: likelihood under the reference for each entry of masks, or None if the algorithm needs none.
         minibatches: what each optimiser update of a pass over the batch learns from; None = the batch is whole, and the
             learner splits it.
     """

@@ -74,6 +74,18 @@ class ClusterSection(Section):
     """How many engines, and how often the learners, may be lost over the run; then it saves and stops."""
 
 
+class ReferenceSection(Section):
+    """The reference policy of algorithms that need one: what a divergence or a preference is measured from."""
+
+    kind: Literal["frozen", "ema"] = "frozen"
+    """"frozen": the model at the start of the run; "ema": it follows the policy by an exponential moving average of
+    weights."""
+    every: int = Field(default=64, ge=1)
+    """Optimiser updates from one move to the next; a step has updates_per_step times minibatches of them."""
+    weight: float = Field(default=0.6, gt=0, le=1)
+    """Of the policy: each move makes the reference weight * policy + (1 - weight) * reference; 1 = a copy."""
+
+
 class LearnerSection(Section):
     """How weights are updated."""
 
@@ -115,6 +127,8 @@ class LearnerSection(Section):
     minibatches: int = Field(default=1, ge=1)
     """Optimiser updates in a pass over a batch of rollouts; the old policy is scored for the whole batch before the
     first, so that ratios differ from 1 in the others. Groups stay whole."""
+    reference: ReferenceSection = ReferenceSection()
+    """The reference policy."""
     precompute_reference: bool = False
     """Score all steps under the reference before training and free it; for pairs and demonstrations."""
     reference_cache: str | None = None
@@ -172,6 +186,17 @@ def check(cluster: ClusterSection, rollout: RolloutSection, learner: LearnerSect
         raise UserError(
             f"learner.zero_options: '{ours[0]}' has an option of its own; set learner.zero_stage, "
             f"offload_optimizer or offload_parameters"
+        )
+    moves, default = learner.reference, ReferenceSection()
+    if moves.kind == "ema" and learner.precompute_reference:
+        raise UserError(
+            "learner.precompute_reference scores all steps under a reference that does not move; leave it out, or set "
+            "learner.reference.kind: frozen"
+        )
+    if moves.kind == "frozen" and (moves.every, moves.weight) != (default.every, default.weight):
+        raise UserError(
+            f"learner.reference: every = {moves.every} and weight = {moves.weight} say how a reference moves, and this "
+            f"one is frozen; add kind: ema"
         )
     if learner.warmup_ratio is not None and learner.warmup_steps:
         raise UserError("learner.warmup_steps and learner.warmup_ratio say the same thing; give one of them")

@@ -199,6 +199,11 @@ def _check_learner(config: Config, algorithm: Algorithm) -> None:
         )
     if config.rollout.correction is not None:
         _check_correction(config, algorithm)
+    if config.learner.reference.kind == "ema" and not algorithm.needs.reference:
+        raise UserError(
+            f"learner.reference.kind = ema: algorithm '{config.algorithm.name}' reads no reference with these options; "
+            f"leave learner.reference out, or give the algorithm its divergence (beta > 0, if it has one)"
+        )
     if config.learner.backend == "torch":
         return
     require_package("deepspeed", "deepspeed", "learner.backend: deepspeed")

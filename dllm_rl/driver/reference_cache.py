@@ -1,4 +1,4 @@
-"""Likelihoods under the frozen reference: scored when they are needed, or kept on disk so that the reference can go.
+"""Likelihoods under the reference: scored when they are needed, or kept on disk so that a frozen one can go.
 
 The draws of a step are a pure function of the run seed and the step. For data that is there from the start (pairs,
 demonstrations) every reference score can therefore be computed before training; files are named by what they hold
@@ -71,7 +71,11 @@ class ReferenceCache:
         run.learner.drop_reference()
 
     def of(self, batch: RolloutBatch, masks: Sequence[MaskSample]) -> list[LikelihoodEstimate] | None:
-        """The reference likelihoods of a batch under each of its draws, or None if the algorithm needs none."""
+        """The reference likelihoods of a batch under each of its draws, or None if the algorithm needs none.
+
+        A reference that moves is scored as it is now, before the first update on the batch; what it moves to during
+        the step is for the next one.
+        """
         if not self._needed:
             return None
         if not self._cached:

@@ -3,6 +3,7 @@
 <run>/checkpoints/step-000040/
     model/          weights in the family's own layout (or the adapter), and the tokenizer
     optimizer.pt    optimiser state and step
+    reference.pt    the reference policy, if it moves
     state.json      counters
     manifest.json   SHA-256 of every other file
 """

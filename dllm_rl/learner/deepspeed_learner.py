@@ -110,6 +110,7 @@ class DeepSpeedLearner(TorchLearner):
         self._optimizer.engine.save_checkpoint(str(folder / "zero"), tag=TAG, exclude_frozen_parameters=True)
         if self._rank == 0:
             torch.save({"step": self.step, "size": self._size}, folder / "optimizer.pt")
+        self._save_reference(folder, writes=self._rank == 0)
         dist.barrier()
 
     @override
@@ -130,6 +131,7 @@ class DeepSpeedLearner(TorchLearner):
         if loaded is None:
             raise UserError(f"checkpoint '{folder}': DeepSpeed found no state in {where}")
         self.step = state["step"]
+        self._load_reference(folder)
 
     def _universal(self, folder: Path) -> Path:
         """The states in DeepSpeed's layout for any number of ranks, beside the checkpoint's own; rank 0 converts."""

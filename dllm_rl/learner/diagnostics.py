@@ -25,7 +25,7 @@ def redrawn(
         algorithm: draws.
         batch: N rows.
         seeds: of each draw.
-        reference: score the frozen reference instead.
+        reference: score the reference instead.
     """
     return torch.stack(
         [

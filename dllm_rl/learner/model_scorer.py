@@ -1,4 +1,4 @@
-"""Scores tokens with the model that is trained, and with the frozen reference."""
+"""Scores tokens with the model that is trained, and with the reference."""
 
 from __future__ import annotations
 
@@ -13,15 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dllm_rl.config.cluster import ReferenceSection
 from dllm_rl.diffusion import likelihood
 from dllm_rl.diffusion.likelihood import Work
 from dllm_rl.errors import UserError
+from dllm_rl.learner.moving_reference import MovingReference
 from dllm_rl.learner.scorer import Share
 from dllm_rl.models.denoiser import TransformersDenoiser
 from dllm_rl.models.digest import digest
 from dllm_rl.models.evaluating import evaluating
 from dllm_rl.models.loading import load_denoiser, save_denoiser
-from dllm_rl.models.lora import load_adapter, reference_weights, save_adapter
+from dllm_rl.models.lora import add_second_adapter, load_adapter, reference_weights, save_adapter
 from dllm_rl.types import LikelihoodEstimate, MaskSample, RolloutBatch, Sampling
 
 Scored = tuple[Tensor, Tensor, Tensor]
@@ -29,10 +31,20 @@ Scoring = Callable[..., Scored]  # likelihood.score or likelihood.entropy
 
 
 class ModelScorer:
-    """The Scorer of a denoiser: fills in token_logp and draw_token_logp."""
+    """The Scorer of a denoiser: fills in token_logp and draw_token_logp.
+
+    Attributes:
+        moving: moves the reference after updates of the policy; None if it is frozen, or if there is none.
+    """
 
     def __init__(
-        self, denoiser: TransformersDenoiser, tokenizer: Any, tokens_per_microbatch: int, *, keep_reference: bool
+        self,
+        denoiser: TransformersDenoiser,
+        tokenizer: Any,
+        tokens_per_microbatch: int,
+        *,
+        reference: ReferenceSection | None,
+        seed: int,
     ) -> None:
         """Look at what is trainable.
 
@@ -40,7 +52,9 @@ class ModelScorer:
             denoiser: trained in place.
             tokenizer: saved beside the weights.
             tokens_per_microbatch: bound on padded tokens per forward.
-            keep_reference: hold a frozen copy (with LoRA: the base below the adapter, which costs nothing).
+            reference: hold one: a copy of the model, or with LoRA the base below the adapter, which costs nothing, and
+                a second adapter on it if the reference moves; None = no reference.
+            seed: run seed, for a reference that moves.
         """
         self.denoiser, self.ticks = denoiser, 0
         self.trained: Sequence[tuple[str, nn.Parameter]] = [
@@ -48,9 +62,12 @@ class ModelScorer:
         ]
         self._tokenizer, self._budget = tokenizer, tokens_per_microbatch
         self._reference: TransformersDenoiser | None = None
-        if keep_reference and denoiser.adapter is None:
+        self.moving: MovingReference | None = None
+        if reference is not None and denoiser.adapter is None:
             self._reference = copy.deepcopy(denoiser)
             self._reference.module.requires_grad_(False).eval()
+        if reference is not None and reference.kind == "ema":
+            self.moving = MovingReference(self._followers(), reference, seed=seed)
 
     def plan(self, batch: RolloutBatch, masks: MaskSample) -> list[Work]:
         """Micro-batches; the same number on every rank."""
@@ -79,7 +96,7 @@ class ModelScorer:
         return [functools.partial(self._share, batch, needed, part) for part in self.plan(batch, needed)]
 
     def reference(self, batch: RolloutBatch, masks: MaskSample, *, draws: bool) -> LikelihoodEstimate:
-        """Likelihoods without gradient under the frozen reference."""
+        """Likelihoods without gradient under the reference, as it is now."""
         if self._reference is None and self.denoiser.adapter is None:
             raise RuntimeError("the learner holds no reference: it was made without one, or it has been dropped")
         forward = self._forward if self._reference is None else self._reference_forward
@@ -142,6 +159,13 @@ class ModelScorer:
             for name, value in saved.items():
                 own[name].copy_(value)
 
+    def _followers(self) -> list[tuple[list[nn.Parameter], list[nn.Parameter]]]:
+        """Parameters of the reference, and those that they follow."""
+        if self._reference is None:
+            return add_second_adapter(self.denoiser)
+        own = dict(self._reference.module.named_parameters())
+        return [([own[name]], [parameter]) for name, parameter in self.trained]
+
     def _share(self, batch: RolloutBatch, needed: MaskSample, part: Work) -> Tensor:
         logp, pair, position = self._forward(likelihood.score, batch, needed, part)
         return (logp * likelihood.weights(needed, part, pair, position)).sum()
@@ -152,6 +176,6 @@ class ModelScorer:
         return function(self.denoiser, batch, masks, work)
 
     def _reference_forward(self, function: Scoring, *arguments: Any) -> Scored:
-        """The same on the frozen copy."""
+        """The same on the copy."""
         self.ticks += 1
         return function(self._reference, *arguments)

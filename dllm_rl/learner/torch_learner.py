@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from dllm_rl import seeding
 from dllm_rl.config.cluster import LearnerSection
 from dllm_rl.diffusion import surrogate
-from dllm_rl.errors import RunStopped
+from dllm_rl.errors import RunStopped, UserError
 from dllm_rl.learner.minibatches import split
 from dllm_rl.learner.model_scorer import ModelScorer
 from dllm_rl.learner.optimizer import Optimizer
@@ -48,6 +48,8 @@ from dllm_rl.types import (
     TrainingBatch,
     WeightsVersion,
 )
+
+REFERENCE = "reference.pt"
 
 
 class NonFiniteError(RunStopped):
@@ -81,8 +83,8 @@ class TorchLearner:
             denoiser: trained in place if the model is; engines in this process share it.
             tokenizer: saved beside the weights.
             config: optimiser settings.
-            needs: of the algorithm: whether a frozen copy is held (with LoRA the base below the adapter, which costs
-                nothing), a value model is trained beside the model, and the model itself is trained.
+            needs: of the algorithm: whether a reference is held, a value model is trained beside the model, and the
+                model itself is trained.
             total_steps: length of the run, for the schedule.
             seed: run seed, for dropout.
             policy: scores with the unmasking policy that is trained, if one is.
@@ -90,11 +92,13 @@ class TorchLearner:
         """
         self.denoiser, self.step = denoiser, 0
         self._config, self._seed, self._dump_folder = config, seed, dump_folder
+        self._needs_reference = needs.reference
         self._model: ModelScorer | None = None
         self._scorers: dict[str, Scorer] = {}  # by the folder of its weights
         trains_model, budget = "model" in needs.trains, config.tokens_per_microbatch
         if trains_model:
-            self._model = self._model_scorer(denoiser, tokenizer, budget, keep_reference=needs.reference)
+            reference = config.reference if needs.reference else None
+            self._model = self._model_scorer(denoiser, tokenizer, budget, reference=reference, seed=seed)
             self._scorers["model"] = self._model
         if policy is not None:
             self._scorers["policy" if trains_model else "model"] = policy
@@ -121,7 +125,7 @@ class TorchLearner:
         draws: bool = False,
         sampling: Sampling | None = None,
     ) -> LikelihoodEstimate:
-        """Likelihoods without gradient under the current weights, or the frozen reference; see protocols.Learner."""
+        """Likelihoods without gradient under the current weights, or the reference; see protocols.Learner."""
         if reference:
             assert self._model is not None, "an unmasking policy is trained from scratch: it has no reference"
             return self._model.reference(batch, masks, draws=draws)
@@ -235,6 +239,8 @@ class TorchLearner:
             self._second_phase(experience, dataclasses.replace(new, **dict(zip(leaves, slopes, strict=True))))
         check = functools.partial(self._require_finite, "gradient norm", experience=experience)
         norm = self._optimizer.step(check)
+        if self._model is not None and self._model.moving is not None:
+            self._model.moving.updated(self.reading)  # for the next batch: this one has its scores already
         metrics = surrogate.derived_metrics({name: scalar.item() for name, scalar in found.items()})
         return {"grad_norm": norm.item(), **metrics}, experience
 
@@ -267,6 +273,7 @@ class TorchLearner:
         torch.save({"step": self.step, "optimizer": self._optimizer.state_dict()}, folder / "optimizer.pt")
         if self._values is not None:
             torch.save(self._values.state_dict(), folder / "values.pt")
+        self._save_reference(folder, writes=True)
 
     def load(self, folder: Path) -> None:
         """Restore what save wrote, bit for bit."""
@@ -277,6 +284,27 @@ class TorchLearner:
         self.step = state["step"]
         if self._values is not None:
             self._values.load_state_dict(torch.load(folder / "values.pt", weights_only=True, map_location="cpu"))
+        self._load_reference(folder)
+
+    def _save_reference(self, folder: Path, *, writes: bool) -> None:
+        """Write a reference that moves into folder/reference.pt; one that is frozen is the start of the run."""
+        if self._model is not None and self._model.moving is not None:
+            self._model.moving.save(folder / REFERENCE, self.reading, writes=writes)
+
+    def _load_reference(self, folder: Path) -> None:
+        """Restore it. A run whose reference was frozen so far goes on from there.
+
+        Raises:
+            UserError: the reference has moved, and is to be frozen now.
+        """
+        if self._model is None or not self._needs_reference or not (folder / REFERENCE).is_file():
+            return
+        if self._model.moving is None:
+            raise UserError(
+                f"checkpoint '{folder}' holds a reference that has moved, and learner.reference.kind: frozen is the "
+                f"start of the run; set kind: ema (with every: 1000000 it stays where it is)"
+            )
+        self._model.moving.load(folder / REFERENCE, self.reading)
 
     @contextlib.contextmanager
     def reading(self, parameters: Sequence[nn.Parameter], *, writing: bool = False) -> Iterator[None]:

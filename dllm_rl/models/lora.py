@@ -5,6 +5,7 @@ Source: Hu et al. 2021, arXiv:2106.09685.
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +26,7 @@ from dllm_rl.models.quantize import whole
 from dllm_rl.seeding import generator_for
 
 _PREFIX = "base_model.model."  # peft's own, in front of every module name of an adapter file
+_SECOND = "reference"
 _LORA_PARTS = (".lora_A.", ".lora_B.")
 _HARMLESS_INIT = (True, False, "gaussian", "orthogonal", "eva")  # the others, such as "pissa", change the base weights
 # Settings with which a layer computes, or a file holds, something else than W + scale * B A.
@@ -100,17 +102,45 @@ def add_lora(
     return len(modules)
 
 
+def add_second_adapter(denoiser: TransformersDenoiser) -> list[tuple[list[nn.Parameter], list[nn.Parameter]]]:
+    """Add another adapter of the same shape, zero and not trained, which reference_weights turns on.
+
+    It is none of the weights that are trained, sent, saved or merged.
+
+    Returns:
+        of each adapted layer: its A and B, and A and B of the adapter that is trained.
+    """
+    settings = copy.deepcopy(denoiser.adapter.peft_config["default"])
+    devices = [denoiser.device] if denoiser.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):  # see _attach
+        denoiser.adapter.add_adapter(_SECOND, settings)
+    pairs = []
+    for _, layer in _lora_layers(denoiser.module):
+        second, trained = ([layer.lora_A[name].weight, layer.lora_B[name].weight] for name in (_SECOND, "default"))
+        for parameter in second:
+            nn.init.zeros_(parameter.requires_grad_(False))
+        pairs.append((second, trained))
+    return pairs
+
+
 @contextmanager
 def reference_weights(denoiser: TransformersDenoiser) -> Iterator[None]:
-    """Inside, the denoiser is the frozen network without its adapter.
+    """Inside, the denoiser is the frozen network without its adapter, or with the second one if it has that.
 
     Raises:
         UserError: no adapter, so that there is no second set of weights.
     """
     if denoiser.adapter is None:
         raise UserError("no adapter: a model trained in full needs its own frozen copy as the reference")
-    with denoiser.adapter.disable_adapter():
+    if _SECOND not in denoiser.adapter.peft_config:
+        with denoiser.adapter.disable_adapter():
+            yield
+        return
+    denoiser.adapter.set_adapter(_SECOND, inference_mode=True)
+    try:
         yield
+    finally:
+        denoiser.adapter.set_adapter("default")  # trainable again, too
 
 
 def merged_weights(denoiser: TransformersDenoiser) -> Iterator[tuple[str, Tensor]]:

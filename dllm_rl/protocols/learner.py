@@ -24,12 +24,12 @@ class Learner(Protocol):
         draws: bool = False,
         sampling: Sampling | None = None,
     ) -> LikelihoodEstimate:
-        """Likelihoods without gradient under the current weights, or the frozen reference.
+        """Likelihoods without gradient under the current weights, or the reference.
 
         Args:
             batch: rows.
             masks: draws, for the same rows.
-            reference: score the frozen reference instead.
+            reference: score the reference instead: frozen, or as its last move left it.
             draws: with the log-probabilities of each draw.
             sampling: of the distribution that tokens are drawn from by it, instead of the model's own; the current
                 weights' only.

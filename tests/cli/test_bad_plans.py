@@ -159,6 +159,21 @@ PLANS: dict[str, tuple[dict[str, Any] | Callable[[Path], dict[str, Any]], list[s
         {"algorithm": {"name": "coupled_grpo"}, "learner.precompute_reference": True},
         ["precompute_reference = true", "'coupled_grpo' trains on fresh rollouts"],
     ),
+    "references beforehand of a reference that moves": (
+        {
+            "algorithm": {"name": "vrpo"},
+            "learner": {"precompute_reference": True, "reference": {"kind": "ema"}},
+        },
+        ["learner.precompute_reference", "does not move", "set learner.reference.kind: frozen"],
+    ),
+    "a reference that moves, and nobody reads": (
+        {"algorithm": {"name": "coupled_grpo", "beta": 0.0}, "learner.reference": {"kind": "ema"}},
+        ["learner.reference.kind = ema", "'coupled_grpo' reads no reference", "beta > 0"],
+    ),
+    "moves of a reference that is frozen": (
+        {"algorithm": {"name": "coupled_grpo"}, "learner.reference": {"every": 32}},
+        ["every = 32 and weight = 0.6", "frozen", "add kind: ema"],
+    ),
     "a policy to train, but a strategy without one": (
         {"algorithm": {"name": "unmasking_policy"}},
         ["'unmasking_policy' trains the network", "sampling.strategy to {name: learned}"],
