@@ -205,6 +205,9 @@ class RewardsSection(Section):
     """Worker processes."""
     max_failure_fraction: float = Field(default=0.5, ge=0, le=1)
     """Stop the run if a larger share of a batch could not be scored."""
+    truncated: Literal["score", "blank"] = "score"
+    """What reward functions see, in training, of a completion that filled the canvas without an end token: its text, or
+    an empty one, so that a right answer in it counts as wrong."""
     self_test: int = Field(default=8, ge=0)
     """Examples whose gold answer must score full, and a wrong one not, before training starts; 0 = no check."""
 

@@ -301,4 +301,6 @@ def _reward_pool(config: Config, task: Task) -> RewardPool | None:
     plugins = reward_plugins(config, task)
     if not plugins:
         return None
-    return RewardPool(plugins, num_workers=config.reward_pool.workers, success=task.success)
+    options = config.reward_pool
+    blank = options.truncated == "blank"
+    return RewardPool(plugins, num_workers=options.workers, success=task.success, blank_truncated=blank)

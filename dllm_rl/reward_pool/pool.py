@@ -85,20 +85,29 @@ class RewardPool:
 
     Attributes:
         names: the reward functions, in order; the names of the reward components.
+        blank_truncated: completions of a batch to learn from that never ended are scored as empty texts.
         failures: the latest failed verifications, newest last.
     """
 
-    def __init__(self, specs: Sequence[RewardPlugin], *, num_workers: int = 2, success: str = "") -> None:
+    def __init__(
+        self,
+        specs: Sequence[RewardPlugin],
+        *,
+        num_workers: int = 2,
+        success: str = "",
+        blank_truncated: bool = False,
+    ) -> None:
         """Start the workers; they load their rewards while the caller goes on.
 
         Args:
             specs: the reward functions; names must differ.
             num_workers: processes.
             success: the reward whose value >= 1 means that a row is solved; "" = none.
+            blank_truncated: see the class.
         Raises:
             UserError: an unknown reward, one that is listed twice, or an option that it does not take.
         """
-        self.names = tuple(spec.name for spec in specs)
+        self.names, self.blank_truncated = tuple(spec.name for spec in specs), blank_truncated
         for spec in specs:
             if self.names.count(spec.name) > 1:
                 raise UserError(f"reward '{spec.name}' is listed twice; give it one entry and one weight")

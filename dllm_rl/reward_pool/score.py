@@ -73,6 +73,8 @@ def score_turns(
     Returns:
         Rewards of the rows. An episode is excluded as a whole: what its other turns would be compared with has failed.
     """
+    if pool.blank_truncated:
+        texts = ["" if t.trajectory.finish == "length" else text for t, text in zip(turns, texts, strict=True)]
     last = {turn.episode: row for row, turn in enumerate(turns)}
     row_of = [last[turn.episode] if rewarded == "episode" else row for row, turn in enumerate(turns)]
     rows = sorted(set(row_of))

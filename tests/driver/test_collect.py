@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from dllm_rl.driver.build import build_run
 from dllm_rl.driver.collect import roll_out
@@ -46,3 +47,13 @@ def test_completions_end_at_the_end_tokens_of_the_configuration(collected):
     assert not any("1" in text for text in said) and found.rewards.total.tolist() == [1.0] * len(said)
     ended = found.batch.tokens[found.batch.completion]
     assert (ended == one).sum() > 2  # scored, as every end token is
+
+
+def test_what_never_ended_is_scored_as_empty_if_the_configuration_says_so(collected):
+    found, run = collected("reward_pool.truncated=blank")
+    whole, _ = collected()
+    ends = torch.isin(found.batch.tokens, torch.tensor(run.denoiser.end_ids)) & found.batch.completion
+    cut = ~ends.any(-1)
+    assert torch.equal(found.batch.tokens, whole.batch.tokens) and (whole.rewards.total[cut] == 0).any()
+    assert (found.rewards.total[cut] == 1).all(), "an empty text has no 1 in it"
+    assert torch.equal(found.rewards.total[~cut], whole.rewards.total[~cut])
