@@ -239,6 +239,24 @@ class DiagnosticsSection(Section):
     """Draws of all masks per row."""
 
 
+class DriftSection(Section):
+    """When to stop a run whose model becomes overconfident: its last steps against its first ones, both as means."""
+
+    tokens_per_forward: float | None = Field(default=None, gt=0)
+    """Largest multiple of the first steps' tokens per forward, such as 1.5; null = any."""
+    confidence: float | None = Field(default=None, gt=0, lt=1)
+    """Largest rise of the mean probability of generated tokens, such as 0.1; null = any."""
+    reward_gain: float | None = 0.0
+    """No stop while the reward is higher than in the first steps by more than this; null = whatever the reward."""
+    window: int = Field(default=5, ge=1)
+    """Steps that a mean is over; 1 = compare the newest step with the very first."""
+
+    @property
+    def limits(self) -> bool:
+        """Whether any figure has a limit."""
+        return self.tokens_per_forward is not None or self.confidence is not None
+
+
 class TrackingSection(Section):
     """Where metrics go beside metrics.jsonl."""
 
@@ -273,6 +291,7 @@ class Config(Section):
     evaluate: EvaluateSection = EvaluateSection()
     checkpoint: CheckpointSection = CheckpointSection()
     diagnostics: DiagnosticsSection = DiagnosticsSection()
+    drift: DriftSection = DriftSection()
     tracking: TrackingSection = TrackingSection()
     rollout: RolloutSection = RolloutSection()
     cluster: ClusterSection = ClusterSection()

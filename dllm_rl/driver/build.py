@@ -236,6 +236,11 @@ def reward_plugins(config: Config, task: Task) -> list[RewardPlugin]:
 
 def _check_source(config: Config, algorithm: Algorithm, strategy: UnmaskingStrategy, task: Task) -> None:
     if algorithm.needs.source != "rollouts":
+        if config.drift.limits:
+            raise UserError(
+                f"section drift compares rollouts, and algorithm '{config.algorithm.name}' trains on "
+                f"{algorithm.needs.source}; leave the section out"
+            )
         return
     if not reward_plugins(config, task):
         raise UserError(f"task '{config.data.task.name}' has no rewards of its own; list some under 'rewards:'")

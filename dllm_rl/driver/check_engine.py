@@ -42,6 +42,7 @@ def check_engine(
             config.rollout.correction is not None and not can.logp,
             "returns no log-probs, which rollout.correction reads",
         ),
+        (config.drift.confidence is not None and not can.logp, "returns no log-probs, which drift.confidence reads"),
         (
             "policy" in algorithm.needs.trains and not can.confidence,
             f"keeps no confidences, which '{method}' trains on",
