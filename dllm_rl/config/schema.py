@@ -286,6 +286,9 @@ class Config(Section):
     algorithm: Plugin
     rewards: list[RewardPlugin] | None = None
     """Reward functions; null = the task's own."""
+    reward_normalisation: Literal["total", "decoupled"] = "total"
+    """What methods that compare the samples of a prompt normalise: the sum of the rewards, or each of them before they
+    are added up (decoupled), so that none drowns the others."""
     reward_pool: RewardsSection = RewardsSection()
     learner: LearnerSection = LearnerSection()
     evaluate: EvaluateSection = EvaluateSection()

@@ -241,7 +241,9 @@ def _check_source(config: Config, algorithm: Algorithm, strategy: UnmaskingStrat
                 f"section drift compares rollouts, and algorithm '{config.algorithm.name}' trains on "
                 f"{algorithm.needs.source}; leave the section out"
             )
+        _check_groups(config, algorithm)
         return
+    _check_groups(config, algorithm)
     if not reward_plugins(config, task):
         raise UserError(f"task '{config.data.task.name}' has no rewards of its own; list some under 'rewards:'")
     if config.data.samples_per_prompt < algorithm.needs.group_size:
@@ -253,6 +255,17 @@ def _check_source(config: Config, algorithm: Algorithm, strategy: UnmaskingStrat
         raise UserError(
             "sampling.temperature = 0 makes all samples of a prompt the same and every advantage 0; "
             "set sampling.temperature to 1.0"
+        )
+
+
+def _check_groups(config: Config, algorithm: Algorithm) -> None:
+    """What reads rewards of groups needs a method that does."""
+    source = algorithm.needs.source
+    alone = f"trains on {source}" if source != "rollouts" else "has a value model" if algorithm.needs.values else ""
+    if alone and config.reward_normalisation == "decoupled":
+        raise UserError(
+            f"reward_normalisation = decoupled compares the samples of a prompt, and algorithm "
+            f"'{config.algorithm.name}' {alone}; set it to total"
         )
 
 

@@ -12,6 +12,7 @@ import torch
 from dllm_rl import seeding
 from dllm_rl.config.schema import Config
 from dllm_rl.data.collate import collate, completion_texts, supervised
+from dllm_rl.diffusion.advantage import decoupled
 from dllm_rl.driver.build import Run
 from dllm_rl.driver.decoder import BatchDecoder, PartialBatch
 from dllm_rl.protocols.algorithm import ExtraRollout, ExtraRollouts
@@ -105,6 +106,8 @@ def collect(
             chosen = run.algorithm.select_rows(added, drawn.rewards, everything, generator)
             batch, rewards, rows = everything.select(chosen), drawn.rewards.select(chosen), chosen.tolist()
             metrics |= {f"guided/{name}": value for name, value in rollout_metrics(batch, rewards).items()}
+    if config.reward_normalisation == "decoupled":
+        rewards = decoupled(rewards, run.reward_pool.weights, batch)
     said = completion_texts([drawn.turns[row].trajectory for row in rows], run.tokenizer, special=True)
     several = any(turn.turn for turn in turns)
     return Collected(

@@ -85,6 +85,7 @@ class RewardPool:
 
     Attributes:
         names: the reward functions, in order; the names of the reward components.
+        weights: theirs in the total reward.
         failures: the latest failed verifications, newest last.
     """
 
@@ -99,6 +100,7 @@ class RewardPool:
             UserError: an unknown reward, one that is listed twice, or an option that it does not take.
         """
         self.names = tuple(spec.name for spec in specs)
+        self.weights = {spec.name: spec.weight for spec in specs}
         for spec in specs:
             if self.names.count(spec.name) > 1:
                 raise UserError(f"reward '{spec.name}' is listed twice; give it one entry and one weight")
