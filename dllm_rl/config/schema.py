@@ -136,10 +136,21 @@ class DataSection(Section):
     """Prompts (or supervised rows) per optimiser step."""
     samples_per_prompt: int = Field(default=8, ge=1)
     """Completions per prompt: the group."""
+    resample_flat_groups: int = Field(default=0, ge=0)
+    """Rounds in which groups that teach nothing (equal rewards, or none that is kept) are replaced by those of other
+    prompts, as in DAPO; what is missing after them stays. 0 = none are replaced."""
+    keep_accuracy: tuple[float, float] | None = None
+    """Train on groups whose share of solved samples lies in this range, both ends included; null = on all."""
     max_prompt_tokens: int | None = Field(default=None, ge=1)
     """Longer prompts are an error; null = what the model has room for."""
     system_prompt: str | None = None
     """Put before every chat prompt."""
+
+    @model_validator(mode="after")
+    def _range(self) -> Self:
+        if self.keep_accuracy is not None and not 0 <= self.keep_accuracy[0] <= self.keep_accuracy[1] <= 1:
+            raise UserError(f"keep_accuracy = {self.keep_accuracy}: need 0 <= low <= high <= 1")
+        return self
 
 
 class SamplingSection(Section):

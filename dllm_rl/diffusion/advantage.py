@@ -141,6 +141,12 @@ def any_of_group(flag: Tensor, group: Tensor) -> Tensor:
     return group_sum(flag.to(torch.float32), group) > 0
 
 
+def share_of_group(flag: Tensor, group: Tensor, included: Tensor, episode: Tensor | None = None) -> Tensor:
+    """(N,) float32: share of the included samples of the row's group whose flag (N,) holds; 0 without any."""
+    weight, size = _weights(group, included, episode)
+    return group_sum(flag * weight, group) / size.clamp(min=1)
+
+
 def spread_of_group(value: Tensor, group: Tensor, included: Tensor, episode: Tensor | None = None) -> Tensor:
     """(N,) float32: the largest minus the smallest value (N,) among the included samples of the row's group."""
     size = int(group.max()) + 1
