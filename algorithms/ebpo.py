@@ -60,7 +60,7 @@ class EBPO(Algorithm):
     @override
     def advantages(self, rewards: Rewards, batch: RolloutBatch) -> Tensor:
         """Normalised within the group; groups of equal rewards give 0."""
-        return advantage.z_score(rewards.total, batch.group, rewards.included, batch.episode)
+        return advantage.normalised(rewards, batch)
 
     @override
     def masks(self, batch: RolloutBatch, generator: torch.Generator, update: int = 0) -> MaskSample:

@@ -64,9 +64,8 @@ class LightningRL(Algorithm):
     @override
     def advantages(self, rewards: Rewards, batch: RolloutBatch) -> Tensor:
         """The sum of two z-scores, so that neither reward drowns the other."""
-        components = {"reward": rewards.total, "speed": batch.tokens_per_forward}
-        weights = {"reward": 1.0, "speed": self.config.speed}
-        value = advantage.per_component(components, weights, batch.group, rewards.included, batch.episode)
+        speed = advantage.z_score(batch.tokens_per_forward, batch.group, rewards.included, batch.episode)
+        value = advantage.normalised(rewards, batch) + self.config.speed * speed
         if self.config.paper_exact:
             value = advantage.z_score(value, torch.zeros_like(batch.group), self.keep(rewards, batch), batch.episode)
         return value

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib.util
 from collections.abc import Iterable
+from typing import ClassVar
 
 
 class UserError(ValueError):
@@ -12,7 +13,19 @@ class UserError(ValueError):
 
 
 class RunStopped(RuntimeError):
-    """A run that cannot go on and knows why; its message says what to do next, in one line (exit code 1)."""
+    """A run that cannot go on and knows why; its message says what to do next, in one line (exit code 1).
+
+    Attributes:
+        exit_code: of the command.
+    """
+
+    exit_code: ClassVar[int] = 1
+
+
+class Drifted(RunStopped):
+    """A run that went beyond a limit of its section drift, and has saved a checkpoint (exit code 3)."""
+
+    exit_code = 3
 
 
 class PushError(RunStopped):

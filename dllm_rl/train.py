@@ -14,10 +14,12 @@ from dllm_rl.config.schema import Config
 from dllm_rl.diffusion.staleness import oldest_weights
 from dllm_rl.driver.build import Run, build_run
 from dllm_rl.driver.collect import Collected
+from dllm_rl.driver.drift import DriftGuard
 from dllm_rl.driver.prefetch import RolloutPrefetcher
 from dllm_rl.driver.recovery import State, recover, starting_point
 from dllm_rl.driver.reference_cache import ReferenceCache
 from dllm_rl.driver.step import one_step
+from dllm_rl.errors import Drifted
 from dllm_rl.evaluation.evaluate import Evaluation
 from dllm_rl.learner import checkpoint
 from dllm_rl.learner.diagnostics import advice
@@ -69,6 +71,7 @@ def train(
         ValueError: a configuration, file or checkpoint that cannot be used, in one line.
         NonFiniteError: the loss or a gradient is not finite.
         PushError: weights did not reach an engine as they were sent.
+        Drifted: a figure went beyond its limit in config.drift; a checkpoint is saved.
         RuntimeError: more engines or learners were lost than cluster.max_restarts.
     """
     progress, seed, total_steps = progress or Quiet(), config.run.seed, config.run.steps
@@ -85,7 +88,8 @@ def train(
                 stack.enter_context(pool)
                 run_self_test(pool, run.task, run.task.examples("train")[: config.reward_pool.self_test])
             prefetcher = stack.enter_context(RolloutPrefetcher(run, config))
-            state = State(run, prefetcher)
+            drift = DriftGuard(config.drift)
+            state = State(run, prefetcher, drift)
             if found is not None:
                 state.load(found)
             run.weights.verify()
@@ -100,7 +104,7 @@ def train(
         advance = stack.enter_context(progress.track("training", total_steps))
         advance(learner.step, "")
 
-        meters, stopping = UsageMeter(), False
+        meters, stopping = UsageMeter(), drift.verdict is not None
         meters.read(run.actors)
         while learner.step < total_steps and not stopping:
             step = learner.step
@@ -113,7 +117,8 @@ def train(
                     progress.log(text)
                 clock.add(timer)
                 advance(1, _note(collected, learned))
-                last, stopping = learner.step == total_steps, stop()
+                drift.observe(learner.step, collected.metrics)
+                last, stopping = learner.step == total_steps, stop() or drift.verdict is not None
                 if _due(learner.step, config.evaluate.every_steps) or (last and config.evaluate.at_end):
                     after = _hold_out(run, prefetcher, records, clock, seed, progress)
                 if _due(learner.step, config.checkpoint.every_steps) or last or stopping:
@@ -125,6 +130,11 @@ def train(
             except WorkerLost as lost:
                 advance(recover(state, records, lost, config, progress) - step, "")
     plot_run(records.metrics(), records.path / "plot.png", title=config.run.name)
+    if drift.verdict is not None and learner.step < total_steps:
+        raise Drifted(
+            f"step {learner.step} is saved, and the run stops: {drift.verdict}; go on from an earlier checkpoint "
+            f"(--from) with a lower learner.lr or sampling.strategy.max_tokens_per_step, or raise the limit"
+        )
     return Summary(folder=folder, steps=learner.step, before=before, after=after, seconds=clock.seconds)
 
 

@@ -335,10 +335,11 @@ class Rewards:
 
     Attributes:
         components: name -> (N,) float32; NaN where the verifier failed or did not apply.
-        total: (N,) float32 weighted sum; 0 where excluded (never read there).
+        total: (N,) float32 weighted sum of the components, or of their z-scores; 0 where excluded (never read there).
         included: (N,) bool; False where any verifier failed (timeout, error): out of the group, never scored 0.
         solved: (N,) bool; the task's success component reached 1.
         status: per row, the worst status over components.
+        decoupled: total is the sum of the z-scores, so that it is normalised already (diffusion.advantage.decoupled).
     """
 
     components: Mapping[str, Tensor]
@@ -346,6 +347,7 @@ class Rewards:
     included: Tensor
     solved: Tensor
     status: tuple[RewardStatus, ...]
+    decoupled: bool = False
 
     @staticmethod
     def join(first: Rewards, second: Rewards) -> Rewards:
@@ -361,7 +363,8 @@ class Rewards:
     def select(self, rows: Tensor) -> Rewards:
         """The rewards restricted to rows (int64 indices or a bool mask over N)."""
         index = rows.nonzero().flatten() if rows.dtype == torch.bool else rows
-        return Rewards(
+        return dataclasses.replace(
+            self,
             components={name: value[rows] for name, value in self.components.items()},
             total=self.total[rows],
             included=self.included[rows],

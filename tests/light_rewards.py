@@ -26,3 +26,19 @@ def fails(prompts, completions, **columns):
 def right(prompts, completions, **columns):
     """Everything is right."""
     return [1.0] * len(completions)
+
+
+def equal(prompts, completions, answer, **columns):
+    """1 if the completion is the answer."""
+    return [float(a == c) for a, c in zip(answer, completions, strict=True)]
+
+
+def apart_for_some(prompts, completions, **columns):
+    """What tells texts apart, for about half of the prompts; the others' completions are all worth the same."""
+    some = [zlib.crc32(str(prompt).encode()) % 2 == 0 for prompt in prompts]
+    return [value if kept else 0.3 for value, kept in zip(apart(prompts, completions), some, strict=True)]
+
+
+def half(prompts, completions, **columns):
+    """1 for about half of the texts, else 0."""
+    return [float(zlib.crc32(text.encode()) % 2) for text in completions]

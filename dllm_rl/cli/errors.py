@@ -1,4 +1,7 @@
-"""Exit codes: 0 done, 2 the user can fix it (one line, no traceback), 1 a crash or a run that stopped itself."""
+"""Exit codes: 0 done, 2 the user can fix it (one line, no traceback), 1 a crash or a run that stopped itself.
+
+A run that stops itself may have a code of its own: 3 is a limit of section drift.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ def exit_code(error: BaseException) -> int:
     if isinstance(error, UserError | FileNotFoundError | PermissionError | IsADirectoryError):
         return _say(str(error), 2)
     if isinstance(error, RunStopped):
-        return _say(str(error), 1)
+        return _say(str(error), error.exit_code)
     traceback.print_exception(error)
     return 1
 

@@ -208,7 +208,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        the exit code: 0 done, 2 user error, 1 crash, 130 interrupted.
+        the exit code: 0 done, 2 user error, 3 stopped by a limit of section drift, 1 crash, 130 interrupted.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:

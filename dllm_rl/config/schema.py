@@ -136,10 +136,21 @@ class DataSection(Section):
     """Prompts (or supervised rows) per optimiser step."""
     samples_per_prompt: int = Field(default=8, ge=1)
     """Completions per prompt: the group."""
+    resample_flat_groups: int = Field(default=0, ge=0)
+    """Rounds in which groups that teach nothing (equal rewards, or none that is kept) are replaced by those of other
+    prompts, as in DAPO; what is missing after them stays. 0 = none are replaced."""
+    keep_accuracy: tuple[float, float] | None = None
+    """Train on groups whose share of solved samples lies in this range, both ends included; null = on all."""
     max_prompt_tokens: int | None = Field(default=None, ge=1)
     """Longer prompts are an error; null = what the model has room for."""
     system_prompt: str | None = None
     """Put before every chat prompt."""
+
+    @model_validator(mode="after")
+    def _range(self) -> Self:
+        if self.keep_accuracy is not None and not 0 <= self.keep_accuracy[0] <= self.keep_accuracy[1] <= 1:
+            raise UserError(f"keep_accuracy = {self.keep_accuracy}: need 0 <= low <= high <= 1")
+        return self
 
 
 class SamplingSection(Section):
@@ -242,6 +253,24 @@ class DiagnosticsSection(Section):
     """Draws of all masks per row."""
 
 
+class DriftSection(Section):
+    """When to stop a run whose model becomes overconfident: its last steps against its first ones, both as means."""
+
+    tokens_per_forward: float | None = Field(default=None, gt=0)
+    """Largest multiple of the first steps' tokens per forward, such as 1.5; null = any."""
+    confidence: float | None = Field(default=None, gt=0, lt=1)
+    """Largest rise of the mean probability of generated tokens, such as 0.1; null = any."""
+    reward_gain: float | None = 0.0
+    """No stop while the reward is higher than in the first steps by more than this; null = whatever the reward."""
+    window: int = Field(default=5, ge=1)
+    """Steps that a mean is over; 1 = compare the newest step with the very first."""
+
+    @property
+    def limits(self) -> bool:
+        """Whether any figure has a limit."""
+        return self.tokens_per_forward is not None or self.confidence is not None
+
+
 class TrackingSection(Section):
     """Where metrics go beside metrics.jsonl."""
 
@@ -271,11 +300,15 @@ class Config(Section):
     algorithm: Plugin
     rewards: list[RewardPlugin] | None = None
     """Reward functions; null = the task's own."""
+    reward_normalisation: Literal["total", "decoupled"] = "total"
+    """What methods that compare the samples of a prompt normalise: the sum of the rewards, or each of them before they
+    are added up (decoupled), so that none drowns the others."""
     reward_pool: RewardsSection = RewardsSection()
     learner: LearnerSection = LearnerSection()
     evaluate: EvaluateSection = EvaluateSection()
     checkpoint: CheckpointSection = CheckpointSection()
     diagnostics: DiagnosticsSection = DiagnosticsSection()
+    drift: DriftSection = DriftSection()
     tracking: TrackingSection = TrackingSection()
     rollout: RolloutSection = RolloutSection()
     cluster: ClusterSection = ClusterSection()

@@ -10,10 +10,13 @@ group, however many turns it has: with the mean of its included rows' rewards. N
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+
+from dllm_rl.types import Rewards, RolloutBatch
 
 
 def per_token(advantage: Tensor) -> Tensor:
@@ -89,7 +92,6 @@ def per_component(
         group: (N,) int64.
         included: (N,) bool.
         episode: (N,) int64 or None.
-    Source: decoupled reward normalisation, LightningRL, arXiv:2603.13319.
     """
     total = torch.zeros_like(group, dtype=torch.float32)
     for name, weight in weights.items():
@@ -97,6 +99,36 @@ def per_component(
         applies = included & ~value.isnan()
         total = total + weight * z_score(value.nan_to_num(0.0), group, applies, episode)
     return total
+
+
+def decoupled(rewards: Rewards, weights: Mapping[str, float], batch: RolloutBatch) -> Rewards:
+    """The rewards with the weighted sum of each component's own z-score within its group as their total.
+
+        R_i = sum_k w_k (R_ik - mean_g(R_k)) / std_g(R_k)
+
+    What divides by the deviation of the sum gives (0, 1) and (0, 2) the same advantages; here a row that is right and
+    well formed is further above a wrong one than a row that is right alone. For baselines that do not divide it is the
+    division that keeps a component of large values from drowning the others. The sums have mean 0 in every group.
+
+    Args:
+        rewards: of the rows, with totals as the reward pool gives them.
+        weights: of the components; 1 for one that is not listed, which the rollouter gave.
+        batch: the rows.
+    Source: Liu et al. 2026, arXiv:2601.05242; LightningRL, arXiv:2603.13319. Both divide by the deviation over the
+        batch afterwards, which makes a row's advantage depend on other prompts; weights set the scale here.
+    """
+    known = {name: weights.get(name, 1.0) for name in rewards.components}
+    total = per_component(rewards.components, known, batch.group, rewards.included, batch.episode)
+    # Z-scores that cancel leave a rounding error, which is no signal.
+    total = torch.where(total.abs() > 1e-6, total, 0.0)
+    return dataclasses.replace(rewards, total=total, decoupled=True)
+
+
+def normalised(rewards: Rewards, batch: RolloutBatch) -> Tensor:
+    """(N,) z-scores of the total reward; decoupled rewards are the sum of their own, and stay as they are."""
+    if rewards.decoupled:
+        return rewards.total
+    return z_score(rewards.total, batch.group, rewards.included, batch.episode)
 
 
 def group_size(group: Tensor) -> Tensor:
@@ -107,6 +139,12 @@ def group_size(group: Tensor) -> Tensor:
 def any_of_group(flag: Tensor, group: Tensor) -> Tensor:
     """(N,) bool: whether the flag (N,) holds for some row of the row's group."""
     return group_sum(flag.to(torch.float32), group) > 0
+
+
+def share_of_group(flag: Tensor, group: Tensor, included: Tensor, episode: Tensor | None = None) -> Tensor:
+    """(N,) float32: share of the included samples of the row's group whose flag (N,) holds; 0 without any."""
+    weight, size = _weights(group, included, episode)
+    return group_sum(flag * weight, group) / size.clamp(min=1)
 
 
 def spread_of_group(value: Tensor, group: Tensor, included: Tensor, episode: Tensor | None = None) -> Tensor:

@@ -48,6 +48,7 @@ class Run(Workers):
         rollouter: makes the samples that it learns from.
         reward_pool: reward workers, or None for supervised training on a task without rewards.
         source: prompts of each step.
+        spare: prompts of each round of data.resample_flat_groups, in an order of their own.
         demonstrations: uid -> tokens of its completions, for algorithms that train on them: the reference completion,
             or the chosen and the rejected one.
         held_out: prompts for evaluation.
@@ -61,6 +62,7 @@ class Run(Workers):
     rollouter: Rollouter
     reward_pool: RewardPool | None
     source: PromptSource[Prompt]
+    spare: PromptSource[Prompt]
     demonstrations: Mapping[str, Sequence[Sequence[int]]]
     held_out: Sequence[Prompt]
     sampling: Sampling
@@ -181,6 +183,7 @@ def _build_run(config: Config, folder: Path, progress: Progress, stack: ExitStac
         rollouter=rollouter,
         reward_pool=_reward_pool(config, task),
         source=PromptSource(prompts, config.data.prompts_per_step, seed),
+        spare=PromptSource(prompts, config.data.prompts_per_step, seeding.derive(seed, "resample")),
         demonstrations=demonstrations,
         held_out=tokenised(held_out),
         sampling=sampling,
@@ -241,7 +244,13 @@ def reward_plugins(config: Config, task: Task) -> list[RewardPlugin]:
 
 
 def _check_source(config: Config, algorithm: Algorithm, strategy: UnmaskingStrategy, task: Task) -> None:
+    _check_groups(config, algorithm)
     if algorithm.needs.source != "rollouts":
+        if config.drift.limits:
+            raise UserError(
+                f"section drift compares rollouts, and algorithm '{config.algorithm.name}' trains on "
+                f"{algorithm.needs.source}; leave the section out"
+            )
         return
     if not reward_plugins(config, task):
         raise UserError(f"task '{config.data.task.name}' has no rewards of its own; list some under 'rewards:'")
@@ -254,6 +263,24 @@ def _check_source(config: Config, algorithm: Algorithm, strategy: UnmaskingStrat
         raise UserError(
             "sampling.temperature = 0 makes all samples of a prompt the same and every advantage 0; "
             "set sampling.temperature to 1.0"
+        )
+
+
+def _check_groups(config: Config, algorithm: Algorithm) -> None:
+    """What compares the samples of a prompt needs a method that does."""
+    source, data, name = algorithm.needs.source, config.data, config.algorithm.name
+    alone = f"trains on {source}" if source != "rollouts" else "has a value model" if algorithm.needs.values else ""
+    for wanted, option, off in (
+        (config.reward_normalisation == "decoupled", "reward_normalisation = decoupled", "total"),
+        (data.resample_flat_groups > 0, f"data.resample_flat_groups = {data.resample_flat_groups}", "0"),
+        (data.keep_accuracy is not None and source != "rollouts", f"data.keep_accuracy = {data.keep_accuracy}", "null"),
+    ):
+        if wanted and alone:
+            raise UserError(f"{option} compares samples of a prompt, and algorithm '{name}' {alone}; set it to {off}")
+    if data.resample_flat_groups and isinstance(algorithm, ExtraRollouts):
+        raise UserError(
+            f"data.resample_flat_groups = {data.resample_flat_groups} replaces groups, and algorithm '{name}' asks for "
+            f"further completions of their prompts; set it to 0"
         )
 
 

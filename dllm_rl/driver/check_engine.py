@@ -50,6 +50,7 @@ def check_engine(
             config.rollout.correction is not None and not can.logp,
             "returns no log-probs, which rollout.correction reads",
         ),
+        (config.drift.confidence is not None and not can.logp, "returns no log-probs, which drift.confidence reads"),
         (
             config.rollout.correction is not None and not sampling.plain and not can.sampled_logp,
             "does not tell how probable a token was under sampling.temperature, top_k and top_p, which "

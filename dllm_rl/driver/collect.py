@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,9 +12,11 @@ import torch
 
 from dllm_rl import seeding
 from dllm_rl.config.schema import Config
-from dllm_rl.data.collate import collate, completion_texts, supervised
+from dllm_rl.data.collate import completion_texts, supervised
 from dllm_rl.driver.build import Run
 from dllm_rl.driver.decoder import BatchDecoder, PartialBatch
+from dllm_rl.driver.drawn import Drawn, collated, normalised
+from dllm_rl.driver.resample import resample
 from dllm_rl.protocols.algorithm import ExtraRollout, ExtraRollouts
 from dllm_rl.protocols.engine import TRAIN
 from dllm_rl.protocols.rollouter import Decoder, Turn, check_turns
@@ -44,29 +47,9 @@ class Collected:
     seconds: dict[str, float] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class _Drawn:
-    """Scored rollouts before they are a batch; one entry per row."""
-
-    turns: list[Turn]
-    expert: list[bool]
-    rewards: Rewards
-
-    @staticmethod
-    def join(first: _Drawn, second: _Drawn) -> _Drawn:
-        """The rows of both; the second's episodes are numbered after the first's."""
-        after = max(turn.episode for turn in first.turns) + 1
-        return _Drawn(
-            first.turns + [dataclasses.replace(turn, episode=after + turn.episode) for turn in second.turns],
-            first.expert + second.expert,
-            Rewards.join(first.rewards, second.rewards),
-        )
-
-
 def roll_out(run: Run, config: Config, prompts: Sequence[Prompt], step: int, timer: Clock) -> Collected:
     """Decode and collect in one go."""
-    decoder = BatchDecoder(run, config, step, PartialBatch(seconds=timer.seconds))
-    return collect(run, config, prompts, decode(run, config, prompts, decoder), step, timer)
+    return collect(run, config, prompts, BatchDecoder(run, config, step, PartialBatch(seconds=timer.seconds)), timer)
 
 
 def decode(run: Run, config: Config, prompts: Sequence[Prompt], decoder: Decoder) -> list[Turn]:
@@ -78,38 +61,63 @@ def decode(run: Run, config: Config, prompts: Sequence[Prompt], decoder: Decoder
 
 
 def collect(
-    run: Run, config: Config, prompts: Sequence[Prompt], turns: list[Turn], step: int, timer: Clock
+    run: Run,
+    config: Config,
+    prompts: Sequence[Prompt],
+    decoder: BatchDecoder,
+    timer: Clock,
+    engines: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Collected:
-    """Score what was decoded; then decode and score further completions that the algorithm asks for.
+    """Decode and score a batch; then what its flat groups are replaced by, or what the algorithm asks for.
 
+    Args:
+        run: its parts.
+        config: of the run.
+        prompts: of the batch.
+        decoder: of the batch.
+        timer: told how long its parts take.
+        engines: held while nobody else may decode or score.
     Raises:
         UserError, RunStopped: more than reward_pool.max_failure_fraction of the rows could not be scored.
     """
-    seed = config.run.seed
-    drawn = _scored(run, turns, timer)
-    assert run.reward_pool is not None, "it has just scored"
-    require_scored(run.reward_pool, drawn.rewards, limit=config.reward_pool.max_failure_fraction, step=step)
-    batch, rewards = _collate(run, drawn), drawn.rewards
+    seed, step = config.run.seed, decoder.step
+    assert run.reward_pool is not None, "build_run() refuses rollouts without rewards"
+    pool = run.reward_pool
+
+    def draw(prompts: Sequence[Prompt]) -> Drawn:
+        turns = decode(run, config, prompts, decoder)
+        with engines():
+            drawn = _scored(run, turns, timer)
+        require_scored(pool, drawn.rewards, limit=config.reward_pool.max_failure_fraction, step=step)
+        return drawn
+
+    drawn = draw(prompts)
+    batch, rewards = collated(run, drawn), drawn.rewards
     metrics = rollout_metrics(batch, rewards)
+    if config.data.resample_flat_groups:
+        prompts, drawn, figures = resample(run, config, prompts, drawn, step, draw)
+        batch, rewards = collated(run, drawn), drawn.rewards
+        metrics |= figures | {f"resampled/{name}": value for name, value in rollout_metrics(batch, rewards).items()}
     rows = list(range(len(batch)))
     if isinstance(run.algorithm, ExtraRollouts):
         generator = seeding.generator_for(seed, "further", step)
         canvas = run.sampling.max_new_tokens
         further = run.algorithm.extra_rollouts(prompts, rewards, batch, canvas=canvas, generator=generator)
         for number, kind in enumerate(_kinds(further)):
-            more = _draw(run, kind, seeding.derive(seed, "further", step, number), timer)
-            drawn = _Drawn.join(drawn, more)
+            with engines():
+                more = _draw(run, kind, seeding.derive(seed, "further", step, number), timer)
+            drawn = Drawn.join(drawn, more)
         if further:
-            everything = _collate(run, drawn)
+            everything = collated(run, drawn)
             added = torch.arange(len(everything)) >= len(batch)
             chosen = run.algorithm.select_rows(added, drawn.rewards, everything, generator)
             batch, rewards, rows = everything.select(chosen), drawn.rewards.select(chosen), chosen.tolist()
             metrics |= {f"guided/{name}": value for name, value in rollout_metrics(batch, rewards).items()}
     said = completion_texts([drawn.turns[row].trajectory for row in rows], run.tokenizer, special=True)
-    several = any(turn.turn for turn in turns)
+    several = any(turn.turn for turn in drawn.turns)
     return Collected(
         batch=batch,
-        rewards=rewards,
+        rewards=normalised(run, config, rewards, batch),
         metrics=metrics,
         samples=[_sample(drawn, row, text, several=several) for row, text in zip(rows, said, strict=True)],
         uids=[prompt.uid for prompt in prompts],
@@ -117,7 +125,7 @@ def collect(
     )
 
 
-def _sample(drawn: _Drawn, row: int, said: str, *, several: bool) -> dict[str, Any]:
+def _sample(drawn: Drawn, row: int, said: str, *, several: bool) -> dict[str, Any]:
     """A row of samples.jsonl: what was generated, special tokens included; which turn it is if there are several."""
     turn = drawn.turns[row]
     where = {"episode": turn.episode, "turn": turn.turn} if several else {}
@@ -141,7 +149,7 @@ def _kinds(further: Sequence[ExtraRollout]) -> Sequence[Sequence[ExtraRollout]]:
     return list(kinds.values())
 
 
-def _draw(run: Run, wanted: Sequence[ExtraRollout], seed: int, timer: Clock) -> _Drawn:
+def _draw(run: Run, wanted: Sequence[ExtraRollout], seed: int, timer: Clock) -> Drawn:
     """Decode and score rollouts of one kind."""
     strategy, block_size = wanted[0].strategy, wanted[0].block_size
     sampling = run.sampling if block_size is None else dataclasses.replace(run.sampling, block_size=block_size)
@@ -154,23 +162,12 @@ def _draw(run: Run, wanted: Sequence[ExtraRollout], seed: int, timer: Clock) -> 
     return _scored(run, turns, timer, expert=strategy is not None)
 
 
-def _scored(run: Run, turns: list[Turn], timer: Clock, *, expert: bool = False) -> _Drawn:
+def _scored(run: Run, turns: list[Turn], timer: Clock, *, expert: bool = False) -> Drawn:
     assert run.reward_pool is not None, "build_run() refuses rollouts without rewards"
     texts = completion_texts([turn.trajectory for turn in turns], run.tokenizer)
     with timer("reward_s"):
         rewards = score_turns(run.reward_pool, turns, texts, run.rollouter.rewarded)
-    return _Drawn(turns, [expert] * len(turns), rewards)
-
-
-def _collate(run: Run, drawn: _Drawn) -> RolloutBatch:
-    return collate(
-        [turn.trajectory for turn in drawn.turns],
-        run.denoiser,
-        group=[turn.group for turn in drawn.turns],
-        expert=drawn.expert,
-        episode=[turn.episode for turn in drawn.turns],
-        turn=[turn.turn for turn in drawn.turns],
-    )
+    return Drawn(turns, [expert] * len(turns), rewards)
 
 
 def demonstrate(run: Run, prompts: Sequence[Prompt]) -> Collected:

@@ -48,7 +48,7 @@ class BatchDecoder:
             partial: what a former decoder of the batch has decoded; grows with what this one does.
             engines: held while engines decode; others have them between two calls, and between two pauses.
         """
-        self.tokenizer, self.sampling = run.tokenizer, run.sampling
+        self.tokenizer, self.sampling, self.step = run.tokenizer, run.sampling, step
         self.max_prompt_tokens = run.denoiser.max_length - run.sampling.max_new_tokens
         self._pool, self._engines, self._partial = run.engines, engines, partial
         self._key, self._pause = seeding.derive(config.run.seed, "rollout", step), config.rollout.pause_blocks

@@ -25,7 +25,7 @@ import torch
 from dllm_rl.config.schema import Config
 from dllm_rl.diffusion.staleness import oldest_weights
 from dllm_rl.driver.build import Run
-from dllm_rl.driver.collect import Collected, collect, decode, demonstrate
+from dllm_rl.driver.collect import Collected, collect, demonstrate
 from dllm_rl.driver.decoder import BatchDecoder, PartialBatch
 from dllm_rl.driver.fair_lock import FairLock
 from dllm_rl.driver.restored import restored
@@ -134,9 +134,8 @@ class RolloutPrefetcher:
             return demonstrate(self._run, prompts)
         engines = partial(self._engines_for, step, begun)
         decoder = BatchDecoder(self._run, self._config, step, begun, engines)
-        turns = decode(self._run, self._config, prompts, decoder)
-        with engines():  # an algorithm may have further completions decoded
-            collected = collect(self._run, self._config, prompts, turns, step, Clock(begun.seconds))
+        collected = collect(self._run, self._config, prompts, decoder, Clock(begun.seconds), engines)
+        with engines():
             del self._partial[step]
         return collected
 

@@ -8,6 +8,7 @@ from dllm_rl.cluster.group import WorkerLost
 from dllm_rl.config.load import resumable
 from dllm_rl.config.schema import Config
 from dllm_rl.driver.build import Run
+from dllm_rl.driver.drift import DriftGuard
 from dllm_rl.driver.prefetch import RolloutPrefetcher
 from dllm_rl.errors import RunStopped, UserError
 from dllm_rl.learner import checkpoint
@@ -45,20 +46,22 @@ def starting_point(
 
 
 class State:
-    """What a checkpoint holds: the learner's state, and batches that wait for it."""
+    """What a checkpoint holds: the learner's state, batches that wait for it, and what drift is measured against."""
 
-    def __init__(self, run: Run, prefetcher: RolloutPrefetcher) -> None:
-        self.run, self.prefetcher = run, prefetcher
+    def __init__(self, run: Run, prefetcher: RolloutPrefetcher, drift: DriftGuard) -> None:
+        self.run, self.prefetcher, self.drift = run, prefetcher, drift
 
     def save(self, folder: Path) -> None:
         """Write it into a folder."""
         self.run.learner.save(folder)
         self.prefetcher.save(folder)
+        self.drift.save(folder)
 
     def load(self, folder: Path) -> None:
         """Restore what save wrote."""
         self.run.learner.load(folder)
         self.prefetcher.load(folder, self.run.learner.step)
+        self.drift.load(folder)
 
 
 def recover(state: State, records: RunFolder, lost: WorkerLost, config: Config, progress: Progress) -> int:
@@ -74,7 +77,7 @@ def recover(state: State, records: RunFolder, lost: WorkerLost, config: Config, 
     except WorkerLost as again:
         saved = ""
         if again.group != learner.group.name:  # the weights are still there
-            checkpoint.write(records.checkpoints, learner.step, {}, learner.save, keep=config.checkpoint.keep)
+            checkpoint.write(records.checkpoints, learner.step, {}, state.save, keep=config.checkpoint.keep)
             saved = f"; step {learner.step} is saved"
         raise RunStopped(
             f"{again}; cluster.max_restarts = {config.cluster.max_restarts} are used up{saved}; find out why it dies, "

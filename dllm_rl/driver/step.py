@@ -17,6 +17,7 @@ from dllm_rl.driver.build import Run
 from dllm_rl.driver.collect import Collected
 from dllm_rl.driver.prefetch import RolloutPrefetcher
 from dllm_rl.driver.reference_cache import ReferenceCache
+from dllm_rl.driver.resample import kept
 from dllm_rl.driver.step_masks import step_masks
 from dllm_rl.errors import UserError
 from dllm_rl.learner.diagnostics import estimator_metrics, rollout_gap, rounding_noise
@@ -50,7 +51,7 @@ def one_step(
             if config.rollout.pause_blocks is not None:
                 learned["paused_rows"] = decoded_by_several(batch).float().mean().item()
         advantage = algorithm.advantages(rewards, batch)
-        keep = algorithm.keep(rewards, batch).nonzero().flatten()
+        keep = kept(run, config, rewards, batch).nonzero().flatten()
         learned["kept_rows"] = len(keep) / len(batch)
         if len(keep) == 0:
             learner.skip()

@@ -15,6 +15,12 @@ METRICS: Mapping[str, Metric] = {
     "zero_variance_groups": Metric("share", "groups whose rewards are all equal: no gradient from them"),
     "kept_rows": Metric("share", "rows that the algorithm trains on; 0 = a step without an update"),
     "all_wrong_groups": Metric("share", "groups without a solved row"),
+    "flat_groups": Metric(
+        "share", "groups that teach nothing: no row is kept and has an advantage; before others come"
+    ),
+    "resample_rounds": Metric("rounds", "rounds of data.resample_flat_groups that decoded further prompts"),
+    "resample_prompts": Metric("prompts", "prompts that they decoded, used or not"),
+    "resampled/*": Metric("", "the same figure after groups of other prompts have replaced flat ones"),
     "hinted_rows": Metric("share", "rows that were decoded around injected hints"),
     "guided/*": Metric("", "the same figure after hinted rollouts have replaced some of the ordinary ones"),
     "unique_completions": Metric("share", "distinct completions within groups"),

@@ -86,6 +86,7 @@ class RewardPool:
     Attributes:
         names: the reward functions, in order; the names of the reward components.
         blank_truncated: completions of a batch to learn from that never ended are scored as empty texts.
+        weights: theirs in the total reward.
         failures: the latest failed verifications, newest last.
     """
 
@@ -108,6 +109,7 @@ class RewardPool:
             UserError: an unknown reward, one that is listed twice, or an option that it does not take.
         """
         self.names, self.blank_truncated = tuple(spec.name for spec in specs), blank_truncated
+        self.weights = {spec.name: spec.weight for spec in specs}
         for spec in specs:
             if self.names.count(spec.name) > 1:
                 raise UserError(f"reward '{spec.name}' is listed twice; give it one entry and one weight")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
 import torch
 
+from dllm_rl.conformance import cases
 from dllm_rl.diffusion import advantage
 from dllm_rl.seeding import generator_for
 
@@ -180,3 +182,57 @@ def test_softmax_weights_of_turns_are_those_of_their_sample():
 def test_a_group_without_included_rows_has_no_softmax_weights():
     group, included = torch.tensor([0, 0, 4]), torch.tensor([True, True, False])
     assert advantage.group_softmax(torch.zeros(3), group, included).tolist() == [1.0, 1.0, 0.0]
+
+
+def two_rewards(right, formed, group):
+    """Rewards of rows with two components; None = the verifier failed."""
+    ok = torch.tensor([one is not None for one in right])
+    components = {
+        "right": torch.tensor([float("nan") if one is None else float(one) for one in right]),
+        "formed": torch.tensor([float(one) for one in formed]),
+    }
+    total = sum(value.nan_to_num(0.0) for value in components.values()) * ok
+    rewards = cases.rewards(total.tolist())
+    rows = cases.batch(block_causal=False, group_size=len(right) // (max(group) + 1))
+    rows = dataclasses.replace(rows.select(torch.arange(len(right)) % 6), group=torch.tensor(group))
+    rows = dataclasses.replace(rows, episode=torch.arange(len(right)))
+    return dataclasses.replace(rewards, components=components, included=ok), rows
+
+
+def test_decoupled_rewards_tell_apart_what_the_deviation_of_the_sum_makes_equal():
+    """The example of arXiv:2601.05242: two rewards, groups of two rows with totals (0, 1) and (0, 2)."""
+    rewards, rows = two_rewards([0, 1, 0, 1], [0, 0, 0, 1], [0, 0, 1, 1])
+    assert rewards.total.tolist() == [0, 1, 0, 2]
+    torch.testing.assert_close(advantage.normalised(rewards, rows), torch.tensor([-1.0, 1, -1, 1]))
+    apart = advantage.decoupled(rewards, {"right": 1.0, "formed": 1.0}, rows)
+    torch.testing.assert_close(advantage.normalised(apart, rows), torch.tensor([-1.0, 1, -2, 2]))
+    torch.testing.assert_close(
+        advantage.group_mean(apart.total, rows.group, apart.included, rows.episode), torch.tensor([-1.0, 1, -2, 2])
+    )
+    weighted = advantage.decoupled(rewards, {"right": 2.0, "formed": 0.0}, rows)
+    torch.testing.assert_close(weighted.total, torch.tensor([-2.0, 2, -2, 2]))
+    assert advantage.decoupled(rewards, {"right": 2.0}, rows).total.tolist() == [-2, 2, -3, 3], "unlisted weighs 1"
+
+
+def test_decoupled_rewards_in_float64_by_enumeration():
+    """Against the equation, group by group, with a row that failed and a large second reward."""
+    right, formed, group = [1, 0, None, 1, 0, 0], [300, 100, 200, 100, 500, 100], [0, 0, 0, 1, 1, 1]
+    rewards, rows = two_rewards(right, formed, group)
+    got = advantage.decoupled(rewards, {"right": 1.0, "formed": 0.5}, rows)
+
+    def z(values):
+        values = torch.tensor(values, dtype=torch.float64)
+        return (values - values.mean()) / values.std(correction=0)
+
+    first = z([1, 0]) + 0.5 * z([300, 100])
+    second = z([1, 0, 0]) + 0.5 * z([100, 500, 100])
+    want = torch.cat([first, torch.zeros(1, dtype=torch.float64), second])
+    torch.testing.assert_close(got.total.double(), want, atol=1e-6, rtol=0)
+    assert got.decoupled and got.select(torch.tensor([0, 3])).decoupled and not rewards.decoupled
+    assert got.components is rewards.components and torch.equal(got.solved, rewards.solved)
+
+
+def test_rewards_that_cancel_give_no_signal():
+    value = [0.1, 0.7, 0.3]
+    rewards, rows = two_rewards(value, [1 - one for one in value], [0, 0, 0])
+    assert advantage.decoupled(rewards, {}, rows).total.tolist() == [0, 0, 0]

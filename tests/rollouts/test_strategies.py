@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -59,6 +60,12 @@ def make(name, **options):
         (BOUND, {"bound": 0.29}, [1, 3]),
         (BOUND, {"bound": 0.31}, [1, 2, 3]),
         (BOUND, {"bound": 0.61}, [0, 1, 2, 3]),
+        # The cap: of what each of them would commit, the best.
+        ("confidence_threshold", {"threshold": 0.55, "max_tokens_per_step": 2}, [0, 2]),
+        ("confidence_threshold", {"threshold": 0.55, "max_tokens_per_step": 9}, [0, 2, 3]),
+        ("confidence_threshold", {"threshold": 0.99, "at_least_count": True, "max_tokens_per_step": 1}, [0]),
+        (FACTOR, {"factor": 3.0, "max_tokens_per_step": 3}, [0, 2, 3]),
+        (BOUND, {"bound": 0.61, "max_tokens_per_step": 2}, [1, 3]),
         # Scores divided by a low temperature outweigh any noise; with a high one the highest noise wins.
         ("low_confidence", {"temperature": 1e-4}, [0, 2]),
         ("entropy", {"temperature": 1e-4}, [1, 3]),
@@ -70,6 +77,24 @@ def make(name, **options):
 )
 def test_choice_by_hand(name, options, want):
     assert make(name, **options).select(CANDIDATES)[0].nonzero().flatten().tolist() == want
+
+
+@pytest.mark.parametrize("name", ["confidence_threshold", FACTOR, BOUND])
+def test_a_cap_holds_for_every_row_and_leaves_none_behind(name):
+    generator = torch.Generator().manual_seed(0)
+    eligible = torch.rand(64, 12, generator=generator) < 0.5
+    sure = dataclasses.replace(
+        CANDIDATES,
+        eligible=eligible,
+        logp=torch.zeros(64, 12).masked_fill(~eligible, float("-inf")),
+        entropy=torch.zeros(64, 12),
+        count=eligible.sum(-1),
+    )
+    left = eligible.sum(-1)
+    assert torch.equal(make(name).select(sure).sum(-1), left)
+    assert torch.equal(make(name, max_tokens_per_step=3).select(sure).sum(-1), left.clamp(max=3))
+    with pytest.raises(ValueError, match=r"max_tokens_per_step = 0: must be at least 1"):
+        make(name, max_tokens_per_step=0)
 
 
 @pytest.mark.parametrize("name", ["low_confidence", "entropy", "margin"])
