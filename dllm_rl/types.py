@@ -155,8 +155,9 @@ class Sampling:
     @property
     def plain(self) -> bool:
         """Whether tokens are drawn from the model's own distribution: untempered, unfiltered, unguided."""
-        filters = self.top_k is not None or self.top_p not in (None, 1) or bool(self.suppress_tokens)
-        return self.temperature == 1 and not filters and not self.cfg_scale
+        return not any(
+            (self.temperature != 1, self.top_k, (self.top_p or 1) != 1, self.suppress_tokens, self.cfg_scale)
+        )
 
     def steps_per_block(self, block_size: int) -> int:
         """Denoising steps of a block of so many tokens.
