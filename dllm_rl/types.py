@@ -155,9 +155,8 @@ class Sampling:
     @property
     def plain(self) -> bool:
         """Whether tokens are drawn from the model's own distribution: untempered, unfiltered, unguided."""
-        return not any(
-            (self.temperature != 1, self.top_k, (self.top_p or 1) != 1, self.suppress_tokens, self.cfg_scale)
-        )
+        filters = self.top_k is not None or self.top_p not in (None, 1) or bool(self.suppress_tokens)
+        return self.temperature == 1 and not filters and not self.cfg_scale
 
     def steps_per_block(self, block_size: int) -> int:
         """Denoising steps of a block of so many tokens.
@@ -317,14 +316,9 @@ class RolloutBatch:
 
     def select(self, rows: Tensor) -> RolloutBatch:
         """The batch restricted to rows (int64 indices or a bool mask over N)."""
-        return dataclasses.replace(
-            self,
-            **{
-                f.name: getattr(self, f.name)[rows]
-                for f in dataclasses.fields(self)
-                if isinstance(getattr(self, f.name), Tensor)
-            },
-        )
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        chosen: dict[str, Any] = {name: v[rows] for name, v in values.items() if isinstance(v, Tensor)}
+        return dataclasses.replace(self, **chosen)
 
 
 RewardStatus = Literal["ok", "invalid", "timeout", "error"]
