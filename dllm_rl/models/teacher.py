@@ -78,16 +78,19 @@ def load_teacher(
         return None
     if t.autoregressive:
         return _autoregressive(config, model, tokenizer) if weights else None
-    teacher, own = load_denoiser(
-        t.path,
-        family=t.family,
-        dtype=DTYPES[config.model.dtype],
-        device=model.device if weights else "meta",
-        revision=t.revision,
-        block_size=config.model.block_size,
-        block_origin=config.model.block_origin,
-        trust_remote_code=config.model.trust_remote_code,
-    )
+    try:
+        teacher, own = load_denoiser(
+            t.path,
+            family=t.family,
+            dtype=DTYPES[config.model.dtype],
+            device=model.device if weights else "meta",
+            revision=t.revision,
+            block_size=config.model.block_size,
+            block_origin=config.model.block_origin,
+            trust_remote_code=config.model.trust_remote_code,
+        )
+    except UserError as error:
+        raise UserError(f"model.teacher (a causal language model needs autoregressive: true): {error}") from error
     _require_tokens(t.path, own.get_vocab(), tokenizer.get_vocab(), whole=True)
     for what in ("block_size", "block_origin", "mask_id"):
         theirs, ours = getattr(teacher, what), getattr(model, what)

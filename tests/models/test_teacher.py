@@ -117,5 +117,9 @@ def test_what_cannot_teach_is_refused(tmp_path):
         load_teacher(config(tmp_path / "letters", autoregressive=True), model, TOKENIZER)
     with pytest.raises(ValueError, match=r"model.teacher.path = .*: transformers has no causal language model"):
         load_teacher(config(tmp_path / "same", autoregressive=True), model, TOKENIZER)
-    with pytest.raises(ValueError, match="no such folder"):
+    with pytest.raises(ValueError, match=r"model\.teacher \(.*\): model '.*nowhere': no such folder"):
         load_teacher(config(tmp_path / "nowhere"), model, TOKENIZER, weights=False)
+    with pytest.raises(
+        ValueError, match=r"a causal language model needs autoregressive: true\): .* unknown model family"
+    ):
+        load_teacher(config(tmp_path / "few"), model, TOKENIZER, weights=False)
