@@ -1,6 +1,6 @@
 """Distributions over which masked positions to commit: sampled from given uniforms, with exact log-probabilities.
 
-Both never choose nothing, so that a decoding forward is never wasted. Shapes: utilities (R, W) float; allowed (R, W)
+None chooses nothing, so that a decoding forward is never wasted. Shapes: utilities (R, W) float; allowed (R, W)
 bool, positions that may be chosen; order (R, W) int64, 0 where not chosen, else the place in the order of choice, from
 1. Rows without an allowed position choose nothing, with log-probability 0.
 """
@@ -15,6 +15,7 @@ from dllm_rl.diffusion.decoding import take_best
 
 _HALF_BITS = 1 << 26  # a 52-bit uniform number holds two independent 26-bit ones
 _NEVER = float("-inf")
+_FAR = -1e9  # a utility that is never chosen, and finite: -inf minus -inf would be NaN in gradients
 _GRID = 1024  # steps per nat between which the guard does not tell utilities apart
 
 
@@ -100,6 +101,41 @@ def plackett_luce_logp(utility: Tensor, allowed: Tensor, order: Tensor) -> Tenso
     number = taken.sum(-1, keepdim=True)
     padded = torch.cat([with_stop, torch.zeros_like(with_stop[:, :1])], dim=-1)  # nothing left: STOP is certain
     return first + torch.where(any_allowed, later - padded.gather(-1, number).squeeze(-1), torch.zeros_like(later))
+
+
+def draw_ranking(utility: Tensor, allowed: Tensor, noise: Tensor, count: Tensor) -> Tensor:
+    """Choose a given number of positions one after another, each in proportion to exp(utility) among those left.
+
+    Args:
+        utility: (R, W).
+        allowed: (R, W) bool.
+        noise: (R, W) float64 uniforms in (0, 1).
+        count: (R,) int64; all allowed positions if there are fewer.
+    Returns:
+        order (R, W).
+    Source: the Plackett-Luce model of DCoLT, arXiv:2505.10446; drawn by Gumbel variables, whose order is its own.
+    """
+    perturbed = (utility.double() + _gumbel(noise)).masked_fill(~allowed, _NEVER)
+    rank = perturbed.argsort(dim=-1, descending=True, stable=True).argsort(-1) + 1
+    return torch.where(allowed & (rank <= count[:, None]), rank, 0)
+
+
+def ranking_logp(utility: Tensor, allowed: Tensor, order: Tensor) -> Tensor:
+    """(R,) nats; log-probability of draw_ranking, of the choice in its order; 0 if every allowed position was chosen.
+
+        log p = sum_k [ u_k - LSE({u_j : j not chosen before k}) ]
+
+    Args:
+        utility: (R, W).
+        allowed: (R, W) bool.
+        order: (R, W) int64.
+    """
+    chosen = order > 0
+    place = torch.where(chosen, order, order.shape[-1] + 1).argsort(dim=-1, stable=True)
+    arranged, taken = utility.masked_fill(~allowed, _FAR).gather(-1, place), chosen.gather(-1, place)
+    left = arranged.flip(-1).logcumsumexp(-1).flip(-1)
+    logp = torch.where(taken, arranged - left, 0.0).sum(-1)
+    return torch.where((chosen == allowed).all(-1), 0.0, logp)  # its order decides nothing
 
 
 def numbered(chosen: Tensor) -> Tensor:

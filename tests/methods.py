@@ -8,6 +8,7 @@ from typing import Any
 from dllm_rl.config.load import load_config
 from dllm_rl.config.schema import Config
 
+UNTAUGHT = {"retain": 0.25}  # for want of the teacher that a configuration names: itself, with later tokens in sight
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "methods"
 
 
@@ -21,7 +22,7 @@ def sections(name: str, *, threshold: float = 0.2) -> dict[str, dict[str, Any]]:
     config, changed = tiny(name), {"confidence_threshold": {"threshold": threshold}}
     algorithm, strategy = config.algorithm, config.sampling.strategy
     return {
-        "algorithm": {"name": name} | algorithm.options,
+        "algorithm": {"name": name} | algorithm.options | (UNTAUGHT if config.model.teacher else {}),
         "sampling": {
             "strategy": {"name": strategy.name} | strategy.options | changed.get(strategy.name, {}),
             "temperature": config.sampling.temperature,

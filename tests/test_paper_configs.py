@@ -23,7 +23,7 @@ QUICK = ("diffu_grpo_paper", "coupled_grpo_paper", "trace_rl_paper", "vrpo_paper
 FAMILIES = {"GSAI-ML": "llada", "apple": "dream", "JetLM": "sdar"}  # by the owner of the checkpoint
 CANVAS, VOCABULARY = 32, 300
 GRADED, SOLVED = "light_rewards:apart", "light_rewards:right"
-ASK_WHETHER_SOLVED = ("lightning_rl", "unmasking_policy")
+ASK_WHETHER_SOLVED = ("opd", "lightning_rl", "unmasking_policy")
 
 
 def header(path):

@@ -20,7 +20,7 @@ from dllm_rl.config.schema import Config
 from dllm_rl.diffusion.advantage import per_row
 from dllm_rl.driver.build import Run, build_run
 from dllm_rl.driver.collect import demonstrate, roll_out
-from dllm_rl.driver.step_masks import step_masks
+from dllm_rl.driver.step_masks import reference_masks, step_masks
 from dllm_rl.errors import UserError
 from dllm_rl.learner.diagnostics import redrawn
 from dllm_rl.protocols.algorithm import Algorithm
@@ -138,7 +138,8 @@ def _update(run: Run, config: Config, batch: RolloutBatch, rewards: Rewards, adv
     masks, needs = step_masks(run.algorithm, batch, config, 0), run.algorithm.needs
     reference = None
     if needs.reference:
-        reference = [run.learner.score(batch, drawn, reference=True, draws=needs.draws) for drawn in masks]
+        seen = reference_masks(run.algorithm, batch, masks, config, 0)
+        reference = [run.learner.score(batch, drawn, reference=True, draws=needs.draws) for drawn in seen]
     run.learner.update(TrainingBatch(batch, rewards, advantage, masks, reference), run.algorithm)
 
 

@@ -166,6 +166,7 @@ _RULES: Mapping[str, tuple[str, Callable[[Any, int, int], bool]]] = {
         lambda v, n, w: _tensor(v, _FLOAT, (n,), (n, w), (0, n, w)),
     ),
     "masks": ("MaskSample of a bool mask and a float weight, both (K, N, L)", _masks),
+    "reference_masks": ("MaskSample of a bool mask and a float weight, both (K, N, L)", _masks),
     "joint_masks": (
         "a sequence of such MaskSamples as masks() gives",
         lambda v, n, w: isinstance(v, Sequence) and all(_masks(one, n, w) for one in v),

@@ -83,6 +83,19 @@ class LoraSection(Section):
     """Module names in the family's own words; each must match at least one module. null = the family's default."""
 
 
+class TeacherSection(Section):
+    """Another network in the place of the reference policy, over the vocabulary of the model."""
+
+    path: str = Field(min_length=1)
+    """Local folder or hub name."""
+    family: str | None = None
+    """Model family, by entry point or "package.module:Name"; null = by config.json."""
+    revision: str | None = None
+    """Hub revision."""
+    autoregressive: bool = False
+    """A causal language model of transformers, scored from left to right on the tokens as they are in the end."""
+
+
 class ModelSection(Section):
     """Which network."""
 
@@ -112,6 +125,8 @@ class ModelSection(Section):
     """Recompute layers in the backward pass to save memory."""
     lora: LoraSection | None = None
     """Train adapters only."""
+    teacher: TeacherSection | None = None
+    """The reference of algorithms that read one is this network; null = the model at the start of the run."""
     quantize: Literal["nf4"] | None = None
     """Hold the frozen weights below an adapter in 4 bits (QLoRA; bitsandbytes, CUDA only)."""
 

@@ -16,10 +16,11 @@ from dllm_rl.config.cluster import LearnerSection
 from dllm_rl.config.plugins import build
 from dllm_rl.conformance import cases
 from dllm_rl.conformance.violation import require
+from dllm_rl.diffusion import likelihood
 from dllm_rl.diffusion.advantage import per_row
 from dllm_rl.learner.policy_scorer import PolicyScorer
 from dllm_rl.learner.torch_learner import TorchLearner
-from dllm_rl.protocols.algorithm import Algorithm, JointMasks, Needs, ValueBaseline
+from dllm_rl.protocols.algorithm import Algorithm, JointMasks, Needs, ReferenceMasks, ValueBaseline
 from dllm_rl.types import (
     GIVEN,
     Experience,
@@ -62,6 +63,12 @@ class Subject:
     def masks(self, batch: RolloutBatch, seed: int = 0) -> MaskSample:
         """Draws of a seed."""
         return self.algorithm.masks(batch, seeding.generator_for(seed, "conformance", "masks"))
+
+    def reference_masks(self, batch: RolloutBatch, masks: MaskSample, seed: int = 0) -> MaskSample:
+        """What the reference is scored with."""
+        if not isinstance(self.algorithm, ReferenceMasks):
+            return masks
+        return self.algorithm.reference_masks(batch, masks, seeding.generator_for(seed, "conformance", "reference"))
 
     def masks_of_updates(self, batch: RolloutBatch, seed: int) -> list[MaskSample]:
         """Draws of a seed for every optimiser update of a step: one entry unless needs.fresh_masks."""
@@ -177,6 +184,17 @@ def no_token_is_scored_in_sight(subject: Subject, batch: RolloutBatch) -> None:
     for masks in (masks for seed in range(20) for masks in subject.masks_of_updates(batch, seed)):
         seen = ((masks.weight != 0) & ~masks.mask).nonzero()
         require(not len(seen), f"draw {seen[0].tolist() if len(seen) else ''} (draw, row, position) is not masked")
+
+
+def the_reference_scores_the_same_tokens(subject: Subject, batch: RolloutBatch) -> None:
+    """The draws of reference_masks() have the weights of masks(), mask what they score, and no padding."""
+    for seed in range(20):
+        own = subject.masks(batch, seed)
+        masks = subject.reference_masks(batch, own, seed)
+        require(torch.equal(masks.weight, own.weight), "the weights differ")
+        seen = ((masks.weight != 0) & ~masks.mask).nonzero()
+        require(not len(seen), f"draw {seen[0].tolist() if len(seen) else ''} (draw, row, position) is not masked")
+        require(not bool((masks.mask & ~batch.valid).any()), "padding is masked")
 
 
 def only_the_completion_is_scored(subject: Subject, batch: RolloutBatch) -> None:
@@ -334,8 +352,9 @@ def the_learner_can_train_with_it(subject: Subject, batch: RolloutBatch) -> None
     learner, masks = learner_for(subject.needs, batch, family), subject.masks(batch)
     before = learner.version().digest
     reference = None
-    if subject.needs.reference:
-        reference = [learner.score(batch, masks, reference=True, draws=subject.needs.draws)]
+    if subject.needs.reference:  # of another network: a divergence from the start has no gradient there
+        seen, other = subject.reference_masks(batch, masks), cases.denoiser(family, seed=1)
+        reference = [likelihood.estimate(other, batch, seen, draws=subject.needs.draws)]
     training = TrainingBatch(batch, scored, algorithm.advantages(scored, batch), [masks], reference)
     learner.update(training, algorithm)
     require(learner.version().digest != before, f"{family}: the weights did not move")

@@ -136,6 +136,7 @@ def _build_run(config: Config, folder: Path, progress: Progress, stack: ExitStac
             has_policy=strategy.policy is not None,
             examples=train_examples,
             task=config.data.task.name,
+            teacher=config.model.teacher is not None,
         )
     )
     _check_learner(config, algorithm)
@@ -207,6 +208,8 @@ def _check_learner(config: Config, algorithm: Algorithm) -> None:
             f"learner.reference.kind = ema: algorithm '{config.algorithm.name}' reads no reference with these options; "
             f"leave learner.reference out, or give the algorithm its divergence (beta > 0, if it has one)"
         )
+    if config.model.teacher is not None:
+        _check_teacher(config, algorithm)
     if config.learner.backend == "torch":
         return
     require_package("deepspeed", "deepspeed", "learner.backend: deepspeed")
@@ -218,6 +221,26 @@ def _check_learner(config: Config, algorithm: Algorithm) -> None:
         what = "an unmasking policy" if trains_policy else "a value model"
         raise UserError(
             f"algorithm '{config.algorithm.name}' trains {what}, which runs on one rank with learner.backend: torch"
+        )
+
+
+def _check_teacher(config: Config, algorithm: Algorithm) -> None:
+    name = config.algorithm.name
+    if not algorithm.needs.reference:
+        raise UserError(
+            f"model.teacher is the reference of a run, and algorithm '{name}' reads none with these options; leave "
+            f"model.teacher out, or give the algorithm its divergence (beta > 0, if it has one)"
+        )
+    assert config.model.teacher is not None, "the caller asked"
+    if config.learner.reference.kind == "ema":
+        raise UserError(
+            "learner.reference.kind = ema moves the start of the run towards the model, and model.teacher takes its "
+            "place; leave one of the two out"
+        )
+    if config.model.teacher.autoregressive and algorithm.needs.draws:
+        raise UserError(
+            f"model.teacher.autoregressive: algorithm '{name}' reads the log-probabilities of each draw, and an "
+            f"autoregressive teacher has the same for all; name a masked diffusion model, or choose another algorithm"
         )
 
 

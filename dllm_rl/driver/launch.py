@@ -27,6 +27,7 @@ from dllm_rl.driver.weight_sync import DistributedWeightSync, InProcessWeightSyn
 from dllm_rl.errors import UserError, require_package
 from dllm_rl.models.denoiser import TransformersDenoiser
 from dllm_rl.models.from_config import load_model
+from dllm_rl.models.teacher import load_teacher
 from dllm_rl.models.tokenizers import vocabulary_digest
 from dllm_rl.protocols.algorithm import Algorithm
 from dllm_rl.protocols.engine import EVALUATE, TRAIN, Capabilities, EngineSetup, RolloutEngine, SharedModel
@@ -150,6 +151,7 @@ def launch_ray(spec: WorkerSpec, stack: ExitStack, log: Callable[[str], None]) -
     config, cluster = spec.config, spec.config.cluster
     denoiser, tokenizer = load_model(config, spec.path, weights=False)
     check_engine(config, spec.algorithm, denoiser, spec.engine_capabilities, spec.sampling)
+    load_teacher(config, denoiser, tokenizer, weights=False)  # refused here rather than by an actor
     wanted = cluster.engines * cluster.cpus_per_engine + cluster.learners * cluster.cpus_per_learner
     stack.enter_context(ray_connection(cluster.address, cluster.namespace, wanted))
     default = (0.5 if cluster.colocate else 1.0) if cluster_has_gpus() else 0.0

@@ -17,7 +17,7 @@ from torch import Tensor
 from dllm_rl.config.schema import Config
 from dllm_rl.driver.build import Run
 from dllm_rl.driver.collect import demonstrate
-from dllm_rl.driver.step_masks import step_masks
+from dllm_rl.driver.step_masks import reference_masks, step_masks
 from dllm_rl.errors import UserError
 from dllm_rl.reports.progress import Progress, each
 from dllm_rl.types import LikelihoodEstimate, MaskSample, RolloutBatch
@@ -60,7 +60,8 @@ class ReferenceCache:
         run = self._run
         for step in each(progress, "reference", range(first, total)):
             batch = demonstrate(run, run.source.batch(step)).batch
-            for masks in step_masks(run.algorithm, batch, self._config, step):
+            drawn = step_masks(run.algorithm, batch, self._config, step)
+            for masks in reference_masks(run.algorithm, batch, drawn, self._config, step):
                 path = self._path(batch, masks)
                 if not path.exists():
                     estimate = self._score(batch, masks)

@@ -18,7 +18,7 @@ from dllm_rl.driver.collect import Collected
 from dllm_rl.driver.prefetch import RolloutPrefetcher
 from dllm_rl.driver.reference_cache import ReferenceCache
 from dllm_rl.driver.resample import kept
-from dllm_rl.driver.step_masks import step_masks
+from dllm_rl.driver.step_masks import reference_masks, step_masks
 from dllm_rl.errors import UserError
 from dllm_rl.learner.diagnostics import estimator_metrics, rollout_gap, rounding_noise
 from dllm_rl.protocols.algorithm import Algorithm
@@ -60,7 +60,7 @@ def one_step(
             masks = step_masks(algorithm, batch, config, step)
             with run.engines.asleep(timer):
                 with timer("score_s"):
-                    reference = references.of(batch, masks)
+                    reference = references.of(batch, reference_masks(algorithm, batch, masks, config, step))
                     if config.rollout.correction is not None and (oldest_weights(batch) < step or not batch.exact):
                         batch, advantage, figures = _corrected(advantage, run, config, batch)
                         learned |= figures

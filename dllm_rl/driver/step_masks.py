@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from dllm_rl import seeding
 from dllm_rl.config.schema import Config
 from dllm_rl.errors import UserError
-from dllm_rl.protocols.algorithm import Algorithm, JointMasks
+from dllm_rl.protocols.algorithm import Algorithm, JointMasks, ReferenceMasks
 from dllm_rl.types import MaskSample, RolloutBatch
 
 
@@ -24,3 +26,13 @@ def step_masks(algorithm: Algorithm, batch: RolloutBatch, config: Config, step: 
     first = algorithm.masks(batch, generator)
     later = range(1, updates)
     return [first, *(algorithm.masks(batch, seeding.generator_for(seed, "masks", step, u), u) for u in later)]
+
+
+def reference_masks(
+    algorithm: Algorithm, batch: RolloutBatch, masks: Sequence[MaskSample], config: Config, step: int
+) -> Sequence[MaskSample]:
+    """What the reference is scored with for each of step_masks: the same draws, unless the algorithm has others."""
+    if not isinstance(algorithm, ReferenceMasks):
+        return masks
+    generators = [seeding.generator_for(config.run.seed, "reference masks", step, u) for u in range(len(masks))]
+    return [algorithm.reference_masks(batch, *pair) for pair in zip(masks, generators, strict=True)]

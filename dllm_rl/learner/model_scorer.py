@@ -24,6 +24,7 @@ from dllm_rl.models.digest import digest
 from dllm_rl.models.evaluating import evaluating
 from dllm_rl.models.loading import load_denoiser, save_denoiser
 from dllm_rl.models.lora import add_second_adapter, load_adapter, reference_weights, save_adapter
+from dllm_rl.models.teacher import AutoregressiveTeacher, Teacher
 from dllm_rl.types import LikelihoodEstimate, MaskSample, RolloutBatch, Sampling
 
 Scored = tuple[Tensor, Tensor, Tensor]
@@ -61,13 +62,17 @@ class ModelScorer:
             (n, p) for n, p in denoiser.module.named_parameters() if p.requires_grad
         ]
         self._tokenizer, self._budget = tokenizer, tokens_per_microbatch
-        self._reference: TransformersDenoiser | None = None
+        self._reference: Teacher | None = None
         self.moving: MovingReference | None = None
         if reference is not None and denoiser.adapter is None:
             self._reference = copy.deepcopy(denoiser)
             self._reference.module.requires_grad_(False).eval()
         if reference is not None and reference.kind == "ema":
             self.moving = MovingReference(self._followers(), reference, seed=seed)
+
+    def hold(self, teacher: Teacher) -> None:
+        """Take another network as the reference, frozen."""
+        self._reference = teacher
 
     def plan(self, batch: RolloutBatch, masks: MaskSample) -> list[Work]:
         """Micro-batches; the same number on every rank."""
@@ -101,6 +106,9 @@ class ModelScorer:
             raise RuntimeError("the learner holds no reference: it was made without one, or it has been dropped")
         forward = self._forward if self._reference is None else self._reference_forward
         below_adapter = reference_weights(self.denoiser) if self._reference is None else contextlib.nullcontext()
+        if isinstance(self._reference, AutoregressiveTeacher):
+            assert not draws, "build_run() refuses it"
+            masks = _left_to_right(masks)
         with torch.no_grad(), evaluating(self.denoiser.module), below_adapter:
             scored = functools.partial(forward, likelihood.score, batch, masks)
             return likelihood.summed(batch, masks, self.plan(batch, masks), scored, draws=draws)
@@ -179,3 +187,8 @@ class ModelScorer:
         """The same on the copy."""
         self.ticks += 1
         return function(self._reference, *arguments)
+
+
+def _left_to_right(masks: MaskSample) -> MaskSample:
+    """One draw that masks nothing, with the weights of all: what a token's one log-probability is multiplied by."""
+    return MaskSample(mask=torch.zeros_like(masks.mask[:1]), weight=masks.weight.sum(0, keepdim=True))

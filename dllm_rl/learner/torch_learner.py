@@ -35,6 +35,7 @@ from dllm_rl.learner.value_model import ValueModel
 from dllm_rl.models.denoiser import TransformersDenoiser
 from dllm_rl.models.digest import digest
 from dllm_rl.models.evaluating import has_dropout
+from dllm_rl.models.teacher import Teacher
 from dllm_rl.protocols.algorithm import Algorithm, Needs, ValueBaseline
 from dllm_rl.types import (
     Experience,
@@ -75,6 +76,7 @@ class TorchLearner:
         total_steps: int,
         seed: int,
         policy: PolicyScorer | None = None,
+        teacher: Teacher | None = None,
         dump_folder: Path,
     ) -> None:
         """Take over a denoiser, a policy, or both.
@@ -88,6 +90,7 @@ class TorchLearner:
             total_steps: length of the run, for the schedule.
             seed: run seed, for dropout.
             policy: scores with the unmasking policy that is trained, if one is.
+            teacher: the reference, if the algorithm needs one and it is not the model at the start.
             dump_folder: where the batch of a non-finite loss goes.
         """
         self.denoiser, self.step = denoiser, 0
@@ -97,8 +100,10 @@ class TorchLearner:
         self._scorers: dict[str, Scorer] = {}  # by the folder of its weights
         trains_model, budget = "model" in needs.trains, config.tokens_per_microbatch
         if trains_model:
-            reference = config.reference if needs.reference else None
+            reference = config.reference if needs.reference and teacher is None else None
             self._model = self._model_scorer(denoiser, tokenizer, budget, reference=reference, seed=seed)
+            if teacher is not None:
+                self._model.hold(teacher)
             self._scorers["model"] = self._model
         if policy is not None:
             self._scorers["policy" if trains_model else "model"] = policy

@@ -60,7 +60,7 @@ def load_denoiser(
         UserError: folder or file missing or damaged, unknown family, weights missing or left over (named), no mask
             token, end tokens that do not exist.
     """
-    folder = _resolve(path, revision)
+    folder = checkpoint_folder(path, revision)
     config = _read_config(folder / "config.json")
     named = family_named(family) if isinstance(family, str) else family
     chosen = family_of(config, str(path)) if named is None else named
@@ -123,7 +123,12 @@ def save_denoiser(denoiser: TransformersDenoiser, tokenizer: Any, folder: str | 
         (folder / name).write_bytes(content)
 
 
-def _resolve(path: str | Path, revision: str | None) -> Path:
+def checkpoint_folder(path: str | Path, revision: str | None = None) -> Path:
+    """A local folder, or where a model of the hub has been downloaded to.
+
+    Raises:
+        UserError: neither.
+    """
     folder = Path(path)
     if folder.is_dir():
         return folder

@@ -33,6 +33,7 @@ class Plan:
         has_policy: whether that strategy has a network to train.
         examples: the training rows.
         task: name of the task.
+        teacher: whether the reference is another network (model.teacher), not the start of the run.
     """
 
     sampling: Sampling
@@ -40,6 +41,7 @@ class Plan:
     has_policy: bool
     examples: Sequence[Example]
     task: str
+    teacher: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -203,6 +205,22 @@ class ValueBaseline(Protocol):
 
     def credit(self, rewards: Rewards, batch: RolloutBatch, value: Tensor) -> tuple[Tensor, Tensor]:
         """Advantages and value targets, both (N, L), from value predictions (N, L); in place of advantages()."""
+
+
+@runtime_checkable
+class ReferenceMasks(Protocol):
+    """An algorithm whose reference is shown more, or less, than the model: privileged self-distillation."""
+
+    def reference_masks(self, batch: RolloutBatch, masks: MaskSample, generator: torch.Generator) -> MaskSample:
+        """The draws that the reference is scored with.
+
+        Args:
+            batch: rows of the step.
+            masks: those of the model, for one optimiser update.
+            generator: CPU generator.
+        Returns:
+            A weight may be other than 0 only where its draw masks the token.
+        """
 
 
 @runtime_checkable

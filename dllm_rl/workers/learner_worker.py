@@ -16,6 +16,7 @@ from dllm_rl.learner.policy_scorer import PolicyScorer
 from dllm_rl.learner.torch_learner import TorchLearner
 from dllm_rl.models.denoiser import TransformersDenoiser
 from dllm_rl.models.lora import merged_updates
+from dllm_rl.models.teacher import load_teacher
 from dllm_rl.protocols.algorithm import Algorithm
 from dllm_rl.protocols.strategy import UnmaskingStrategy
 from dllm_rl.types import LikelihoodEstimate, MaskSample, RolloutBatch, Sampling, TrainingBatch, WeightsVersion
@@ -71,6 +72,7 @@ def make_learner(
         total_steps=config.run.steps,
         seed=config.run.seed,
         policy=policy,
+        teacher=load_teacher(config, denoiser, tokenizer),
         dump_folder=folder / "dumps",
     )
 

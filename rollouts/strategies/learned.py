@@ -18,16 +18,24 @@ from dllm_rl.protocols.strategy import Candidates, UnmaskingStrategy
 from rollouts import choices
 from rollouts.policy_network import UnmaskingPolicy, load_policy, save_policy
 
+_LOGP = {
+    "bernoulli": choices.bernoulli_logp,
+    "plackett_luce": choices.plackett_luce_logp,
+    "ranking": choices.ranking_logp,
+}
+
 
 class Learned(UnmaskingStrategy):
-    """A policy network; how many positions a forward commits is its own choice."""
+    """A policy network; how many positions a forward commits is its own choice, except with a ranking."""
 
     @dataclass(frozen=True, slots=True, kw_only=True)
     class Config:
         """Options."""
 
         path: str | None = None  # a trained policy (policy.safetensors, or its folder); null = an untrained one
-        distribution: Literal["bernoulli", "plackett_luce"] | None = None  # null = as trained, else bernoulli
+        distribution: Literal["bernoulli", "plackett_luce", "ranking"] | None = (
+            None  # null = as trained, else bernoulli
+        )
         temperature: float = 1.0  # utilities are divided by it; lower is more decided
         bias: float = 0.0  # added to utilities: above 0 commits more tokens per forward, below 0 fewer
         width: int = 128  # of an untrained network
@@ -64,7 +72,7 @@ class Learned(UnmaskingStrategy):
         if self.config.path is None and not trained_here:
             raise UserError(
                 "strategy 'learned' has no path, so its policy is untrained; give the path of a trained one, or train "
-                "it with algorithm: {name: unmasking_policy}"
+                "it with algorithm: {name: unmasking_policy} or {name: dcolt}"
             )
         if self.vocabulary not in (None, vocabulary) and not self.config.any_vocabulary:
             raise UserError(
@@ -84,15 +92,18 @@ class Learned(UnmaskingStrategy):
 
     @override
     def select(self, candidates: Candidates) -> Tensor:
-        """Ignores tokens_per_step."""
-        draw = choices.draw_bernoulli if self.distribution == "bernoulli" else choices.draw_plackett_luce
+        """Ignores tokens_per_step, unless it draws a ranking."""
+        c = candidates
         with torch.no_grad():
-            return draw(self._utility(candidates), candidates.eligible, candidates.noise)
+            utility = self._utility(c)
+            if self.distribution == "ranking":
+                return choices.draw_ranking(utility, c.eligible, c.noise, c.count)
+            draw = choices.draw_bernoulli if self.distribution == "bernoulli" else choices.draw_plackett_luce
+            return draw(utility, c.eligible, c.noise)
 
     @override
     def log_prob(self, candidates: Candidates, order: Tensor) -> Tensor:
-        logp = choices.bernoulli_logp if self.distribution == "bernoulli" else choices.plackett_luce_logp
-        return logp(self._utility(candidates), candidates.eligible, order)
+        return _LOGP[self.distribution](self._utility(candidates), candidates.eligible, order)
 
     def _utility(self, candidates: Candidates) -> Tensor:
         c, utility = candidates, torch.zeros_like(candidates.logp)

@@ -27,7 +27,7 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "low_confidence": {"strategy": {"name": "low_confidence"}, "tokens_per_step": 2},
     "left_to_right": {"strategy": {"name": "left_to_right"}},
     "confidence_threshold": {"strategy": {"name": "confidence_threshold", "threshold": 0.2}},
-    "learned": {"strategy": {"name": "learned", "width": 16}, "temperature": 0.0},
+    "learned": {"strategy": {"name": "learned", "width": 16}},
     "one that revises": {"strategy": {"name": "matrix:Undecided"}, "tokens_per_step": 2},
 }
 METHODS = Path(__file__).resolve().parents[2] / "configs" / "methods"
@@ -58,6 +58,9 @@ def run(algorithm: str, strategy: str, engine: str, family: str) -> Cell:
     """Train one combination."""
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
+        tiny = load_config(METHODS / f"{algorithm}_tiny.yaml")
+        untaught = {"retain": 0.25} if tiny.model.teacher is not None else {}  # itself, with later tokens in sight
+        greedy = {"temperature": 0.0} if strategy == "learned" and tiny.sampling.temperature == 0 else {}
         config = {
             "run": {"name": "run", "steps": 2, "output": folder, "threads": 1},
             "model": FAMILIES[family]
@@ -67,9 +70,9 @@ def run(algorithm: str, strategy: str, engine: str, family: str) -> Cell:
                 "prompts_per_step": 4,
                 "samples_per_prompt": 4,
             },
-            "sampling": {"max_new_tokens": 16} | STRATEGIES[strategy],
+            "sampling": {"max_new_tokens": 16} | STRATEGIES[strategy] | greedy,
             "engine": {"name": engine},
-            "algorithm": load_config(METHODS / f"{algorithm}_tiny.yaml").algorithm.model_dump(),
+            "algorithm": tiny.algorithm.model_dump() | untaught,
             "rewards": [{"name": "sudoku", "mode": "cells"}, {"name": "format", "pattern": "[12]$"}],
             "reward_pool": {"self_test": 0, "workers": 1},
             "learner": {"lr": 1e-3},

@@ -69,6 +69,13 @@ def test_learns(name, tmp_path, monkeypatch):
     if name in GENTLE:
         config["learner"] |= {"lr": LR / 3}
     fast = paces_itself(name)
+    if tiny(name).model.teacher is not None:  # it starts from nothing, and its teacher solves the task
+        start = {
+            "run": {"name": "sft", "steps": SFT_STEPS, "output": str(tmp_path)},
+            "algorithm": {"name": "masked_sft"},
+        }
+        folder = train(Config.model_validate(config | start)).folder
+        config["model"] |= {"teacher": {"path": str(next(folder.glob("checkpoints/*/model")))}}
     if fast:  # it speeds up a model that solves the task: tokens per forward where the answers are right
         start = {
             "run": {"name": "sft", "steps": SFT_STEPS, "output": str(tmp_path)},

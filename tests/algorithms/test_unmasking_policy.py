@@ -107,13 +107,13 @@ def rollouts(denoiser, strategy, sampling, engine=NativeSampler, samples=2):
     return trajectories, batch
 
 
-@pytest.mark.parametrize("distribution", ["bernoulli", "plackett_luce"])
+@pytest.mark.parametrize("distribution", ["bernoulli", "plackett_luce", "ranking"])
 @pytest.mark.parametrize("model", MODELS)
 def test_the_learner_scores_what_the_engine_did(tiny_denoiser, model, distribution):
     family, options, block = MODELS[model]
     denoiser = tiny_denoiser(family, **options)
     strategy = learned(distribution=distribution, temperature=0.8, bias=0.5)
-    sampling = Sampling(max_new_tokens=12, temperature=0.0, block_size=block)
+    sampling = Sampling(max_new_tokens=12, temperature=0.0, block_size=block, tokens_per_step=2)
     spy = Spy(strategy)
     one_row = collate_one(denoiser, spy, sampling)
     for batch, choices in one_row:

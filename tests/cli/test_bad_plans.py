@@ -67,6 +67,14 @@ PLANS: dict[str, tuple[dict[str, Any] | Callable[[Path], dict[str, Any]], list[s
         {"rollout.correction": "token", "rollout.max_staleness": 1, "sampling.temperature": 0},
         ["temperature = 0"],
     ),
+    "a teacher that nobody reads": (
+        {"model.teacher": {"path": "somewhere"}, "algorithm": {"name": "wd1"}},
+        ["model.teacher is the reference of a run, and algorithm 'wd1' reads none"],
+    ),
+    "a teacher without draws for a method that reads each": (
+        {"model.teacher": {"path": "x", "autoregressive": True}, "algorithm": {"name": "mdpo", "beta": 0.1}},
+        ["model.teacher.autoregressive: algorithm 'mdpo' reads the log-probabilities of each draw"],
+    ),
     "several engines in one process": (
         {"cluster.engines": 2},
         ["cluster.engines = 2 and cluster.learners = 1 need cluster.kind: ray"],

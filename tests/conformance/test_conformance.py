@@ -91,6 +91,11 @@ class PeeksLater(CoupledGRPO):
         return [first, *(MaskSample(mask=torch.zeros_like(one.mask), weight=one.weight) for one in later)]
 
 
+class ShowsTheAnswer(TraceRL):
+    def reference_masks(self, batch, masks, generator):
+        return MaskSample(mask=torch.zeros_like(masks.mask), weight=masks.weight)
+
+
 class SharesMasksByGlobalSeed(CoupledGRPO):
     def masks(self, batch, generator, update=0):
         return super().masks(batch, generator_for(time.perf_counter_ns()))
@@ -279,6 +284,7 @@ FAULTS: list[tuple[str, str, str]] = [
     ("algorithms", "CountsTwice", "weights_are_a_partition_of_unity"),
     ("algorithms", "PeeksLater", "no_token_is_scored_in_sight"),
     ("algorithms", "CountsTwiceLater", "weights_are_a_partition_of_unity"),
+    ("algorithms", "ShowsTheAnswer", "the_reference_scores_the_same_tokens"),
     ("algorithms", "SharesMasksByGlobalSeed", "masks_are_drawn_from_the_generator_alone"),
     ("algorithms", "ScoresThePrompt", "only_the_completion_is_scored"),
     ("algorithms", "ShowsTheTail", "what_follows_the_end_is_not_shown"),

@@ -9,7 +9,7 @@ import torch
 
 from algorithms.coupled_grpo import CoupledGRPO
 from dllm_rl.conformance import cases
-from dllm_rl.driver.step_masks import step_masks
+from dllm_rl.driver.step_masks import reference_masks, step_masks
 from dllm_rl.errors import UserError
 from tests.methods import tiny
 
@@ -32,6 +32,12 @@ class Together(Fresh):
     def joint_masks(self, batch, generator, updates):
         self.start = torch.rand((), generator=generator).item()
         return [self.masks(batch, generator) for _ in range(updates)]
+
+
+class Privileged(Fresh):
+    def reference_masks(self, batch, masks, generator):
+        shown = torch.rand(masks.mask.shape, generator=generator) < 0.5
+        return dataclasses.replace(masks, mask=masks.mask & ~shown | (masks.weight != 0))
 
 
 class OneTooFew(Together):
@@ -65,3 +71,15 @@ def test_algorithms_without_them_keep_a_stream_for_every_update():
 def test_a_wrong_number_of_them_names_the_algorithm():
     with pytest.raises(UserError, match=r"'coupled_grpo': joint_masks\(\) must return .* each of 3 .* returned 2$"):
         drawn(OneTooFew)
+
+
+def test_a_reference_has_draws_of_its_own_in_every_update_and_step():
+    algorithm, masks = drawn(Privileged)
+    config = tiny("coupled_grpo")
+    same, again, later = (reference_masks(algorithm, BATCH, masks, config, step) for step in (0, 0, 1))
+    assert len(same) == 3 and all(torch.equal(a.mask, b.mask) for a, b in zip(same, again, strict=True))
+    assert not torch.equal(same[0].mask, later[0].mask)
+    shown = [own.mask & ~seen.mask for own, seen in zip(masks, same, strict=True)]
+    assert all(one.any() for one in shown) and not torch.equal(shown[0], shown[1])
+    plain, own = drawn(Fresh)
+    assert reference_masks(plain, BATCH, own, config, 0) is own

@@ -113,3 +113,39 @@ def test_rows_that_may_choose_nothing_choose_nothing(name):
     assert value.tolist() == [0.0, 0.0]  # nothing to choose; one position: certain
     value.sum().backward()
     assert bool(torch.isfinite(utility.grad).all())
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_a_ranking_has_the_law_of_plackett_and_luce(count):
+    """By hand: u_k - log of the sum over those left; its draws follow it, and its gradient is finite."""
+    allowed = torch.tensor([True, True, False, True] if count < 3 else [True] * WIDTH)
+    orders = torch.stack([o for o in outcomes("plackett_luce", allowed) if int((o > 0).sum()) == count])
+    utility = UTILITY.expand(orders.shape).clone().requires_grad_()
+    logp = choices.ranking_logp(utility, allowed.expand(orders.shape), orders)
+    for order, found in zip(orders, logp.tolist(), strict=True):
+        left, want = set(allowed.nonzero().flatten().tolist()), 0.0
+        for k in range(1, count + 1):
+            place = (order == k).nonzero().item()
+            want += UTILITY[place].item() - math.log(sum(math.exp(UTILITY[j]) for j in left))
+            left.remove(place)
+        assert found == pytest.approx(want)
+    assert logp.exp().sum().item() == pytest.approx(1.0, abs=1e-12)
+    (slope,) = torch.autograd.grad(logp.sum(), utility)
+    assert torch.isfinite(slope).all() and not slope[:, ~allowed].any()
+    noise = torch.rand(DRAWS, WIDTH, generator=generator_for(0, count), dtype=torch.float64).clamp(1e-12, 1 - 1e-12)
+    drawn = choices.draw_ranking(
+        UTILITY.expand(DRAWS, WIDTH), allowed.expand(DRAWS, WIDTH), noise, torch.full((DRAWS,), count)
+    )
+    found = (drawn[:, None] == orders[None]).all(-1).sum(0)
+    assert int(found.sum()) == DRAWS, "an impossible outcome was drawn"
+    probability = logp.detach().exp()
+    error = (found / DRAWS - probability).abs() / (probability * (1 - probability) / DRAWS).sqrt()
+    assert float(error.max()) < 4.5, error
+
+
+def test_a_ranking_of_everything_decides_nothing():
+    allowed = torch.tensor([[True, False, True, True], [False] * WIDTH])
+    noise = torch.rand(2, WIDTH, generator=generator_for(1), dtype=torch.float64)
+    order = choices.draw_ranking(UTILITY.expand(2, WIDTH), allowed, noise, torch.tensor([9, 1]))
+    assert sorted(order[0].tolist()) == [0, 1, 2, 3] and order[0, 1] == 0 and not order[1].any()
+    assert choices.ranking_logp(UTILITY.expand(2, WIDTH), allowed, order).tolist() == [0.0, 0.0]
