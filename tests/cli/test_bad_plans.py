@@ -67,6 +67,14 @@ PLANS: dict[str, tuple[dict[str, Any] | Callable[[Path], dict[str, Any]], list[s
         {"rollout.correction": "token", "rollout.max_staleness": 1, "sampling.temperature": 0},
         ["temperature = 0"],
     ),
+    "a teacher in the place of a start that moves": (
+        {
+            "model.teacher": {"path": "somewhere"},
+            "learner.reference": {"kind": "ema"},
+            "algorithm": {"name": "diffu_grpo", "beta": 0.1},
+        },
+        ["learner.reference.kind = ema moves the start of the run", "model.teacher takes its place"],
+    ),
     "a teacher that nobody reads": (
         {"model.teacher": {"path": "somewhere"}, "algorithm": {"name": "wd1"}},
         ["model.teacher is the reference of a run, and algorithm 'wd1' reads none"],
