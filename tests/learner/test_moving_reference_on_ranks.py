@@ -25,7 +25,7 @@ def state(learner, case):
 
 
 def train_and_resume(rank, size, chosen, folder, resumes):
-    """State after 4 steps, and if wanted that of another learner that goes on from what was saved after 2."""
+    """State after 5 steps, and if wanted that of another learner that goes on from what was saved after 3."""
     out = []
     for number, case in enumerate(chosen):
         make, saved, found = (made if case.stage is None else on_deepspeed), folder / str(number), []
@@ -33,10 +33,10 @@ def train_and_resume(rank, size, chosen, folder, resumes):
             learner = make(case, folder)
             if resumed:
                 learner.load(saved)
-                assert learner.step == 2
-            while learner.step < 4:
+                assert learner.step == 3
+            while learner.step < 5:
                 step(learner, case, rank, size)
-                if learner.step == 2 and not resumed:
+                if learner.step == 3 and not resumed:
                     learner.save(saved)
             found.append(state(learner, case))
         out.append(found)
@@ -44,7 +44,7 @@ def train_and_resume(rank, size, chosen, folder, resumes):
 
 
 def rank_case(stage, *, lora, updates=1):
-    every = 3 * updates  # a step after the save
+    every = 2 * updates  # at steps 2 and 4: a step before the save, and one after it
     return Case(lora=lora, dtype=torch.float32, every=every, updates=updates, stage=stage, lr=5e-4)
 
 
