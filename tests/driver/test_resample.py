@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
+from dllm_rl import seeding
 from dllm_rl.diffusion.advantage import share_of_group
 from dllm_rl.driver.build import build_run
 from dllm_rl.driver.collect import roll_out
+from dllm_rl.driver.decoder import PartialBatch
+from dllm_rl.driver.prefetch import RolloutPrefetcher
 from dllm_rl.reports.clock import Clock
 from dllm_rl.reports.progress import Quiet
 from dllm_rl.reports.run_folder import comparable, read_rows
 from dllm_rl.tasks.sudoku import Sudoku4
 from dllm_rl.train import train
+from dllm_rl.workers.engine_worker import EngineWorker
 
 LOCAL = ("cluster.kind=local", "cluster.engines=1", "reward_pool.self_test=0", "evaluate.at_end=false")
 FEW = (
@@ -136,6 +141,33 @@ def test_a_resumed_run_has_the_same_bits(tiny, lead):
     assert comparable(folder) == comparable(whole)
     ledgers = [list(read_rows(f / "ledger.jsonl")) for f in (folder, whole)]
     assert ledgers[0] == ledgers[1]
+
+
+def test_a_round_that_paused_goes_on_after_a_resume(tiny, tmp_path):
+    config = tiny(*LOCAL, *FEW, "data.resample_flat_groups=2", "rollout.max_staleness=2", "sampling.block_size=4")
+    config = config.model_copy(update={"rollout": config.rollout.model_copy(update={"pause_blocks": 1})})
+    with build_run(config, tmp_path / "model", Quiet()) as run, run.reward_pool:
+        run.weights.verify()
+        whole = roll_out(run, config, run.source.batch(1), 1, Clock())
+        assert whole.metrics["resample_rounds"] == 2
+        key, options = seeding.derive(config.run.seed, "rollout", 1), {"samples_per_prompt": 4}
+        ordinary = run.engines.generate(run.source.batch(1), run.sampling, seed=key, **options)
+        met = {prompt.uid for prompt in run.source.batch(1)}
+        missing = round(8 * whole.metrics["flat_groups"])
+        fresh = [prompt for prompt in run.spare.batch(2) if prompt.uid not in met][:missing]
+        begun = run.engines.generate(fresh, run.sampling, seed=key, **options, max_blocks=1)
+        assert any(trajectory.finish == "paused" for trajectory in begun)
+        with RolloutPrefetcher(run, config) as prefetcher:
+            prefetcher._partial[1] = PartialBatch([*ordinary, *begun], 1)
+            prefetcher.save(tmp_path)
+        with RolloutPrefetcher(run, config) as prefetcher:
+            prefetcher.load(tmp_path, 0)
+            newer = dataclasses.replace(run.engines.weights, step=1)
+            run.engines.group.call(EngineWorker.activate, newer)
+            batch = prefetcher._collect(1, prefetcher._partial[1]).batch
+    assert torch.equal(batch.tokens, whole.batch.tokens)
+    steps = [set(batch.weights_step[batch.generated & (batch.group == group)[:, None]].tolist()) for group in range(8)]
+    assert {0} in steps and {0, 1} in steps, "some groups are of before the resume, some went on after it"
 
 
 def test_a_cluster_that_decodes_ahead_gives_the_bits_of_one_process(tiny, ray_cluster):
