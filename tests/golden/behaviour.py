@@ -66,6 +66,8 @@ def methods(output: Path) -> dict[str, Any]:
         overrides = [*common, f"run.steps={STEPS}", f"run.name={path.stem}"]
         if "masked_sft" not in path.stem:
             overrides.append(f"model.path={start}/checkpoints/step-000300/model")
+        if load_config(path).model.teacher is not None:
+            overrides.append(f"model.teacher.path={output}/egspo_tiny/checkpoints/step-{STEPS:06d}/model")
         found[path.stem] = outcome(train(load_config(path, overrides)).folder)
         print(f"{path.stem:24} {found[path.stem]['weights'][:16]}", file=sys.stderr)
     return found
