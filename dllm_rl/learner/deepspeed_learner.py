@@ -130,6 +130,7 @@ class DeepSpeedLearner(TorchLearner):
         loaded, _ = engine.load_checkpoint(str(where), tag=tag, load_module_strict=False)
         if loaded is None:
             raise UserError(f"checkpoint '{folder}': DeepSpeed found no state in {where}")
+        self._optimizer.separate_steps()
         self.step = state["step"]
         self._load_reference(folder)
 

@@ -118,6 +118,14 @@ class ZeroOptimizer(Optimizer):
         self.engine.set_gradient_accumulation_boundary(last)
         self.engine.backward(value * self._size, scale_wrt_gas=False)  # it averages over ranks, our losses are shares
 
+    def separate_steps(self) -> None:
+        """Give each parameter a count of steps of its own.
+
+        ZeRO 3 loads its universal layout with one tensor for all groups (matrices, vectors), which each would count up.
+        """
+        for state in self._adam.state.values():
+            state["step"] = state["step"].clone()
+
     def step(self, check: Callable[[Tensor], None]) -> Tensor:
         """Clip and change the parameters; ZeRO leaves them as they were if the norm is not finite."""
         if self._stage == 0:  # the engine does not tell the norm, and would step with whatever it is

@@ -177,7 +177,7 @@ def save_and_resume(rank, size, case, folder, start, stop):
     return weights(made)
 
 
-@pytest.mark.parametrize(("stage", "lora"), [(2, False), (3, True)])
+@pytest.mark.parametrize(("stage", "lora"), [(2, False), (3, True), (3, False)])
 def test_resume_is_exact_at_the_same_size_and_close_at_another(tmp_path, stage, lora):
     case = Case(stage=stage, lora=lora)
     whole = on_ranks(2, save_and_resume, case, tmp_path, 0, STEPS)
