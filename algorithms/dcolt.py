@@ -64,8 +64,9 @@ class DCoLT(Algorithm):
     @override
     def advantages(self, rewards: Rewards, batch: RolloutBatch) -> Tensor:
         """Centred in the group, by default over its deviation too; groups of equal rewards give 0."""
-        normalise = advantage.z_score if self.config.advantage == "z_score" else advantage.group_mean
-        return normalise(rewards.total, batch.group, rewards.included, batch.episode)
+        if self.config.advantage == "z_score":
+            return advantage.normalised(rewards, batch)
+        return advantage.group_mean(rewards.total, batch.group, rewards.included, batch.episode)
 
     @override
     def masks(self, batch: RolloutBatch, generator: torch.Generator, update: int = 0) -> MaskSample:

@@ -14,5 +14,5 @@ ruff format --check .
 codespell dllm_rl algorithms rollouts rewards configs scripts tests docs ./*.md
 mypy
 # Three processes on two cores: tests are single-threaded, many wait for others, and those of a file share what is slow.
-python -m pytest -m "$tests" --numprocesses 3 --dist loadfile --cov --cov-report=term:skip-covered --cov-fail-under=90 --durations=15
+python -m pytest -m "$tests" --numprocesses 3 --dist loadfile --no-loadscope-reorder --cov --cov-report=term:skip-covered --cov-fail-under=90 --durations=15
 bash scripts/check_wheel.sh

@@ -19,8 +19,13 @@ os.environ["RAY_AUTH_MODE"] = "disabled"  # a private cluster on the loopback
 os.environ["DS_ACCELERATOR"] = "cpu"
 
 
+LONG_FILES = ("test_deepspeed.py", "test_submit.py", "test_signals.py", "test_learns.py", "test_plugins_installed.py")
+
+
 def pytest_collection_modifyitems(items):
-    """Tests that need a GPU say so where there is none."""
+    """Tests that need a GPU say so where there is none; files that take long come first, not last on one processor."""
+    long = {item.path for item in items if "ray_cluster" in item.fixturenames or item.path.name in LONG_FILES}
+    items.sort(key=lambda item: item.path not in long)
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:

@@ -34,7 +34,8 @@ def rewards(components):
 @pytest.mark.parametrize("name", [name for name in METHODS if name not in OTHERWISE])
 def test_every_method_of_groups_takes_the_sum_of_z_scores_as_it_is(name):
     """Dividing it once more would make groups of one right answer and of several rewards alike."""
-    algorithm = build("algorithms", name, tiny(name).algorithm.options)
+    options = {"reward_weight": 1.0} if name == "opd" else {}  # its own is that of the teacher alone
+    algorithm = build("algorithms", name, {**tiny(name).algorithm.options, **options})
     batch = cases.batch(block_causal=False)
     scored = rewards({"right": [1.0, 0, 0, 1, 0, 0], "formed": [0.0, 0, 0, 300, 100, 100]})
     apart = advantage.decoupled(scored, {}, batch)

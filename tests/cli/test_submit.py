@@ -103,6 +103,7 @@ def test_a_failing_job_returns_its_exit_code(head, folder, capsys):
     assert "no such folder" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_ctrl_c_detaches_and_the_job_goes_on(head, folder):
     from ray.job_submission import JobSubmissionClient
 

@@ -59,6 +59,7 @@ def test_a_cluster_gives_the_bits_of_one_process(one_process, tiny, ray_cluster)
     assert ledgers[0] == ledgers[1] and [row["step"] for row in ledgers[0]] == [1, 2, 3, 4, 5]
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_another_number_of_engines_and_gives_the_same_bits(one_process, tiny, ray_cluster):
     config = tiny("model.lora.rank=4", "checkpoint.keep=9", "cluster.engines=1", "cluster.transport=object_store")
     folder = Path(config.run.output) / config.run.name
@@ -68,6 +69,7 @@ def test_a_run_goes_on_with_another_number_of_engines_and_gives_the_same_bits(on
     assert comparable(folder) == comparable(one_process)
 
 
+@pytest.mark.slow
 def test_two_zero_3_ranks_learn_what_one_process_learns(tiny, ray_cluster):
     changes = ("algorithm={name: masked_sft}", "data.prompts_per_step=6", "learner.tokens_per_microbatch=256")
     alone = train(tiny(*changes, *LOCAL)).folder

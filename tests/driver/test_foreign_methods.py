@@ -19,7 +19,11 @@ def weights(folder, step):
     return load_file(next(folder.glob(f"checkpoints/step-{step:06d}/model/*.safetensors")))
 
 
-@pytest.mark.parametrize("method", ["OneExpert", "WithValues", "LogSum", "FreshMasks", "PerDrawAdvantages"])
+@pytest.mark.parametrize(
+    "method",
+    ["OneExpert", "LogSum"]
+    + [pytest.param(m, marks=pytest.mark.slow) for m in ("WithValues", "FreshMasks", "PerDrawAdvantages")],
+)
 def test_it_trains_in_one_process_and_on_ray(method, tiny, ray_cluster, tmp_path, monkeypatch):
     shutil.copy(Path(__file__).parent / "foreign" / "methods.py", tmp_path / "foreign_methods.py")
     monkeypatch.syspath_prepend(str(tmp_path))

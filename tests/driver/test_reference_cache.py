@@ -39,10 +39,10 @@ def scored(monkeypatch):
     """The number of reference scores so far, as a list of one entry each."""
     calls, score = [], TorchLearner.score
 
-    def counted(self, batch, masks, *, reference=False, draws=False):
+    def counted(self, batch, masks, *, reference=False, **options):
         if reference:
             calls.append(self.step)
-        return score(self, batch, masks, reference=reference, draws=draws)
+        return score(self, batch, masks, reference=reference, **options)
 
     monkeypatch.setattr(TorchLearner, "score", counted)
     return calls

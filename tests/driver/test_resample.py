@@ -170,6 +170,7 @@ def test_a_round_that_paused_goes_on_after_a_resume(tiny, tmp_path):
     assert {0} in steps and {0, 1} in steps, "some groups are of before the resume, some went on after it"
 
 
+@pytest.mark.slow
 def test_a_cluster_that_decodes_ahead_gives_the_bits_of_one_process(tiny, ray_cluster):
     changes = (*FEW, "data.resample_flat_groups=2", "rollout.max_staleness=1", "run.steps=3", *LOCAL[2:])
     cluster, local = (train(tiny(*changes, *where)).folder for where in ((), LOCAL[:2]))

@@ -177,7 +177,10 @@ def save_and_resume(rank, size, case, folder, start, stop):
     return weights(made)
 
 
-@pytest.mark.parametrize(("stage", "lora"), [(2, False), (3, True), (3, False)])
+@pytest.mark.parametrize(
+    ("stage", "lora"),
+    [pytest.param(2, False, marks=pytest.mark.slow), pytest.param(3, True, marks=pytest.mark.slow), (3, False)],
+)
 def test_resume_is_exact_at_the_same_size_and_close_at_another(tmp_path, stage, lora):
     case = Case(stage=stage, lora=lora)
     whole = on_ranks(2, save_and_resume, case, tmp_path, 0, STEPS)

@@ -235,6 +235,7 @@ def test_it_is_trained_resumed_and_evaluated(zoo, tmp_path, name, algorithm, lor
     assert found.scored == 4
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_actors_find_the_package_too(zoo, tmp_path, ray_cluster):
     """Its families by entry point and by place, and the other kinds of plugins: only this process was told the path."""
