@@ -71,8 +71,8 @@ RUNS: Mapping[str, Sequence[str]] = {
     "d2": ["algorithm={name: d2, segments: 4}"],  # of 4 forwards: the whole trajectory
     "d2, 2 segments": ["algorithm={name: d2, segments: 2}"],
     "d2, 1 segment": ["algorithm={name: d2, segments: 1}"],
-    "bgpo": ["algorithm={name: bgpo, draws: 8}", GENTLE],
-    "bgpo, 2 draws": ["algorithm={name: bgpo, draws: 2}", GENTLE],
+    "bgpo": ["algorithm={name: bgpo, draws: 8}", "learner.lr=1.0e-5"],
+    "bgpo, 2 draws": ["algorithm={name: bgpo, draws: 2}", "learner.lr=1.0e-5"],
     "unigrpo, 4 updates": ["algorithm={name: unigrpo}", "learner.updates_per_step=4", GENTLE],
     "diffu_grpo, 4 updates": ["algorithm={name: diffu_grpo}", "learner.updates_per_step=4", GENTLE],
     "mdpo": [
