@@ -298,6 +298,48 @@ CLAIMS: Mapping[str, Claim] = {
         lambda r: [_start_gap(r, "just_grpo", n, above) for n, above in ((1, 0.0), (2, -0.01), (4, -0.01))],
         lambda r: [*_start_levels(r, (1, 2, 4)), *_levels(r, ["just_grpo"], (1, 2, 4))],
     ),
+    "spg": Claim(
+        "An upper bound for bad rows beside the lower bound for good ones beats the lower bound for all",
+        "SPG, arXiv:2510.09541",
+        ["spg", "spg, lower bound", "start"],
+        lambda r: [_gap(r, "spg", "spg, lower bound", 4)],
+        lambda r: [*_start_levels(r), *_levels(r, ["spg", "spg, lower bound"])],
+    ),
+    "wd1": Claim(
+        "Weighted likelihoods without a ratio beat diffu-GRPO on Sudoku",
+        "wd1, arXiv:2507.08838",
+        ["wd1", "diffu_grpo, gentle", "start"],
+        lambda r: [_gap(r, "wd1", "diffu_grpo, gentle", 4)],
+        lambda r: [*_start_levels(r), *_levels(r, ["wd1", "diffu_grpo, gentle"])],
+    ),
+    "consistent": Claim(
+        "Training on the states of decoding beats the one-step mean field",
+        "CJ-GRPO, arXiv:2509.23924; MDPO, arXiv:2508.13148",
+        ["cj_grpo", "mdpo", "diffu_grpo", "start"],
+        lambda r: [_gap(r, name, "diffu_grpo", 4) for name in ("cj_grpo", "mdpo")],
+        lambda r: [*_start_levels(r), *_levels(r, ["cj_grpo", "mdpo", "diffu_grpo"])],
+    ),
+    "segments": Claim(
+        "More segments of the trajectory, whose likelihood is nearer to its own, teach more",
+        "d2 (StepMerge), arXiv:2509.21474",
+        ["d2", "d2, 2 segments", "d2, 1 segment", "start"],
+        lambda r: [_gap(r, "d2", "d2, 2 segments", 4), _gap(r, "d2, 2 segments", "d2, 1 segment", 4)],
+        lambda r: [*_start_levels(r), *_levels(r, ["d2", "d2, 2 segments", "d2, 1 segment"])],
+    ),
+    "draws": Claim(
+        "More draws per likelihood teach more",
+        "BGPO, arXiv:2510.11683",
+        ["bgpo", "bgpo, 2 draws", "start"],
+        lambda r: [_gap(r, "bgpo", "bgpo, 2 draws", 4)],
+        lambda r: [*_start_levels(r), *_levels(r, ["bgpo", "bgpo, 2 draws"])],
+    ),
+    "unigrpo": Claim(
+        "A grid of masking rates over the updates of a step beats full masking at each of them",
+        "UniGRPO (MMaDA), arXiv:2505.15809",
+        ["unigrpo, 4 updates", "diffu_grpo, 4 updates", "start"],
+        lambda r: [_gap(r, "unigrpo, 4 updates", "diffu_grpo, 4 updates", 4)],
+        lambda r: [*_start_levels(r), *_levels(r, ["unigrpo, 4 updates", "diffu_grpo, 4 updates"])],
+    ),
 }
 
 
