@@ -214,13 +214,15 @@ class RewardPool:
 
     def _hand_over(self, worker: _Worker, reward: int, chunk: list[int], rows: Sequence[Mapping[str, Any]]) -> bool:
         """Whether the worker took the chunk; one that died while it was idle is replaced, and no row has failed."""
+        # Before they are sent: whoever is interrupted in between ends the workers that have rows, and no other.
+        worker.reward, worker.rows = reward, deque(chunk)
+        worker.deadline = time.monotonic() + self._specs[reward].timeout_s
         try:
             worker.requests.send((reward, [(row, rows[row]) for row in chunk]))
         except BrokenPipeError:
+            worker.rows.clear()
             self._replace(worker)
             return False
-        worker.reward, worker.rows = reward, deque(chunk)
-        worker.deadline = time.monotonic() + self._specs[reward].timeout_s
         return True
 
     def _hear(self, worker: _Worker) -> tuple[int, RewardStatus, float | None, str] | None:

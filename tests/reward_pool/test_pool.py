@@ -174,6 +174,23 @@ def test_an_interrupted_call_leaves_no_answer_for_the_next(pool, monkeypatch):
     assert score(scored, "return [0.5]", "return [0.25]", "return [2]").total.tolist() == [0.5, 0.25, 2.0]
 
 
+def test_a_call_interrupted_right_after_it_has_sent_rows_leaves_no_answer_for_the_next(pool, monkeypatch):
+    scored = pool("naughty:as_told", num_workers=1)
+    score(scored, "fine", "fine")
+    worker = scored._workers[0]
+    send = worker.requests.send
+
+    def sends_and_is_interrupted(message):
+        send(message)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(worker.requests, "send", sends_and_is_interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        score(scored, "return [0.125]", "return [0.75]", "fine")
+    monkeypatch.undo()
+    assert score(scored, "return [2]", "return [0.25]", "return [0.5]").total.tolist() == [2.0, 0.25, 0.5]
+
+
 def test_workers_start_without_torch(pool):
     rewards = score(
         pool("naughty:modules", "sudoku"), "torch", "numpy", "transformers", puzzle=["."] * 3, answer=["1"] * 3
