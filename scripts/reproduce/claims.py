@@ -16,6 +16,7 @@ interval of one lies on the other side, else "inconclusive".
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import platform
@@ -273,6 +274,18 @@ CLAIMS: Mapping[str, Claim] = {
 }
 
 
+def measure(output: Path, name: str, seed: int) -> Any:
+    """A measurement of a seed, from its file if it was made before."""
+
+    def with_numbers_as_keys(mapping: dict[str, Any]) -> dict[Any, Any]:
+        return {int(key) if key.isdigit() else key: value for key, value in mapping.items()}
+
+    file = output / f"base-seed{seed}" / f"{name.replace(' ', '-')}.json"
+    if not file.exists():
+        write_json(file, MEASURES[name](output, seed))
+    return json.loads(file.read_text(encoding="utf-8"), object_hook=with_numbers_as_keys)
+
+
 def collect(
     names: Sequence[str], output: Path, seeds: Sequence[int], processes: int, explain: bool = False
 ) -> dict[str, list[Any]]:
@@ -281,7 +294,7 @@ def collect(
     needs = list(dict.fromkeys(need for c in claims for need in [*c.needs, *(c.explain if explain else ())]))
     results = run_all(output, [need for need in needs if need not in MEASURES], seeds, processes)
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        jobs = {n: [pool.submit(MEASURES[n], output, seed) for seed in seeds] for n in needs if n in MEASURES}
+        jobs = {n: [pool.submit(measure, output, n, seed) for seed in seeds] for n in needs if n in MEASURES}
         for name, futures in jobs.items():
             results[name] = [future.result() for future in futures]
             print(f"measured: {name}", flush=True)
