@@ -11,20 +11,30 @@ Row for each. Exit code 1 if one was not survived. Only processes that the scrip
 from __future__ import annotations
 
 import argparse
-import importlib
+import importlib.util
 import platform
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
+
+from fault_row import Row
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE / "faults"))
-from row import Row
-
 PAGE = HERE.parent / "docs" / "reliability.md"
 BEGIN, END = "<!-- tables: scripts/faults.py --write -->", "<!-- end of tables -->"
-KINDS = sorted(file.stem for file in (HERE / "faults").glob("*.py") if file.stem != "row")
+KINDS = sorted(file.stem for file in (HERE / "faults").glob("*.py"))
+
+
+def load(kind: str) -> ModuleType:
+    """A file of scripts/faults/, whatever its name means elsewhere."""
+    spec = importlib.util.spec_from_file_location(f"fault_{kind}", HERE / "faults" / f"{kind}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 def table(title: str, rows: Sequence[Row]) -> str:
@@ -54,8 +64,7 @@ def main() -> int:
         parser.error("--write needs every kind, else the page would lose the others")
     tables, lost = [f"On {platform.machine()}, Python {platform.python_version()}.\n"], 0
     for kind in arguments.kinds or KINDS:
-        module = importlib.import_module(kind)
-        rows = []
+        module, rows = load(kind), []
         with tempfile.TemporaryDirectory(prefix=f"faults-{kind}-") as folder:
             for row in module.faults(Path(folder)):
                 print(f"{kind}: {row.fault}: {row.survived} of {row.tried} ({row.seen})", flush=True)
