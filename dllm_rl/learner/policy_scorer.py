@@ -57,9 +57,10 @@ class PolicyScorer:
         self, estimate: LikelihoodEstimate, batch: RolloutBatch, masks: MaskSample, work: Sequence[Part], *, draws: bool
     ) -> LikelihoodEstimate:
         """An estimate with the log-probability (N, T) of each forward's choice."""
+        parts = [(part, self._log_prob(batch, *part)) for part in work]
         logp = torch.zeros(self._happened(batch).shape)
-        for part in work:
-            logp = logp.index_put(part, self._log_prob(batch, *part).cpu())
+        for part, value in parts:  # after all have been issued: each copy to the host waits for the device
+            logp = logp.index_put(part, value.cpu())
         return dataclasses.replace(estimate, choice_logp=logp)
 
     def shares(self, batch: RolloutBatch, masks: MaskSample, slope: LikelihoodEstimate) -> list[Share]:

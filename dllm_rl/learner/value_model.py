@@ -40,12 +40,12 @@ class ValueModel:
 
     def predict(self, batch: RolloutBatch, masks: MaskSample) -> Tensor:
         """(N, L) float32 without gradient; 0 where no draw scores the token."""
-        out = torch.zeros(batch.tokens.shape)
+        out = torch.zeros(batch.tokens.shape, device=self._head.weight.device)  # copied once, not per micro-batch
         with torch.no_grad(), evaluating(self._denoiser.module):
             for work in likelihood.plan(batch, masks, self._budget):
                 value, row, position = self._values(batch, masks, work)
-                out[row.cpu(), position.cpu()] = value.cpu()
-        return out
+                out[row, position] = value
+        return out.cpu()
 
     def update(self, batch: RolloutBatch, masks: MaskSample, old: Tensor, target: Tensor, *, clip: float) -> float:
         """One step towards the returns (N, L); gives the mean loss per token."""
