@@ -1,6 +1,6 @@
 """What the papers claim, tested in miniature on 4x4 Sudoku.
 
-    python scripts/reproduce/claims.py                 # all claims, 4 seeds, two runs at a time
+    python scripts/reproduce/claims.py                 # all claims, 8 seeds, two runs at a time
     python scripts/reproduce/claims.py vrpo gdpo       # some of them
     python scripts/reproduce/claims.py --explain       # and further runs that look for the reasons
     python scripts/reproduce/claims.py --list
@@ -342,7 +342,7 @@ def main() -> None:
     parser.add_argument("--list", action="store_true", help="print the claims")
     parser.add_argument("--explain", action="store_true", help="add the runs that look for reasons")
     parser.add_argument("--output", type=Path, default=Path("runs/claims"))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[10, 11, 12, 13])
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(10, 18)))
     parser.add_argument("--processes", type=int, default=2)
     arguments = parser.parse_args()
     if arguments.list:
