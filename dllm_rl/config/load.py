@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from dllm_rl.config.schema import Config
 from dllm_rl.config.section import flatten
-from dllm_rl.errors import UserError, nearest
+from dllm_rl.errors import UserError, first_line, nearest
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -53,13 +53,24 @@ def resumable(stored: Path, config: Config) -> list[str]:
         stored: config.yaml of the run folder.
         config: what is asked for now.
     Returns:
-        one text per changed key, "learner.lr 0.001 -> 0.0001"; the length of the run and where it runs do not count.
+        one text per changed key, "learner.lr 0.001 -> 0.0001"; where it runs does not count, and its length only
+        where the learning rate depends on it.
     Raises:
-        UserError: a changed key that decides what the checkpoint holds.
+        UserError: a changed key that decides what the checkpoint holds, or no readable configuration.
     """
-    old, new = (flatten(c.model_dump(mode="json")) for c in (load_config(stored), config))
+    try:
+        before = load_config(stored)
+    except (UserError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"the run's own configuration cannot be read ({first_line(error)}); to go on with the one given now, write "
+            f"that into it: dllm-rl show-config CONFIG > {stored}"
+        ) from error
+    old, new = (flatten(c.model_dump(mode="json")) for c in (before, config))
     changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
-    changed = [key for key in changed if not key.startswith(("provenance", "run.output", "run.steps", "model.device"))]
+    silent: tuple[str, ...] = ("provenance", "run.output", "run.name", "model.device")
+    if {before.learner.schedule, config.learner.schedule} == {"constant"} and config.learner.warmup_ratio is None:
+        silent += ("run.steps",)
+    changed = [key for key in changed if not key.startswith(silent)]
     texts = {key: f"{key} {old.get(key)!r} -> {new.get(key)!r}" for key in changed}
     fixed = [text for key, text in texts.items() if key.startswith("model.") or key == "run.seed"]
     if fixed:

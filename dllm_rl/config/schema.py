@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 
 from dllm_rl.config.cluster import ClusterSection, LearnerSection, RolloutSection, check
 from dllm_rl.config.presets import with_preset
-from dllm_rl.config.section import Plugin, Section
+from dllm_rl.config.section import PathText, Plugin, Section
 from dllm_rl.errors import UserError
 from dllm_rl.types import Confidence, Schedule
 
@@ -29,13 +29,13 @@ class RewardPlugin(Plugin):
 class RunSection(Section):
     """What to call the run and how long it is."""
 
-    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9._-]+$")
+    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9._-]*[A-Za-z0-9_-][A-Za-z0-9._-]*$")
     """Name of the run and of its folder below ``output``."""
     seed: int = Field(default=0, ge=0)
     """Seed of every random draw."""
     steps: int = Field(ge=1)
     """Batches to train on; each makes learner.updates_per_step times learner.minibatches optimiser updates."""
-    output: str = "runs"
+    output: PathText = "runs"
     """Parent folder of run folders."""
     threads: int | None = Field(default=None, ge=1)
     """CPU threads for torch; null leaves torch's default."""
@@ -86,7 +86,7 @@ class LoraSection(Section):
 class TeacherSection(Section):
     """Another network in the place of the reference policy, over the vocabulary of the model."""
 
-    path: str = Field(min_length=1)
+    path: PathText = Field(min_length=1)
     """Local folder or hub name."""
     family: str | None = None
     """Model family, by entry point or "package.module:Name"; null = by config.json."""
@@ -99,7 +99,7 @@ class TeacherSection(Section):
 class ModelSection(Section):
     """Which network."""
 
-    path: str | None = None
+    path: PathText | None = None
     """Local folder or hub name. Exactly one of ``path`` and ``init``."""
     init: InitSection | None = None
     """Make a small model from scratch."""
@@ -299,7 +299,9 @@ class CheckpointSection(Section):
     """When state is saved."""
 
     every_steps: int | None = Field(default=None, ge=1)
-    """Save every so many steps; null = only at the end."""
+    """Save every so many steps; null = by the clock and at the end."""
+    every_minutes: float | None = Field(default=15.0, gt=0)
+    """Save after the step in which so many minutes have passed since the last time; null = never by the clock."""
     keep: int = Field(default=2, ge=1)
     """Newest checkpoints kept."""
 

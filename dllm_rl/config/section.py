@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict
+
+PathText = Annotated[str, AfterValidator(lambda text: os.path.expanduser(os.path.expandvars(text)))]
+"""A path: "~" and environment variables are filled in."""
 
 
 class Section(BaseModel):

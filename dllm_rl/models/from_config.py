@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from dllm_rl.models.lora import add_lora
 from dllm_rl.models.quantize import quantize
 from dllm_rl.models.tokenizers import byte_bpe_tokenizer, character_tokenizer
 from dllm_rl.protocols.task import Task
+from dllm_rl.storage.files import explained
 from dllm_rl.types import Example
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -49,7 +51,11 @@ def model_path(config: Config, folder: Path, task: Task, examples: Sequence[Exam
             block_origin=m.block_origin,
             seed=seeding.derive(config.run.seed, "model"),
         )
-        save_denoiser(made, tokenizer, initial)
+        hidden = folder / ".initial"  # renamed when whole: a run that is killed here starts anew
+        with explained(f"'{initial}' cannot be written", folder):
+            shutil.rmtree(hidden, ignore_errors=True)
+            save_denoiser(made, tokenizer, hidden)
+            hidden.rename(initial)
     return str(initial)
 
 

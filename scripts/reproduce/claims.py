@@ -16,31 +16,22 @@ interval of one lies on the other side, else "inconclusive".
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import claim_estimators
 import claim_frontier
 from claim_figures import Claim, Figure, Results
+from claim_measures import MEASURES, measure
 from claim_runs import run_all
 
 from dllm_rl.cli.output import write_json
-
-MEASURES: Mapping[str, Callable[[Path, int], Any]] = {
-    "complementary": claim_estimators.complementary,
-    "quadrature": claim_estimators.quadrature,
-    "preference score": claim_estimators.preference_score,
-    "start": claim_frontier.start,
-    "frontier": claim_frontier.frontier,
-}
 
 
 def _accuracy(run: Mapping[str, Any], speed: int) -> float:
@@ -272,18 +263,6 @@ CLAIMS: Mapping[str, Claim] = {
         lambda r: [*_start_levels(r), *_levels(r, ["unigrpo, 4 updates", "diffu_grpo, 4 updates"])],
     ),
 }
-
-
-def measure(output: Path, name: str, seed: int) -> Any:
-    """A measurement of a seed, from its file if it was made before."""
-
-    def with_numbers_as_keys(mapping: dict[str, Any]) -> dict[Any, Any]:
-        return {int(key) if key.isdigit() else key: value for key, value in mapping.items()}
-
-    file = output / f"base-seed{seed}" / f"{name.replace(' ', '-')}.json"
-    if not file.exists():
-        write_json(file, MEASURES[name](output, seed))
-    return json.loads(file.read_text(encoding="utf-8"), object_hook=with_numbers_as_keys)
 
 
 def collect(
