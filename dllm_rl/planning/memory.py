@@ -168,7 +168,7 @@ def _learner(
     update = frozenset[Phase]({"update"})
     what = "activations, layers recomputed" if config.model.gradient_checkpointing else "activations"
     terms.append(Term(name=what, bytes=peak.kept, phases=update))
-    terms.append(Term(name="logits chunk and what a layer needs meanwhile", bytes=rest, phases=update))
+    terms.append(Term(name="logits chunk and temporaries", bytes=rest, phases=update))
     terms.append(Term(name="a forward without gradient", bytes=scoring, phases=frozenset({"scoring"})))
     if config.model.quantize is not None:
         terms.append(_unpacked(made, frozenset({"scoring", "update"})))

@@ -110,16 +110,17 @@ def _rounded(number: float) -> int:
     return round(number / 10**digits) * 10**digits
 
 
-def with_costs(text: str, lines: Sequence[str]) -> str:
-    """A file with its cost lines replaced; new ones are put at the end of the header.
+def with_lines(text: str, lines: Sequence[str], mark: str = MARK) -> str:
+    """A file with the lines that begin with a mark replaced; new ones are put at the end of the header.
 
     Args:
         text: of the file.
-        lines: of Cost.lines().
+        lines: new ones.
+        mark: what they begin with.
     """
     old = text.splitlines()
-    kept = [line for line in old if not line.startswith(MARK)]
-    place = next((i for i, line in enumerate(old) if line.startswith(MARK)), None)
+    kept = [line for line in old if not line.startswith(mark)]
+    place = next((i for i, line in enumerate(old) if line.startswith(mark)), None)
     if place is None:
         place = next(i for i, line in enumerate(old) if not line.startswith("#"))
     return "\n".join([*kept[:place], *lines, *kept[place:]]) + "\n"
@@ -134,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     wrong = 0
     for path in options.files or files():
         text = path.read_text(encoding="utf-8")
-        wanted = with_costs(text, cost(load_config(path)).lines())
+        wanted = with_lines(text, cost(load_config(path)).lines())
         if wanted == text:
             continue
         wrong += 1
