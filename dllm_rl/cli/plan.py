@@ -58,6 +58,8 @@ def run_plan(
         print(line)
     for device in plan.memory.devices:
         _show(device, chosen)
+    if plan.memory.store:
+        print(f"           in Ray's object store: weights of a push {_gb(plan.memory.store)} GB")
     for line in (*_verdict(plan, chosen, helps), *_cost(plan, seconds, price, like, utilisation, chosen)):
         print(line)
     write_json(json_path, _values(plan, chosen, seconds, helps))
@@ -118,7 +120,7 @@ def _show(device: Device, card: Card) -> None:
         table.add_row(phase, _gb(device.of(phase)), ", ".join(parts + ([f"rest {_gb(rest)}"] if rest else [])))
     stdout().print(table)
     if device.host:
-        print(f"in host memory: {', '.join(f'{term.name} {_gb(term.bytes)} GB' for term in device.host)}")
+        print(f"           in host memory: {', '.join(f'{term.name} {_gb(term.bytes)} GB' for term in device.host)}")
 
 
 def _verdict(plan: Plan, card: Card, helps: list[tuple[Change, int]]) -> Iterator[str]:
@@ -172,6 +174,7 @@ def _values(plan: Plan, card: Card, seconds: Mapping[str, float], helps: list[tu
             }
             for device in plan.memory.devices
         ],
+        "object_store": plan.memory.store,
         "peak": plan.memory.peak,
         "fits": plan.memory.peak <= card.usable,
         "changes": [{"change": dict(change), "peak": peak} for change, peak in helps],

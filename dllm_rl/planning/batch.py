@@ -11,7 +11,7 @@ from dllm_rl.diffusion import likelihood
 from dllm_rl.driver.step_masks import step_masks
 from dllm_rl.models.evaluating import has_dropout
 from dllm_rl.planning.dry_run import Rows
-from dllm_rl.planning.work import Shape, block_of, full_rows, samples_of
+from dllm_rl.planning.work import Shape, block_of, full_rows, samples_of, turns_of
 from dllm_rl.protocols.algorithm import Algorithm
 
 _MAX_BATCH_TOKENS = 1 << 16  # of engines that have no such option
@@ -79,12 +79,14 @@ def batch_of(config: Config, shape: Shape, prompt_tokens: int, *, module: object
     samples, parts = samples_of(config, algorithm), min(config.learner.minibatches, prompts)
     group = full_rows(config, shape, prompt_tokens, rows=samples)
     masks = step_masks(algorithm, group, config, 0)[0]
-    (work,) = likelihood.plan(group, masks, length * masks.mask.shape[0] * samples)
+    # All in one micro-batch; nothing is scored where an unmasking policy alone is trained.
+    work = likelihood.plan(group, masks, length * masks.mask.shape[0] * samples)
     groups = math.ceil(math.ceil(prompts / parts) / ranks)
-    copies = len(work.example) * groups
+    each = len(work[0].example) * turns_of(config, algorithm)[1] if work else 0
+    copies = each * groups
     most = max(1, min(copies, budget // length))
-    scored = -(-int((masks.weight != 0).sum()) * groups * most // copies)
-    microbatches = -(-copies // most)
+    scored = math.ceil(int((masks.weight != 0).sum()) * most / len(work[0].example)) if work else 0
+    microbatches = math.ceil(copies / most)
     _, engine = engine_class(config.engine.name, config.engine.options)
     at_once = getattr(engine, "max_batch_tokens", _MAX_BATCH_TOKENS) // length
     decoded = max(1, min(config.rollout.rows_per_call, at_once, prompts * samples))

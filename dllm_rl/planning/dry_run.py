@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -73,12 +73,15 @@ class Allocations(TorchDispatchMode):
         most: alive at any time.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, held: Iterable[Tensor]) -> None:
+        """Count nothing yet.
+
+        Args:
+            held: tensors that are there already: views of them come out of operations too.
+        """
         super().__init__()
         self.now = self.most = 0
-        # Views of weights come out of operations too.
-        tensors = (*module.parameters(), *module.buffers())
-        self._known: dict[int, int] = {t.untyped_storage()._cdata: 0 for t in tensors}
+        self._known: dict[int, int] = {t.untyped_storage()._cdata: 0 for t in held}
 
     @override
     def __torch_dispatch__(
@@ -198,8 +201,8 @@ class DryRun:
         """
         self._denoiser.module.eval()
         with torch.no_grad():
-            cache = self._cache(rows.number, context) if context else None
-            with self._counting() as counts:
+            cache, held = self._cache(rows.number, context) if context else (None, [])
+            with self._counting(held) as counts:
                 hidden = self._hidden(rows, cache)
                 size = max(1, min(rows.scored, chunk))
                 # The second chunk is unembedded while the first one's proposals are still there.
@@ -209,22 +212,21 @@ class DryRun:
         return Peak(total=counts.most)
 
     @contextmanager
-    def _counting(self) -> Iterator[Allocations]:
-        counts = Allocations(self._denoiser.module)
+    def _counting(self, held: Sequence[Tensor] = ()) -> Iterator[Allocations]:
+        module = self._denoiser.module
+        counts = Allocations((*module.parameters(), *module.buffers(), *held))
         with counts:
             yield counts
 
-    def _cache(self, number: int, context: int) -> BlockCache:
+    def _cache(self, number: int, context: int) -> tuple[BlockCache, list[Tensor]]:
+        """A cache that holds a context, and its tensors."""
         config = self._denoiser.module.config
         heads = (number, config.num_key_value_heads, context, head_width(config))
-        dtype = self._denoiser.module.get_input_embeddings().weight.dtype
+        window = torch.empty(heads, dtype=self._denoiser.module.get_input_embeddings().weight.dtype, device=META)
         cache = BlockCache(config.num_hidden_layers, torch.empty(number, 0, dtype=torch.bool, device=META))
-        for layer in range(config.num_hidden_layers):
-            cache.update(
-                torch.empty(heads, dtype=dtype, device=META), torch.empty(heads, dtype=dtype, device=META), layer
-            )
+        held = [part for layer in range(config.num_hidden_layers) for part in cache.update(window, window, layer)]
         cache.commit(torch.empty(number, context, dtype=torch.bool, device=META))
-        return cache
+        return cache, held
 
     def _hidden(self, rows: Rows, cache: BlockCache | None = None) -> Tensor:
         """As Denoiser.hidden_states, or extend with a cache, but for checks of values."""

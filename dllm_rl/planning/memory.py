@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from peft.tuners.lora import LoraLayer
+
 from dllm_rl import registry
 from dllm_rl.config.plugins import build, engine_class
 from dllm_rl.config.schema import Config
@@ -83,12 +85,15 @@ class Memory:
         states: of a learner rank.
         batch: the rows that the phases are of.
         cuda: whether the devices are GPUs.
+        store: bytes in Ray's object store, in host memory: weights that travel through it, or are kept there for
+            engines that are built anew.
     """
 
     devices: Sequence[Device]
     states: States
     batch: Batch
     cuda: bool
+    store: int
 
     @property
     def peak(self) -> int:
@@ -123,19 +128,23 @@ def memory_of(config: Config, model: TransformersDenoiser, prompt_tokens: int, *
         own = [Term(name=term.name, bytes=term.bytes, phases=when) for term in own]
         context = [Term(name="two CUDA contexts and libraries, about", bytes=2 * _CUDA_CONTEXT)]
         terms = [*learner, *own, *rollout, *_push(config, states, ranks), *context]
+        asleep = [Term(name=f"{t.name}, asleep", bytes=t.bytes) for t in own if sleeps]
         both = min(cluster.engines, ranks)
-        devices = [Device(name="learner rank and engine", count=both, terms=terms, host=host)]
+        devices = [Device(name="learner rank and engine", count=both, terms=terms, host=[*host, *asleep])]
         if ranks > both:
             devices.append(Device(name="learner rank", count=ranks - both, terms=[*learner, *context], host=host))
         if cluster.engines > both:
-            devices.append(Device(name="engine", count=cluster.engines - both, terms=[*own, *rollout, *context]))
+            left = cluster.engines - both
+            devices.append(Device(name="engine", count=left, terms=[*own, *rollout, *context], host=asleep))
     else:
         push = _push(config, states, ranks)
         devices = [
             Device(name="learner rank", count=ranks, terms=[*learner, *push, *context], host=host),
             Device(name="engine", count=cluster.engines, terms=[*own, *rollout, *push, *context]),
         ]
-    return Memory(devices=devices, states=states, batch=batch, cuda=device == "cuda")
+    return Memory(
+        devices=devices, states=states, batch=batch, cuda=device == "cuda", store=_store(config, made, states)
+    )
 
 
 def _learner(
@@ -208,7 +217,8 @@ def _rollout(
     *,
     device: str,
 ) -> list[Term]:
-    if algorithm.needs.source != "rollouts":
+    held_out = config.evaluate
+    if algorithm.needs.source != "rollouts" and not (held_out.at_start or held_out.at_end or held_out.every_steps):
         return []
     when, blocks = frozenset[Phase]({"rollout"}), made.block_size is not None
     rows, canvas = batch.decoded, config.sampling.max_new_tokens
@@ -240,6 +250,21 @@ def _push(config: Config, states: States, ranks: int) -> list[Term]:
     """Buckets, which engines and rank 0 hold between two steps; never beside activations."""
     bucket = min(config.cluster.bucket_mb << 20, states.weights * (ranks if config.learner.zero_stage == 3 else 1))
     return [Term(name="bucket of a push", bytes=bucket, phases=frozenset({"step"}))]
+
+
+def _store(config: Config, made: TransformersDenoiser, states: States) -> int:
+    cluster = config.cluster
+    if cluster.kind == "local":
+        return 0
+    through = cluster.transport == "object_store" or (
+        cluster.transport == "auto" and cluster.colocate and cluster.engines > cluster.learners
+    )
+    if not (through or config.rollout.max_staleness) or not states.trained:
+        return 0
+    whole = [p for p in made.module.parameters() if p.requires_grad]
+    if config.model.lora is not None and cluster.push == "merged":
+        whole = [layer.base_layer.weight for layer in made.module.modules() if isinstance(layer, LoraLayer)]
+    return sum(p.numel() * p.itemsize for p in whole)
 
 
 def _unpacked(made: TransformersDenoiser, phases: frozenset[Phase]) -> Term:

@@ -130,10 +130,7 @@ def work_of(config: Config, shape: Shape, prompt_tokens: int) -> Work:
     block = block_of(config, shape)
     steps_per_block = sampling.steps_per_block(block)
     forwards, whole = canvas // block * steps_per_block, prompt_tokens + canvas
-    turns = learned_turns = 1
-    if config.rollout.rollouter.name == "denoising_steps":
-        turns = -(-canvas // config.rollout.rollouter.options["tokens_per_step"])
-        learned_turns = min(turns, algorithm.config.steps)
+    turns, learned_turns = turns_of(config, algorithm)
     samples = samples_of(config, algorithm)
     rows = config.run.steps * config.data.prompts_per_step * samples
     if needs.source != "rollouts":
@@ -177,6 +174,15 @@ def samples_of(config: Config, algorithm: Algorithm) -> int:
     """Completions per prompt, those of experts too."""
     samples = {"rollouts": config.data.samples_per_prompt, "demonstrations": 1, "pairs": 2}[algorithm.needs.source]
     return samples + len(getattr(algorithm.config, "experts", None) or ())
+
+
+def turns_of(config: Config, algorithm: Algorithm) -> tuple[int, int]:
+    """Turns of a sample, and those of them that are learned from; of other environments they depend on the answers."""
+    rollouter = config.rollout.rollouter
+    if rollouter.name != "denoising_steps":
+        return 1, 1
+    turns = -(-config.sampling.max_new_tokens // rollouter.options["tokens_per_step"])
+    return turns, min(turns, algorithm.config.steps)
 
 
 def block_of(config: Config, shape: Shape) -> int:

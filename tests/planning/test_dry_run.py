@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from dllm_rl import registry
-from dllm_rl.config.load import validate
+from dllm_rl.config.load import load_config, validate
 from dllm_rl.models.create import create_denoiser
 from dllm_rl.models.lora import add_lora
 from dllm_rl.models.tokenizers import character_tokenizer
@@ -16,6 +18,7 @@ from dllm_rl.planning.memory import memory_of
 from dllm_rl.planning.model import planned_model
 from dllm_rl.types import Sampling
 
+PAPER = sorted((Path(__file__).resolve().parents[2] / "configs" / "methods").glob("*_paper.yaml"))
 TOKENIZER = character_tokenizer("0123456789 ")
 SIZES = {"hidden_size": 64, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2, "intermediate_size": 160}
 LORA = {"rank": 4, "alpha": 8.0}
@@ -125,6 +128,42 @@ def test_devices_of_a_cluster(colocate, names):
     one = config(learner={"backend": "deepspeed", "zero_stage": 2})
     whole = memory_of(one, made("tiny", device="meta"), 22, device="cuda").states
     assert memory.states.masters * 2 == pytest.approx(whole.masters, rel=0.01)
+
+
+def test_what_host_memory_holds():
+    cluster = {"kind": "ray", "learners": 1, "engines": 2, "colocate": True}
+    memory = memory_of(config(cluster=cluster), made("tiny", device="meta"), 22, device="cuda")
+    weights = sum(p.numel() * 4 for p in made("tiny").module.parameters())
+    assert memory.store == weights, "more engines than learners: the object store carries the weights"
+    both, engine = memory.devices
+    assert (both.name, engine.name) == ("learner rank and engine", "engine")
+    assert [[t.name for t in one.host] for one in (both, engine)] == [["engine's weights, asleep"]] * 2
+    adapter = config(cluster=cluster, model={"lora": LORA})
+    assert memory_of(adapter, made("tiny", device="meta"), 22, device="cuda").store < weights / 4
+    assert memory_of(config(), made("tiny", device="meta"), 22, device="cuda").store == 0
+
+
+def test_keys_and_values_are_counted_once():
+    settings = config(data={"prompts_per_step": 2, "samples_per_prompt": 2}, sampling={"max_new_tokens": 16})
+    (device,) = memory_of(settings, made("sdar", device="meta"), 40, device="cpu").devices
+    terms = {term.name: term.bytes for term in device.largest("rollout")}
+    assert terms["keys and values"] == 2 * 3 * 4 * 2 * 120 * 16 * 4, "K and V, layers, rows, heads, room for 3 prompts"
+    assert terms["a forward of a rollout, and its proposals"] < terms["keys and values"]
+
+
+@pytest.mark.parametrize("path", PAPER, ids=lambda p: p.stem)
+def test_every_method_can_be_planned(path):
+    """At the canvas of the paper, with a narrow model of the family."""
+    settings = load_config(path)
+    family = {"GSAI-ML": "llada", "apple": "dream", "JetLM": "sdar"}[settings.model.path.split("/")[0]]
+    memory = memory_of(settings, made(family, device="meta"), 100, device="cuda")
+    assert all(term.bytes >= 0 for device in memory.devices for term in (*device.terms, *device.host))
+    trained = memory.states.trained
+    assert (trained == 0) == (settings.algorithm.name == "unmasking_policy")
+    assert (memory.batch.microbatches > 0) == (trained > 0)
+    assert all(
+        device.of("update") > device.of("step") for device in memory.devices if trained and "learner" in device.name
+    )
 
 
 def test_the_adapter_of_the_plan_is_that_of_the_run():
