@@ -9,15 +9,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dllm_rl.config.load import load_config, validate
+from dllm_rl.config.plugins import configure
 from dllm_rl.config.schema import Config
 from dllm_rl.data.prompts import encode
 from dllm_rl.driver.check_engine import check_engine
-from dllm_rl.driver.choose import check_model, choose_parts
+from dllm_rl.driver.choose import check_model, choose_parts, reward_plugins
 from dllm_rl.driver.launch import WorkerSpec
 from dllm_rl.errors import UserError
 from dllm_rl.models.denoiser import TransformersDenoiser
 from dllm_rl.models.from_config import load_model, model_path
 from dllm_rl.models.loading import checkpoint_folder
+from dllm_rl.models.teacher import load_teacher
 from dllm_rl.planning.cards import Card
 from dllm_rl.planning.memory import Memory, memory_of
 from dllm_rl.planning.model import adapted, planned_model
@@ -113,6 +115,10 @@ def look_at(config: Config) -> tuple[TransformersDenoiser, Prompts]:
     spec = WorkerSpec(config=config, path=path, folder=Path(scratch), sampling=parts.sampling)
     check_engine(config, parts.algorithm, denoiser, spec.engine_capabilities, parts.sampling)
     limit = check_model(config, parts.sampling, denoiser)
+    if config.model.teacher is not None and Path(config.model.teacher.path).exists():  # else it would be downloaded
+        load_teacher(config, denoiser, tokenizer, weights=False)
+    for reward in reward_plugins(config, parts.task):
+        configure("rewards", reward.name, reward.options)
     system, traces = config.data.system_prompt, parts.algorithm.needs.traces
     if not parts.train_examples:
         raise UserError(f"task '{config.data.task.name}' has no training rows")

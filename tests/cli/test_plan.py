@@ -73,6 +73,22 @@ def test_the_speed_of_another_run(write, finished_run, tmp_path, capsys):
     )
 
 
+def test_a_hub_model_is_planned_without_its_weights(write, no_weights, monkeypatch, capsys):
+    asked = []
+
+    def download(name, *, revision, allow_patterns):
+        asked.append((name, revision, allow_patterns))
+        return no_weights
+
+    monkeypatch.setattr("dllm_rl.models.loading.snapshot_download", download)
+    changes = {"model": {"path": "owner/model", "revision": "main"}}
+    assert main(["plan", str(write(changes)), "--card", "rtx4090-24gb"]) == 0
+    ((name, revision, patterns),) = asked
+    assert (name, revision) == ("owner/model", "main") and "*.json" in patterns
+    assert not any("safetensors" in pattern or pattern.endswith(".bin") for pattern in patterns)
+    assert "family 'llada'" in capsys.readouterr().out
+
+
 REFUSED = {
     "a target that matches nothing": (
         ["model.lora={rank: 2, targets: [c_attn]}"],
@@ -81,6 +97,7 @@ REFUSED = {
     "what launch refuses": (["sampling.temperature=0"], ["sampling.temperature = 0 makes all samples"]),
     "what the engine cannot do": (["sampling.cfg_scale=1.0", "model.family=dream"], ["sampling.cfg_scale = 1.0"]),
     "a prompt that is too long": (["data.max_prompt_tokens=3"], ["its prompt has", "3 are allowed"]),
+    "an unknown reward": (["rewards=[{name: sudokuu}]"], ["sudokuu", "nearest is 'sudoku'"]),
     "an unknown card": (["--card", "h100-80g"], ["--card h100-80g: unknown", "nearest is 'h100-80gb'"]),
     "no speed": (["--tflops", "0"], ["--tflops 0: must be above 0"]),
     "no run": (["--like", "nowhere"], ["--like nowhere: is not a run folder"]),
