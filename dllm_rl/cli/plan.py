@@ -78,7 +78,7 @@ def _model(plan: Plan) -> Iterator[str]:
 
 def _rows(plan: Plan) -> Iterator[str]:
     batch, learner, work = plan.memory.batch, plan.config.learner, plan.work
-    made = f"{batch.prompts} prompts x {batch.samples} samples = {batch.rows} rows"
+    made = f"{_count(batch.prompts, 'prompt')} x {_count(batch.samples, 'sample')} = {_count(batch.rows, 'row')}"
     yield f"rows       {made} of at most {batch.length} tokens"
     if work.decoded:
         call = f"{batch.decoded.number} rows a forward on {_count(plan.config.cluster.engines, 'engine')}"
@@ -95,8 +95,8 @@ def _rows(plan: Plan) -> Iterator[str]:
     )
     rows = plan.prompts.rows
     passes = plan.config.run.steps * batch.prompts / rows
-    updates = f"{work.steps * work.updates_per_step:,} updates"
-    yield f"run        {work.steps:,} steps = {updates}, {passes:.2f} epochs of {rows:,} rows"
+    updates = _count(work.steps * work.updates_per_step, "update")
+    yield f"run        {_count(work.steps, 'step')} = {updates}, {passes:.2f} epochs of {rows:,} rows"
 
 
 def _prompt(plan: Plan) -> Iterator[str]:

@@ -23,6 +23,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import repeat_kv
 from typing_extensions import override
 
+from dllm_rl import registry
 from dllm_rl.diffusion.decoding import propose
 from dllm_rl.diffusion.likelihood import token_logp
 from dllm_rl.learner.master_weights import MasterWeights
@@ -233,13 +234,16 @@ class DryRun:
         blocks, length = self._denoiser.block_size is not None and cache is None, rows.length
         width = 2 * length if blocks else length
         sees = (width, width) if blocks else (1, width + (0 if cache is None else len(cache)))
-        hidden: Tensor = self._denoiser.module.base_model(
-            input_ids=torch.empty(rows.number, width, dtype=torch.int64, device=META),
-            position_ids=torch.empty(1, width, dtype=torch.int64, device=META),
-            attention_mask=torch.empty(rows.number, 1, *sees, dtype=torch.bool, device=META),
-            past_key_values=cache,
-            use_cache=cache is not None,
-        ).last_hidden_state
+        family = self._denoiser.family
+        # A network that looks at values, such as one that routes tokens to experts, cannot run here.
+        with registry.plugin_boundary("families", family.name, "a dry run", family.module_class.__module__):
+            hidden: Tensor = self._denoiser.module.base_model(
+                input_ids=torch.empty(rows.number, width, dtype=torch.int64, device=META),
+                position_ids=torch.empty(1, width, dtype=torch.int64, device=META),
+                attention_mask=torch.empty(rows.number, 1, *sees, dtype=torch.bool, device=META),
+                past_key_values=cache,
+                use_cache=cache is not None,
+            ).last_hidden_state
         if self._denoiser.shift:
             hidden = torch.cat([hidden[:, :1], hidden[:, :-1]], dim=1)
         return hidden[:, length:] if blocks else hidden

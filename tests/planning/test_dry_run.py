@@ -10,6 +10,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from dllm_rl import registry
 from dllm_rl.config.load import load_config, validate
+from dllm_rl.errors import UserError
 from dllm_rl.models.create import create_denoiser
 from dllm_rl.models.lora import add_lora
 from dllm_rl.models.tokenizers import character_tokenizer
@@ -164,6 +165,13 @@ def test_every_method_can_be_planned(path):
     assert all(
         device.of("update") > device.of("step") for device in memory.devices if trained and "learner" in device.name
     )
+
+
+def test_a_network_that_looks_at_values_is_refused_by_name():
+    denoiser = made("tiny", device="meta")
+    denoiser.module.base_model.norm.register_forward_hook(lambda module, inputs, output: output.nonzero())
+    with pytest.raises(UserError, match="'tiny': a dry run raised NotImplementedError"):
+        DryRun(denoiser, device="cpu").score(ROWS)
 
 
 def test_the_adapter_of_the_plan_is_that_of_the_run():
