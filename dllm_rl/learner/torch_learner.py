@@ -250,6 +250,12 @@ class TorchLearner:
         metrics = surrogate.derived_metrics({name: scalar.item() for name, scalar in found.items()})
         return {"grad_norm": norm.item(), **metrics}, experience
 
+    def forget_gradients(self) -> None:
+        """Free them: nobody reads them after an update, and decoding in the same process has use for the room."""
+        self._optimizer.zero_grad()
+        if self._values is not None:
+            self._values.forget_gradients()
+
     def reference_digest(self) -> str:
         """Digest of the frozen reference's weights; empty if only a policy is trained."""
         return "" if self._model is None else self._model.reference_digest()

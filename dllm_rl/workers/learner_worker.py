@@ -119,6 +119,7 @@ class LearnerWorker(WeightSender):
         """See Learner."""
         with memory_for("update"):
             metrics = self.learner.update(training, algorithm)
+        self.learner.forget_gradients()
         if self._shares:
             torch.cuda.empty_cache()  # what the backward pass needed is kept for the next one otherwise
         return metrics

@@ -21,6 +21,13 @@ from pathlib import Path
 from typing import Any
 
 LARGE = {"hidden_size": 640, "intermediate_size": 1728, "num_layers": 10, "num_heads": 10, "max_length": 64}
+WIDE = {"hidden_size": 256, "intermediate_size": 704, "num_layers": 4, "num_heads": 4, "max_length": 64}
+# Name -> family, sizes, number of tokens
+MODELS: dict[str, tuple[str, dict[str, int], int]] = {
+    "50 M": ("tiny", LARGE, 0),
+    "wide": ("tiny", WIDE, 20_000),
+    "blocks": ("sdar", LARGE | {"num_kv_heads": 5, "block_size": 4}, 0),
+}
 BASE: dict[str, Any] = {
     "run": {"name": "run", "steps": 2, "threads": 1},
     "data": {
@@ -48,24 +55,42 @@ RUNS: dict[str, dict[str, Any]] = {
     "full, float32, layers recomputed": {"model": {"gradient_checkpointing": True}},
     "LoRA, float32": {"model": {"lora": LORA}},
     "LoRA, bfloat16, several micro-batches": {"model": {"dtype": "bfloat16", "lora": LORA}, "learner": SEVERAL},
+    "full, float32, a vocabulary of 20,000": {
+        "made": "wide",
+        "sampling": {**BASE["sampling"], "top_p": 0.9},
+        "rewards": [
+            {"name": "format", "pattern": "[\u4e00-\u75ff]$"},
+            {"name": "sudoku", "weight": 0.0},
+        ],  # half of them
+        "learner": {"lr": 1.0e-3, "tokens_per_microbatch": 256},
+    },
+    "full, float32, block-causal (SDAR)": {"made": "blocks"},
 }
 
 
 def values(name: str, model: Path) -> dict[str, Any]:
     """The configuration of a run."""
-    found = {**BASE, **{key: value for key, value in RUNS[name].items() if key != "model"}}
+    found = {**BASE, **{key: value for key, value in RUNS[name].items() if key not in ("model", "made")}}
     return {**found, "model": {"path": str(model), **RUNS[name].get("model", {})}}
 
 
-def make(folder: Path, sizes: dict[str, int]) -> None:
-    """Write a model of a size."""
-    from dllm_rl.config.load import validate
-    from dllm_rl.config.plugins import build
-    from dllm_rl.models.from_config import model_path
+def make(folder: Path, name: str) -> Path:
+    """Write the model of a run; returns its folder.
 
-    config = validate({**BASE, "model": {"family": "tiny", "init": sizes}})
-    task = build("tasks", config.data.task.name, config.data.task.options)
-    model_path(config, folder, task, task.examples("train"))
+    Args:
+        folder: of all models; one that is there already is used again.
+        name: of the run.
+    """
+    from dllm_rl.models.create import create_denoiser
+    from dllm_rl.models.loading import save_denoiser
+    from dllm_rl.models.tokenizers import character_tokenizer
+
+    chosen = RUNS[name].get("made", "50 M")
+    family, sizes, tokens = MODELS[chosen]
+    if not (folder / chosen).is_dir():
+        tokenizer = character_tokenizer("1234.=" + "".join(chr(0x4E00 + i) for i in range(tokens)))
+        save_denoiser(create_denoiser(family, tokenizer, **sizes, seed=0), tokenizer, folder / chosen)
+    return folder / chosen
 
 
 def run(name: str, model: Path, folder: Path) -> None:
@@ -122,11 +147,10 @@ def main() -> None:
         run(a.run[0], Path(a.run[1]), Path(a.run[2]))
         return
     with tempfile.TemporaryDirectory() as folder:
-        make(Path(folder), LARGE)
-        model = Path(folder) / "initial"
         print("| run | phase of the peak | predicted, MB | measured, MB | predicted / measured |")
         print("|---|---|---|---|---|")
         for name in a.names or RUNS:
+            model = make(Path(folder), name)
             device, found = predicted(name, model), measured(name, model)
             ratio = device.peak / found
             print(

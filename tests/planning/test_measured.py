@@ -14,18 +14,12 @@ def benchmark(request):
         return importlib.import_module("plan_memory")
 
 
-@pytest.fixture(scope="module")
-def model(benchmark, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    benchmark.make(folder, benchmark.LARGE)
-    return folder / "initial"
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     ["full, float32, layers recomputed", "LoRA, float32", "LoRA, bfloat16, several micro-batches"],
 )
-def test_the_peak_is_within_15_percent_of_what_is_measured(name, benchmark, model):
+def test_the_peak_is_within_15_percent_of_what_is_measured(name, benchmark, tmp_path):
+    model = benchmark.make(tmp_path, name)
     device = benchmark.predicted(name, model)
     assert device.peak == pytest.approx(benchmark.measured(name, model), rel=0.15)
