@@ -125,7 +125,8 @@ def _show(device: Device, card: Card) -> None:
 
 def _verdict(plan: Plan, card: Card, helps: list[tuple[Change, int]]) -> Iterator[str]:
     fullest = max(plan.memory.devices, key=lambda device: device.peak)
-    need = f"{_gb(fullest.peak)} GB in phase {fullest.worst}"
+    where = f"phase {fullest.worst}" if plan.memory.peak == fullest.peak else "all processes at their peaks"
+    need = f"{_gb(plan.memory.peak)} GB in {where}"
     need = f"{need}, {card.name} gives {_gb(card.usable)} of {_gb(card.memory)} GB"
     if plan.memory.peak <= card.usable:
         yield f"fits       {need}"

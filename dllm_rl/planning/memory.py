@@ -97,8 +97,9 @@ class Memory:
 
     @property
     def peak(self) -> int:
-        """Bytes of the fullest device."""
-        return max(device.peak for device in self.devices)
+        """Bytes of the fullest device; of all processes on a CPU, where they share one memory."""
+        peaks = [(device.peak, device.count) for device in self.devices]
+        return max(peak for peak, _ in peaks) if self.cuda else sum(peak * count for peak, count in peaks)
 
 
 def memory_of(config: Config, model: TransformersDenoiser, prompt_tokens: int, *, device: str) -> Memory:

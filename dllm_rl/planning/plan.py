@@ -185,6 +185,8 @@ def speeds_of(run: Path) -> dict[str, float]:
         operations = getattr(work, phase) / work.steps
         if seconds > 0 and operations > 0:
             found[phase] = operations / seconds / _devices(config, phase)
+    if not found:
+        raise UserError(f"--like {run}: its records have no time of a phase that scores with the model")
     return found
 
 

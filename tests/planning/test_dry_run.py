@@ -131,6 +131,14 @@ def test_devices_of_a_cluster(colocate, names):
     assert memory.states.masters * 2 == pytest.approx(whole.masters, rel=0.01)
 
 
+def test_processes_on_a_cpu_share_its_memory():
+    settings = config(cluster={"kind": "ray", "engines": 3})
+    by_kind = {k: memory_of(settings, made("tiny", device="meta"), 22, device=k) for k in ("cpu", "cuda")}
+    learner, engine = by_kind["cpu"].devices
+    assert by_kind["cpu"].peak == learner.peak + 3 * engine.peak
+    assert by_kind["cuda"].peak == max(device.peak for device in by_kind["cuda"].devices)
+
+
 def test_what_host_memory_holds():
     cluster = {"kind": "ray", "learners": 1, "engines": 2, "colocate": True}
     memory = memory_of(config(cluster=cluster), made("tiny", device="meta"), 22, device="cuda")
