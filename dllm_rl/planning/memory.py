@@ -22,7 +22,7 @@ from dllm_rl.protocols.algorithm import Algorithm
 Phase = Literal["rollout", "scoring", "update", "step"]
 PHASES: tuple[Phase, ...] = ("rollout", "scoring", "update", "step")
 ALWAYS = frozenset(PHASES)
-_CUDA_CONTEXT = 600 << 20  # of a process: context, kernels, workspaces of cuBLAS; 0.5 to 0.7 GB on recent cards
+_CUDA_CONTEXT = 600 << 20  # of a process: context, kernels, workspaces of cuBLAS; an allowance, not computed
 _BUCKET, _GATHERED = 500_000_000, 1_000_000_000  # DeepSpeed's defaults, elements
 
 
