@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from importlib.metadata import entry_points
 from typing import Any, Literal
 
-from dllm_rl.errors import RunStopped, UserError, nearest
+from dllm_rl.errors import RunStopped, UserError, is_out_of_memory, nearest
 
 Kind = Literal[
     "algorithms", "engines", "strategies", "rewards", "tasks", "rollouters", "families", "transports", "caches"
@@ -74,8 +74,7 @@ def plugin_boundary(kind: Kind, name: str, clause: str, module_name: str) -> Ite
     try:
         yield
     except Exception as error:
-        out_of_memory = getattr(sys.modules.get("torch"), "OutOfMemoryError", MemoryError)  # reward workers lack torch
-        if isinstance(error, UserError | RunStopped | MemoryError | out_of_memory) or is_ours(module_name):
+        if isinstance(error, UserError | RunStopped) or is_out_of_memory(error) or is_ours(module_name):
             raise
         raise UserError(
             f"{label(kind, name)}: {clause} raised {type(error).__name__}: {' '.join(str(error).split())}; "

@@ -151,6 +151,38 @@ def show_config(config: Annotated[Path, typer.Argument(help="YAML file")], overr
 
 
 @app.command()
+def plan(
+    config: Annotated[Path, typer.Argument(help="YAML file")],
+    overrides: Overrides = None,
+    card: Annotated[
+        str | None, typer.Option(help="device: h100-80gb, rtx4090-24gb, ...; default: what is here")
+    ] = None,
+    memory_gb: Annotated[float | None, typer.Option(help="memory of a device, 10^9 bytes")] = None,
+    tflops: Annotated[float | None, typer.Option(help="dense bfloat16 TFLOP/s of a device")] = None,
+    utilisation: Annotated[float, typer.Option(min=0.001, max=1, help="share of them that a run reaches")] = 0.3,
+    like: Annotated[Path | None, typer.Option(help="run folder: take the speed that it had")] = None,
+    price: Annotated[float | None, typer.Option(min=0, help="of a device and hour, in any currency")] = None,
+    json: JsonPath = None,
+) -> int:
+    """Rows, memory and hours of a run before it starts. Example: dllm-rl plan my.yaml --card rtx4090-24gb."""
+    from dllm_rl.config.load import load_config
+
+    loaded = load_config(config, overrides or [])
+    from dllm_rl.cli.plan import run_plan
+
+    return run_plan(
+        loaded,
+        card=card,
+        memory_gb=memory_gb,
+        tflops=tflops,
+        utilisation=utilisation,
+        like=like,
+        price=price,
+        json_path=json,
+    )
+
+
+@app.command()
 def check_plugin(
     kind: Annotated[str | None, typer.Argument(help="algorithms, engines, strategies, rewards, tasks, ...")] = None,
     name: Annotated[str | None, typer.Argument(help="registered name, or package.module:Name")] = None,

@@ -24,7 +24,7 @@ from dllm_rl.driver.check_engine import check_engine
 from dllm_rl.driver.engine_pool import EnginePool
 from dllm_rl.driver.learner_group import LearnerGroup
 from dllm_rl.driver.weight_sync import DistributedWeightSync, InProcessWeightSync, WeightSync
-from dllm_rl.errors import UserError, require_package
+from dllm_rl.errors import UserError, memory_for, require_package
 from dllm_rl.models.denoiser import TransformersDenoiser
 from dllm_rl.models.from_config import load_model
 from dllm_rl.models.teacher import load_teacher
@@ -97,6 +97,7 @@ class WorkerSpec:
         return found
 
 
+@memory_for("loading")
 def launch_local(spec: WorkerSpec, stack: ExitStack) -> Workers:
     """One engine and one learner in this process; an engine of ours decodes with the learner's own weights.
 
@@ -234,6 +235,7 @@ def _environment(config: Config, cpus: float) -> Mapping[str, str]:
     }
 
 
+@memory_for("loading")
 def _learner_actor(spec: WorkerSpec, rank: WorkerRank) -> LearnerWorker:
     config = spec.config
     _use_threads(config)
@@ -244,6 +246,7 @@ def _learner_actor(spec: WorkerSpec, rank: WorkerRank) -> LearnerWorker:
     return LearnerWorker(learner, rank, denoiser, merged=cluster.push == "merged", shares=cluster.colocate)
 
 
+@memory_for("loading")
 def _engine_actor(spec: WorkerSpec, rank: WorkerRank) -> EngineWorker:
     _use_threads(spec.config)
     return EngineWorker(_engine(spec, rank, shared=None), rank, packed=True)

@@ -95,6 +95,8 @@ def add_lora(
     _attach(denoiser, config)
     for path, layer in _lora_layers(denoiser.module):
         weight = layer.lora_A["default"].weight
+        if weight.is_meta:
+            continue
         bound = 1 / math.sqrt(weight.shape[1])  # what nn.Linear draws from
         generator = generator_for(seed, "lora", denoiser.family.to_original_name(path))
         with torch.no_grad():
