@@ -143,7 +143,8 @@ def _build_run(config: Config, folder: Path, progress: Progress, stack: ExitStac
     spec = WorkerSpec(
         config=config, path=model_path(config, folder, task, train_examples), folder=folder, sampling=sampling
     )
-    workers = launch_local(spec, stack) if config.cluster.kind == "local" else launch_ray(spec, stack, progress.log)
+    launch = launch_local if config.cluster.kind == "local" else launch_ray
+    workers = launch(spec, stack, progress.log)
     denoiser, tokenizer = workers.denoiser, workers.tokenizer
     room = denoiser.max_length - sampling.max_new_tokens
     if room < 1:
