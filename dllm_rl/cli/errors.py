@@ -5,11 +5,25 @@ A run that stops itself may have a code of its own: 3 is a limit of section drif
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import traceback
 
 from dllm_rl.errors import RunStopped, UserError
+
+# What the system refuses and a user can change, and how.
+_SYSTEM = {
+    errno.ENOTDIR: "a file is where a folder should be; name another folder (run.output), or move the file",
+    errno.EEXIST: "a file is where a folder should be; name another folder (run.output), or move the file",
+    errno.EACCES: "nobody may write or read there as this user; name another folder (run.output), or change its rights",
+    errno.EPERM: "nobody may write or read there as this user; name another folder (run.output), or change its rights",
+    errno.EROFS: "the file system is read-only; name another folder (run.output)",
+    errno.ENOSPC: "the disk is full; free some space, then go on with --resume",
+    errno.EDQUOT: "the quota is used up; free some space, then go on with --resume",
+    errno.ENAMETOOLONG: "the name is too long; shorten it",
+    errno.ELOOP: "its links lead in a circle; remove one of them",
+}
 
 
 def exit_code(error: BaseException) -> int:
@@ -21,6 +35,8 @@ def exit_code(error: BaseException) -> int:
         traceback.print_exception(error)
     if isinstance(error, KeyboardInterrupt):
         return _say("interrupted; go on with the same command and --resume", 130)
+    if isinstance(error, OSError) and error.errno in _SYSTEM:
+        return _say(f"{error.strerror}: '{error.filename}': {_SYSTEM[error.errno]}", 2)
     if isinstance(error, UserError | FileNotFoundError | PermissionError | IsADirectoryError):
         return _say(str(error), 2)
     if isinstance(error, RunStopped):
