@@ -32,7 +32,7 @@ PROJECT = ("dllm_rl", *PLUGINS)
 
 # A module may import what stands in a line above its own, and its own package. The longest matching name decides.
 LAYERS: list[list[str]] = [
-    ["dllm_rl", "dllm_rl.errors", "dllm_rl.seeding"],
+    ["dllm_rl", "dllm_rl.errors", "dllm_rl.literals", "dllm_rl.seeding"],
     ["dllm_rl.types", "dllm_rl.registry"],
     ["dllm_rl.protocols"],
     ["dllm_rl.config", "dllm_rl.diffusion", "dllm_rl.storage"],
@@ -184,7 +184,7 @@ class A:
 
 def test_the_package_stays_small():
     """A growth that is worth it raises the number in the same commit, which says what was taken out to pay for it."""
-    assert sum(code_lines(path.read_text(encoding="utf-8")) for path in sources("dllm_rl")) <= 13300
+    assert sum(code_lines(path.read_text(encoding="utf-8")) for path in sources("dllm_rl")) <= 14200
 
 
 @pytest.mark.parametrize("module", ["dllm_rl.types", "dllm_rl.protocols", "dllm_rl.diffusion"])

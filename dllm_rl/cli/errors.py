@@ -10,7 +10,7 @@ import sys
 import traceback
 
 from dllm_rl.errors import RunStopped, UserError, first_line, is_out_of_memory
-from dllm_rl.storage.files import refusal
+from dllm_rl.storage.files import ADVICE
 
 
 def exit_code(error: BaseException) -> int:
@@ -22,8 +22,8 @@ def exit_code(error: BaseException) -> int:
         traceback.print_exception(error)
     if isinstance(error, KeyboardInterrupt):
         return _say("interrupted; go on with the same command and --resume", 130)
-    if isinstance(error, OSError) and (reason := refusal(error)) is not None:
-        return _say(f"{reason}; free or unlock it, then go on with --resume", 2)
+    if isinstance(error, OSError) and error.errno in ADVICE:
+        return _say(f"{error.strerror}: '{error.filename}'; {ADVICE[error.errno]}", 2)
     if isinstance(error, UserError | FileNotFoundError | PermissionError | IsADirectoryError):
         return _say(str(error), 2)
     if isinstance(error, RunStopped):

@@ -68,10 +68,8 @@ def train(
     quiet: Quiet = False,
 ) -> None:
     """Train. Example: dllm-rl train configs/sudoku4_rl.yaml run.seed=1 learner.lr=3e-5."""
+    loaded = _load(config, overrides)
     from dllm_rl.cli.output import evaluation_table, stdout, write_json
-    from dllm_rl.config.load import load_config
-
-    loaded = load_config(config, overrides or [])
     from dllm_rl.cli.signals import terminated
     from dllm_rl.train import train as run
 
@@ -109,9 +107,7 @@ def submit(
     wait: Annotated[bool, typer.Option(help="stream the log and return the job's exit code")] = True,
 ) -> int:
     """Train on a Ray cluster. Example: dllm-rl submit configs/tiny_sudoku_ray.yaml --address http://head:8265."""
-    from dllm_rl.config.load import load_config
-
-    load_config(config, overrides or [])  # a typing error is known here, not in a job's log
+    _load(config, overrides)  # a typing error is known here, not in a job's log
     from dllm_rl.cli.submit import run_submit
 
     return run_submit(
@@ -133,6 +129,8 @@ def evaluate(
     quiet: Quiet = False,
 ) -> None:
     """Evaluate on held-out examples. Example: dllm-rl eval runs/sudoku4-rl evaluate.limit=1000."""
+    if not target.is_dir():
+        _load(target, overrides)  # before the imports below, which take seconds
     from dllm_rl.cli.output import evaluation_table, stdout, write_json
     from dllm_rl.driver.evaluate_target import evaluate_target
 
@@ -208,9 +206,7 @@ def draws(
     quiet: Quiet = False,
 ) -> None:
     """How many draws does the likelihood need? Example: dllm-rl draws configs/sudoku4_rl.yaml algorithm.name=espo."""
-    from dllm_rl.config.load import load_config
-
-    loaded = load_config(config, overrides or [])
+    loaded = _load(config, overrides)
     from dllm_rl.cli.draws import run_draws
 
     run_draws(loaded, vary, rows=rows, redraws=redraws, plot=plot, json_path=json, progress=_progress(quiet))
@@ -227,6 +223,16 @@ def demo(
     from dllm_rl.cli.demo import run_demo
 
     run_demo(seed, output, json, _progress(quiet))
+
+
+def _load(config: Path, overrides: list[str] | None) -> Any:
+    """The configuration, refused for a misspelt key or plugin before torch is imported."""
+    from dllm_rl.config.load import load_config
+    from dllm_rl.config.names import check_names
+
+    loaded = load_config(config, overrides or [])
+    check_names(loaded)
+    return loaded
 
 
 def _progress(quiet: bool) -> Any:

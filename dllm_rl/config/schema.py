@@ -6,7 +6,7 @@ options; those are checked against the plugin's Config when it is built.
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -14,7 +14,7 @@ from dllm_rl.config.cluster import ClusterSection, LearnerSection, RolloutSectio
 from dllm_rl.config.presets import with_preset
 from dllm_rl.config.section import PathText, Plugin, Section
 from dllm_rl.errors import UserError
-from dllm_rl.types import Confidence, Schedule
+from dllm_rl.literals import Confidence, Schedule
 
 
 class RewardPlugin(Plugin):
@@ -35,7 +35,7 @@ class RunSection(Section):
     """Seed of every random draw."""
     steps: int = Field(ge=1)
     """Batches to train on; each makes learner.updates_per_step times learner.minibatches optimiser updates."""
-    output: PathText = "runs"
+    output: PathText = Field(default="runs", pattern=r"^[^\x00]+$")
     """Parent folder of run folders."""
     threads: int | None = Field(default=None, ge=1)
     """CPU threads for torch; null leaves torch's default."""
@@ -195,9 +195,9 @@ class SamplingSection(Section):
     """Rank positions by the model's distribution, or by the tempered and filtered one that tokens are sampled from."""
     cfg_scale: float = Field(default=0.0, ge=0)
     """Classifier-free guidance, 0 = none; doubles the forwards. Full attention without shift only."""
-    suppress_tokens: tuple[int, ...] = ()
+    suppress_tokens: tuple[Annotated[int, Field(ge=0)], ...] = ()
     """Token ids that are never generated."""
-    defer_tokens: tuple[int, ...] = ()
+    defer_tokens: tuple[Annotated[int, Field(ge=0)], ...] = ()
     """Token ids whose positions are committed last."""
     strategy: Plugin = Plugin(name="low_confidence")
     """Which positions to commit."""
@@ -247,7 +247,7 @@ class EvaluateSection(Section):
     """Held-out examples, the first ones of a fixed shuffle; null = all."""
     temperature: float = Field(default=0.0, ge=0)
     """0 = greedy."""
-    tokens_per_step: list[int] | None = Field(default=None, min_length=1)
+    tokens_per_step: list[Annotated[int, Field(ge=1)]] | None = Field(default=None, min_length=1)
     """Speeds to evaluate at; null = the training one."""
     strategy: Plugin | None = None
     """Which positions to commit; null = as in training."""
@@ -335,4 +335,14 @@ class Config(Section):
     @model_validator(mode="after")
     def _parts_fit(self) -> Config:
         check(self.cluster, self.rollout, self.learner, quantized=self.model.quantize is not None)
+        canvas, speeds = self.sampling.max_new_tokens, self.evaluate.tokens_per_step or []
+        for key, speed in (("sampling", self.sampling.tokens_per_step), *(("evaluate", speed) for speed in speeds)):
+            if speed > canvas:
+                raise UserError(
+                    f"{key}.tokens_per_step = {speed}: a completion has sampling.max_new_tokens = {canvas} tokens; set "
+                    f"at most {canvas}"
+                )
+        for speed in speeds:
+            if speeds.count(speed) > 1:
+                raise UserError(f"evaluate.tokens_per_step lists {speed} twice; leave one of them out")
         return self

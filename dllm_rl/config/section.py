@@ -15,13 +15,16 @@ PathText = Annotated[str, AfterValidator(lambda text: os.path.expanduser(os.path
 class Section(BaseModel):
     """Base of every section: unknown keys are errors, values are immutable, docstrings under fields are their help."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+    # Infinity and NaN pass every "greater than" and end as a loss that is not finite, hours later.
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 class Plugin(BaseModel):
     """A plugin by entry-point name or "package.module:Name"; further keys are its options."""
 
-    model_config = ConfigDict(extra="allow", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="allow", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
     name: str
     """Entry-point name, or "package.module:Name"."""

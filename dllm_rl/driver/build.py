@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -84,8 +86,8 @@ class Run(Workers):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self.closing.close()
+    def __exit__(self, *error: Any) -> None:
+        self.closing.__exit__(*error)
 
 
 def build_run(config: Config, folder: Path, progress: Progress) -> Run:
@@ -101,8 +103,18 @@ def build_run(config: Config, folder: Path, progress: Progress) -> Run:
     if config.run.threads is not None:
         torch.set_num_threads(config.run.threads)
     with ExitStack() as stack:
+        if not (folder / "initial").exists():
+            stack.push(functools.partial(_forget_refused, folder))
         run = _build_run(config, folder, progress, stack)
         return dataclasses.replace(run, closing=stack.pop_all())
+
+
+def _forget_refused(folder: Path, *error: Any) -> None:
+    """Remove the new model of a plan that is refused before it begins: the next plan may describe another one."""
+    if isinstance(error[1], UserError) and not (folder / "config.yaml").exists():
+        shutil.rmtree(folder / "initial", ignore_errors=True)
+        with contextlib.suppress(OSError):  # it holds something else
+            folder.rmdir()
 
 
 def _build_run(config: Config, folder: Path, progress: Progress, stack: ExitStack) -> Run:
@@ -111,7 +123,8 @@ def _build_run(config: Config, folder: Path, progress: Progress, stack: ExitStac
     spec = WorkerSpec(
         config=config, path=model_path(config, folder, task, train_examples), folder=folder, sampling=sampling
     )
-    workers = launch_local(spec, stack) if config.cluster.kind == "local" else launch_ray(spec, stack, progress.log)
+    launch = launch_local if config.cluster.kind == "local" else launch_ray
+    workers = launch(spec, stack, progress.log)
     denoiser, tokenizer = workers.denoiser, workers.tokenizer
     limit = check_model(config, sampling, denoiser)
 
@@ -123,7 +136,17 @@ def _build_run(config: Config, folder: Path, progress: Progress, stack: ExitStac
         ]
 
     seed = config.run.seed
+    if config.learner.precompute_reference and algorithm.needs.reference and algorithm.needs.source == "rollouts":
+        raise UserError(
+            f"learner.precompute_reference = true: algorithm '{config.algorithm.name}' trains on fresh rollouts, "
+            f"which cannot be scored beforehand; leave it out"
+        )
     prompts = tokenised(train_examples)
+    if config.data.prompts_per_step > len(prompts):
+        progress.log(
+            f"data.prompts_per_step = {config.data.prompts_per_step} is more than the {len(prompts)} rows of the "
+            f"training split: a step holds rows more than once, with the same completions; set at most {len(prompts)}"
+        )
     held_out = _held_out(config, task)
     demonstrations: dict[str, Sequence[Sequence[int]]] = {}
     if algorithm.needs.source != "rollouts":

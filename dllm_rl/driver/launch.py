@@ -20,6 +20,7 @@ from dllm_rl.cluster.local_group import LocalWorkerGroup
 from dllm_rl.config.plugins import build, engine_class, plugin_class
 from dllm_rl.config.schema import Config
 from dllm_rl.config.section import Plugin
+from dllm_rl.driver.check_answer import AnswerCheck
 from dllm_rl.driver.check_engine import check_engine
 from dllm_rl.driver.engine_pool import EnginePool
 from dllm_rl.driver.learner_group import LearnerGroup
@@ -98,12 +99,13 @@ class WorkerSpec:
 
 
 @memory_for("loading")
-def launch_local(spec: WorkerSpec, stack: ExitStack) -> Workers:
+def launch_local(spec: WorkerSpec, stack: ExitStack, log: Callable[[str], None]) -> Workers:
     """One engine and one learner in this process; an engine of ours decodes with the learner's own weights.
 
     Args:
         spec: what to build.
         stack: closes them.
+        log: told when an engine had to be built anew.
     """
     config, algorithm = spec.config, spec.algorithm
     denoiser, tokenizer = load_model(config, spec.path)
@@ -119,7 +121,7 @@ def launch_local(spec: WorkerSpec, stack: ExitStack) -> Workers:
     engines = LocalWorkerGroup("engine", lambda rank: EngineWorker(_engine(spec, rank, shared), rank, packed=False))
     stack.callback(engines.close)
     transport = None if engines.call(EngineWorker.shares_weights) == [True] else _local_transport(config)
-    return _workers(config, (denoiser, tokenizer), learners, engines, transport=transport, log=lambda text: None)
+    return _workers(spec, (denoiser, tokenizer), learners, engines, transport=transport, log=log)
 
 
 def _local_transport(config: Config) -> str:
@@ -183,11 +185,11 @@ def launch_ray(spec: WorkerSpec, stack: ExitStack, log: Callable[[str], None]) -
         transport = cluster.transport
     elif learner_gpus and cluster.colocate:
         transport = "cuda_ipc" if cluster.engines <= cluster.learners else "object_store"
-    return _workers(config, (denoiser, tokenizer), learners, engines, transport=transport, sleeps=sleeps, log=log)
+    return _workers(spec, (denoiser, tokenizer), learners, engines, transport=transport, sleeps=sleeps, log=log)
 
 
 def _workers(
-    config: Config,
+    spec: WorkerSpec,
     model: tuple[TransformersDenoiser, Any],
     learners: WorkerGroup[LearnerWorker],
     engines: WorkerGroup[EngineWorker],
@@ -197,7 +199,7 @@ def _workers(
     log: Callable[[str], None],
 ) -> Workers:
     """The driver's view of both groups; without a transport they hold the same tensors."""
-    cluster, (denoiser, tokenizer) = config.cluster, model
+    config, cluster, (denoiser, tokenizer) = spec.config, spec.config.cluster, model
     learner = LearnerGroup(
         learners,
         minibatches=config.learner.minibatches,
@@ -210,6 +212,12 @@ def _workers(
         hang_s=cluster.hang_s,
         max_restarts=cluster.max_restarts,
         sleeps=sleeps,
+        check=AnswerCheck(
+            denoiser,
+            spec.engine_capabilities,
+            {role: plugin.name for role, plugin in spec.strategies.items()},
+            engine=config.engine.name,
+        ),
         log=log,
     )
     weights: WeightSync = InProcessWeightSync(learner, pool)

@@ -6,13 +6,25 @@ import errno
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from dllm_rl.errors import UserError, first_line
 
-_OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}
+# What the system refuses and a user can change, and how.
+ADVICE: Mapping[int, str] = {
+    errno.ENOTDIR: "a file is where a folder should be; name another folder (run.output), or move the file",
+    errno.EEXIST: "a file is where a folder should be; name another folder (run.output), or move the file",
+    errno.EACCES: "nobody may write or read there as this user; name another folder (run.output), or change its rights",
+    errno.EPERM: "nobody may write or read there as this user; name another folder (run.output), or change its rights",
+    errno.EROFS: "the file system is read-only; name another folder (run.output)",
+    errno.ENOSPC: "the disk is full; free some space, then go on with --resume",
+    errno.EDQUOT: "the quota is used up; free some space, then go on with --resume",
+    errno.ENAMETOOLONG: "the name is too long; shorten it",
+    errno.ELOOP: "its links lead in a circle; remove one of them",
+    errno.EIO: "the disk reports an error; look at it before anything else, then go on with --resume",
+}
 # How safetensors and torch.save report what the system refused: their exceptions carry no errno.
 _REFUSED = re.compile(r"os error \d+|PytorchStreamWriter failed|file write failed")
 
@@ -69,7 +81,7 @@ def explained(what: str, place: Path, hint: str = "") -> Iterator[None]:
 
 def refusal(error: BaseException) -> str | None:
     """What the system has refused, or None for an error of another kind."""
-    if isinstance(error, OSError) and error.errno in _OF_THE_DISK:
+    if isinstance(error, OSError) and error.errno in ADVICE:
         return f"{error.strerror}{f': {error.filename!r}' if error.filename else ''}"
     if not isinstance(error, UserError) and _REFUSED.search(str(error)):
         return first_line(error)
