@@ -22,7 +22,7 @@ def exit_code(error: BaseException) -> int:
         traceback.print_exception(error)
     if isinstance(error, KeyboardInterrupt):
         return _say("interrupted; go on with the same command and --resume", 130)
-    if isinstance(error, OSError) and error.errno in ADVICE:
+    if isinstance(error, OSError) and error.errno is not None and error.errno in ADVICE:
         return _say(f"{error.strerror}: '{error.filename}'; {ADVICE[error.errno]}", 2)
     if isinstance(error, UserError | FileNotFoundError | PermissionError | IsADirectoryError):
         return _say(str(error), 2)
