@@ -19,6 +19,7 @@ Kind = Literal[
 ]
 
 OWNER = "dllm-rl"
+_RENAMED: dict[tuple[Kind, str], str] = {("tasks", "jsonl"): "rows"}  # ours that have another name now
 _OWNED_PACKAGES = ("algorithms", "rollouts", "rewards")
 
 
@@ -39,6 +40,8 @@ def load(kind: Kind, name: str) -> Any:
     """
     if ":" in name:
         return _load_path(kind, name)
+    if (kind, name) in _RENAMED:
+        raise UserError(f"unknown {label(kind, name)}; it is named '{_RENAMED[kind, name]}' now, with the same options")
     for point in entry_points(group=f"dllm_rl.{kind}"):
         if point.name == name:
             if point.dist is not None and point.dist.name == OWNER:

@@ -160,6 +160,8 @@ class DataSection(Section):
     """Longer prompts are an error; null = what the model has room for."""
     system_prompt: str | None = None
     """Put before every chat prompt."""
+    chat_template: str | None = None
+    """Template of conversations (Jinja) instead of the tokenizer's: a file, or the text itself."""
 
     @model_validator(mode="after")
     def _range(self) -> Self:

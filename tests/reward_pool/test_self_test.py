@@ -8,8 +8,8 @@ from dllm_rl.config.schema import RewardPlugin
 from dllm_rl.reward_pool.pool import RewardPool
 from dllm_rl.reward_pool.self_test import run_self_test
 from dllm_rl.tasks.countdown import Countdown
-from dllm_rl.tasks.jsonl import JsonLines
 from dllm_rl.tasks.math_word import GSM8K
+from dllm_rl.tasks.rows import Rows
 from dllm_rl.tasks.sudoku import Sudoku4
 
 
@@ -20,10 +20,10 @@ def gsm8k(tmp_path) -> GSM8K:
     return GSM8K(GSM8K.Config(train_file=str(path), test_file=str(path)))
 
 
-def jsonl(tmp_path, reward="math_answer") -> JsonLines:
+def jsonl(tmp_path, reward="math_answer") -> Rows:
     path = tmp_path / "own.jsonl"
     path.write_text('{"prompt": "2+2?", "answer": 4}\n')
-    return JsonLines(JsonLines.Config(train_file=str(path), success=reward))
+    return Rows(Rows.Config(train_file=str(path), success=reward))
 
 
 def check(task, *rewards: str, timeout_s: float = 5.0) -> None:
