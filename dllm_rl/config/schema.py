@@ -41,6 +41,9 @@ class RunSection(Section):
     """CPU threads for torch; null leaves torch's default."""
     log_samples: int = Field(default=4, ge=0)
     """Completions per step that are written to samples.jsonl."""
+    plugin_path: list[str] = Field(default=[])
+    """Folders of plugins that are named by file or module, searched in this order; those of the configuration files are
+    filled in, and kept with the run."""
 
 
 class InitSection(Section):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
 
 class Section(BaseModel):
@@ -15,12 +15,17 @@ class Section(BaseModel):
 
 
 class Plugin(BaseModel):
-    """A plugin by entry-point name or "package.module:Name"; further keys are its options."""
+    """A plugin by name; further keys are its options. A text alone is its name."""
 
     model_config = ConfigDict(extra="allow", frozen=True, use_attribute_docstrings=True)
 
     name: str
-    """Entry-point name, or "package.module:Name"."""
+    """Entry-point name, "my_file.py:Name" beside the configuration, or "package.module:Name"."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_name(cls, values: Any) -> Any:
+        return {"name": values} if isinstance(values, str) else values
 
     @property
     def options(self) -> dict[str, Any]:

@@ -353,4 +353,5 @@ def _reward_pool(config: Config, task: Task) -> RewardPool | None:
         return None
     options = config.reward_pool
     blank = options.truncated == "blank"
-    return RewardPool(plugins, num_workers=options.workers, success=task.success, blank_truncated=blank)
+    success = task.success or plugins[0].name
+    return RewardPool(plugins, num_workers=options.workers, success=success, blank_truncated=blank)
