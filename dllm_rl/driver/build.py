@@ -17,16 +17,15 @@ from dllm_rl.cluster.group import WorkerGroup
 from dllm_rl.cluster.local_group import LocalWorkerGroup
 from dllm_rl.config.plugins import build
 from dllm_rl.config.schema import Config, RewardPlugin
-from dllm_rl.data.collate import check_completion
-from dllm_rl.data.prompts import encode, encode_completion
+from dllm_rl.data.prompts import encode
 from dllm_rl.data.source import PromptSource
 from dllm_rl.diffusion.layout import block_rule, check_sampling
+from dllm_rl.driver.demonstrations import demonstrations, references
 from dllm_rl.driver.launch import Workers, WorkerSpec, launch_local, launch_ray
 from dllm_rl.errors import UserError, require_package
 from dllm_rl.evaluation.evaluate import Evaluation, evaluate
 from dllm_rl.models.from_config import model_path
 from dllm_rl.protocols.algorithm import Algorithm, ExtraRollouts, Plan
-from dllm_rl.protocols.denoiser import Denoiser
 from dllm_rl.protocols.engine import EVALUATE
 from dllm_rl.protocols.rollouter import Rollouter
 from dllm_rl.protocols.strategy import UnmaskingStrategy
@@ -52,6 +51,8 @@ class Run(Workers):
         demonstrations: uid -> tokens of its completions, for algorithms that train on them: the reference completion,
             or the chosen and the rejected one.
         held_out: prompts for evaluation.
+        references: uid -> tokens of the reference completions of held-out prompts, for the held-out loss of
+            algorithms that train on demonstrations.
         sampling: decoding while training.
         eval_samplings: decoding of each held-out evaluation.
         closing: ends what was started.
@@ -65,6 +66,7 @@ class Run(Workers):
     spare: PromptSource[Prompt]
     demonstrations: Mapping[str, Sequence[Sequence[int]]]
     held_out: Sequence[Prompt]
+    references: Mapping[str, Sequence[int]]
     sampling: Sampling
     eval_samplings: Sequence[Sampling]
     closing: ExitStack
@@ -170,13 +172,7 @@ def _build_run(config: Config, folder: Path, progress: Progress, stack: ExitStac
     seed = config.run.seed
     prompts = tokenised(train_examples)
     held_out = _held_out(config, task)
-    demonstrations: dict[str, Sequence[Sequence[int]]] = {}
-    if algorithm.needs.source != "rollouts":
-        wanted = _demonstration if algorithm.needs.source == "demonstrations" else _pair
-        for example in each(progress, "completions", train_examples):
-            demonstrations[example.uid] = [
-                _completion(text, example, denoiser, tokenizer, sampling.max_new_tokens) for text in wanted(example)
-            ]
+    canvas = sampling.max_new_tokens
     return Run(
         **{f.name: getattr(workers, f.name) for f in dataclasses.fields(workers)},
         task=task,
@@ -185,8 +181,9 @@ def _build_run(config: Config, folder: Path, progress: Progress, stack: ExitStac
         reward_pool=_reward_pool(config, task),
         source=PromptSource(prompts, config.data.prompts_per_step, seed),
         spare=PromptSource(prompts, config.data.prompts_per_step, seeding.derive(seed, "resample")),
-        demonstrations=demonstrations,
+        demonstrations=demonstrations(algorithm, train_examples, denoiser, tokenizer, canvas, progress),
         held_out=tokenised(held_out),
+        references=references(algorithm, held_out, denoiser, tokenizer, canvas, progress),
         sampling=sampling,
         eval_samplings=_eval_samplings(config, sampling),
         closing=stack,
@@ -313,31 +310,6 @@ def _eval_samplings(config: Config, sampling: Sampling) -> list[Sampling]:
     if sampling.confidence == "model":  # else the order of positions needs the filters
         whole = dataclasses.replace(whole, top_k=None, top_p=None)
     return [whole] if speeds is None else [dataclasses.replace(whole, tokens_per_step=n, steps=None) for n in speeds]
-
-
-def _demonstration(example: Example) -> Sequence[str]:
-    if example.completion is None:
-        raise UserError(f"example '{example.uid}' has no completion to train on; supervised training needs one per row")
-    return [example.completion]
-
-
-def _pair(example: Example) -> Sequence[str]:
-    if example.chosen is None or example.rejected is None:
-        raise UserError(
-            f"example '{example.uid}' is not a preference pair; this algorithm needs a chosen and a rejected completion"
-        )
-    if example.chosen == example.rejected:
-        raise UserError(
-            f"example '{example.uid}': its chosen and its rejected completion are the same, so there is nothing to "
-            f"prefer; remove the row"
-        )
-    return [example.chosen, example.rejected]
-
-
-def _completion(text: str, example: Example, denoiser: Denoiser, tokenizer: Any, max_new_tokens: int) -> Sequence[int]:
-    tokens = encode_completion(text, tokenizer, uid=example.uid, prompt=example.prompt)
-    check_completion(example.uid, tokens, denoiser, max_new_tokens)  # known now, rather than when its turn comes
-    return tokens
 
 
 def _held_out(config: Config, task: Task) -> Sequence[Example]:
