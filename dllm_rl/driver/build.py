@@ -23,7 +23,7 @@ from dllm_rl.diffusion.layout import block_rule, check_sampling
 from dllm_rl.driver.demonstrations import demonstrations, references
 from dllm_rl.driver.launch import Workers, WorkerSpec, launch_local, launch_ray
 from dllm_rl.errors import UserError, require_package
-from dllm_rl.evaluation.evaluate import Evaluation, evaluate
+from dllm_rl.evaluation.evaluate import Evaluation, Record, evaluate
 from dllm_rl.models.from_config import model_path
 from dllm_rl.protocols.algorithm import Algorithm, ExtraRollouts, Plan
 from dllm_rl.protocols.engine import EVALUATE
@@ -77,13 +77,23 @@ class Run(Workers):
         groups: list[WorkerGroup[Any]] = [self.engines.group, self.learner.group]
         return [group for group in groups if not isinstance(group, LocalWorkerGroup)]
 
-    def evaluate(self, pool: RewardPool, seed: int, progress: Progress) -> list[Evaluation]:
-        """Held-out figures of the weights that the engines hold, one for each of eval_samplings."""
+    def evaluate(
+        self, pool: RewardPool, seed: int, progress: Progress, record: Record = lambda row: None
+    ) -> list[Evaluation]:
+        """Held-out figures of the weights that the engines hold, one for each of eval_samplings.
+
+        Args:
+            pool: reward workers.
+            seed: of the run.
+            progress: where to show progress.
+            record: given every completion with its verdicts.
+        """
         seed, total = seeding.derive(seed, "evaluate"), len(self.held_out) * len(self.eval_samplings)
         decode = functools.partial(self.engines.generate, role=EVALUATE)
-        common = (decode, pool, self.held_out, self.tokenizer)
+        parts = (decode, pool, self.held_out, self.tokenizer)
         with progress.track("evaluating", total) as advance:
-            return [evaluate(*common, sampling, seed=seed, advance=advance) for sampling in self.eval_samplings]
+            one = functools.partial(evaluate, seed=seed, advance=advance, record=record)
+            return [one(*parts, sampling) for sampling in self.eval_samplings]
 
     def __enter__(self) -> Self:
         return self

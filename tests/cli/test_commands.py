@@ -75,6 +75,30 @@ def test_eval_of_a_run_is_the_last_evaluation_of_its_training(finished_run, tmp_
     assert "tokens per forward" in capsys.readouterr().out
 
 
+def test_eval_writes_every_completion_with_its_verdicts(finished_run, write, tmp_path):
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    options = ["evaluate.tokens_per_step=[2,8]", "--json", str(tmp_path / "e.json"), "--quiet"]
+    assert main(["eval", str(run), *options]) == 0
+    rows = records(run / "eval-step-000002.jsonl")
+    assert [row["tokens_per_step"] for row in rows] == [2] * 6 + [8] * 6
+    for evaluation in json.loads((tmp_path / "e.json").read_text())["evaluations"]:
+        own = [row for row in rows if row["tokens_per_step"] == evaluation["tokens_per_step"]]
+        assert sum(row["solved"] for row in own) / 6 == evaluation["success"]
+        assert sum(row["rewards"]["format"] for row in own) / 6 == pytest.approx(evaluation["components"]["format"])
+        tokens, forwards = (sum(row[name] for row in own) for name in ("completion_tokens", "num_forwards"))
+        assert tokens / forwards == evaluation["tokens_per_forward"]
+    assert all(row["prompt"] and len(row["answer"]) == 16 and row["status"] in ("ok", "invalid") for row in rows)
+    path = tmp_path / "said.jsonl"
+    assert main(["eval", str(write()), "evaluate.limit=2", "--samples", str(path), "--quiet"]) == 0
+    assert len(records(path)) == 2 and not list(tmp_path.glob(".*.tmp"))
+
+
+def test_a_run_ends_with_a_table_of_its_figures(write, capsys):
+    assert main(["train", str(write({"evaluate": {"at_start": False, "at_end": False}})), "--quiet"]) == 0
+    printed = capsys.readouterr().out
+    assert "first 5" in printed and all(name in printed for name in ("reward", "loss", "grad_norm", "step_s"))
+
+
 def test_eval_of_a_configuration_takes_overrides(write, tmp_path):
     path = tmp_path / "eval.json"
     arguments = ["evaluate.limit=3", "evaluate.tokens_per_step=[2,8]", "--json", str(path), "--quiet"]
