@@ -73,7 +73,7 @@ class IGPO(Algorithm):
         if missing is not None:
             raise UserError(
                 f"algorithm 'igpo' cuts hints from a reference trace, row '{missing}' of task '{plan.task}' has none; "
-                f"use gsm8k, math, or jsonl with data.task.trace, or another algorithm"
+                f"use gsm8k, math, or rows with data.task.trace, or another algorithm"
             )
         if self.config.reserve >= plan.sampling.max_new_tokens:
             raise UserError(

@@ -12,9 +12,10 @@ from dllm_rl.cluster.usage import UsageMeter
 from dllm_rl.config.load import dump
 from dllm_rl.config.schema import Config
 from dllm_rl.diffusion.staleness import oldest_weights
-from dllm_rl.driver.build import Run, build_run
+from dllm_rl.driver.build import build_run
 from dllm_rl.driver.collect import Collected
 from dllm_rl.driver.drift import DriftGuard
+from dllm_rl.driver.held_out import hold_out
 from dllm_rl.driver.prefetch import RolloutPrefetcher
 from dllm_rl.driver.recovery import State, check_origin, origin, recover, set_aside, starting_point
 from dllm_rl.driver.reference_cache import ReferenceCache
@@ -75,7 +76,7 @@ def train(
         Drifted: a figure went beyond its limit in config.drift; a checkpoint is saved.
         RuntimeError: more engines or learners were lost than cluster.max_restarts.
     """
-    progress, seed, total_steps = progress or Quiet(), config.run.seed, config.run.steps
+    progress, total_steps = progress or Quiet(), config.run.steps
     folder = Path(config.run.output) / config.run.name
     clock = Clock()
     with ExitStack() as stack:
@@ -106,10 +107,19 @@ def train(
             records.write_config(dump(config.model_copy(update={"provenance": provenance()})))
             references = ReferenceCache(run, config, folder)
             references.prepare(learner.step, total_steps, progress)
+
+        def evaluate() -> Sequence[Evaluation]:
+            found = hold_out(run, config, prefetcher, clock, progress)
+            if found is None:
+                return ()
+            records.log(learner.step, found.metrics)
+            records.log_samples(learner.step, found.samples)
+            return found.evaluations
+
         before: Sequence[Evaluation] = ()
         after: Sequence[Evaluation] = ()
         if config.evaluate.at_start and found is None and not stop():
-            before = _hold_out(run, prefetcher, records, clock, seed, progress)
+            before = evaluate()
         advance = stack.enter_context(progress.track("training", total_steps))
         advance(learner.step, "")
 
@@ -130,7 +140,7 @@ def train(
                 drift.observe(learner.step, collected.metrics)
                 last, stopping = learner.step == total_steps, stop() or drift.verdict is not None
                 if _due(learner.step, config.evaluate.every_steps) or (last and config.evaluate.at_end):
-                    after = _hold_out(run, prefetcher, records, clock, seed, progress)
+                    after = evaluate()
                 if saved.at(learner.step) or last or stopping:
                     with clock("checkpoint_s"), saved:
                         records.save(learner.step, {"seconds": clock.seconds}, state.save, keep=config.checkpoint.keep)
@@ -143,21 +153,6 @@ def train(
             f"(--from) with a lower learner.lr or sampling.strategy.max_tokens_per_step, or raise the limit"
         )
     return Summary(folder=folder, steps=learner.step, before=before, after=after, seconds=clock.seconds)
-
-
-def _hold_out(
-    run: Run, prefetcher: RolloutPrefetcher, records: RunFolder, clock: Clock, seed: int, progress: Progress
-) -> Sequence[Evaluation]:
-    if run.reward_pool is None:
-        progress.log("no reward functions: held-out evaluation is left out")
-        return ()
-    if not run.held_out:
-        progress.log("the task has no held-out examples: evaluation is left out")
-        return ()
-    with prefetcher.engines_idle(), clock("evaluate_s"):
-        results = run.evaluate(run.reward_pool, seed, progress)
-    records.log(run.learner.step, {name: value for result in results for name, value in result.metrics().items()})
-    return results
 
 
 def _due(step: int, every: int | None) -> bool:

@@ -27,6 +27,8 @@ _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 class Countdown:
     """1 for the target, `partial` for the right numbers with another value, else 0."""
 
+    gold = True  # it compares with the numbers and the target of a row
+
     @dataclass(frozen=True, slots=True, kw_only=True)
     class Config:
         """Options."""

@@ -23,6 +23,8 @@ _PRESETS = {
 class Format:
     """1 if the pattern is found, else 0."""
 
+    gold = True  # a right answer has the form
+
     @dataclass(frozen=True, slots=True, kw_only=True)
     class Config:
         """Options."""

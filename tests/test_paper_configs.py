@@ -150,7 +150,7 @@ def shrunk(path, tmp_path, *, ray=False):
     values["diagnostics"]["rows"] = 1
     if config.algorithm.name in ASK_WHETHER_SOLVED:
         values["rewards"], values["reward_pool"]["self_test"] = None, 0
-    elif config.data.task.name != "jsonl":
+    elif config.data.task.name != "rows":
         values["rewards"] = [*(values["rewards"] or [{"name": "math_answer"}]), {"name": GRADED}]
     return validate(values)
 
@@ -164,17 +164,17 @@ def task(config, tmp_path):
     elif chosen.name == "math":
         rows = [{"problem": q, "solution": f"\\boxed{{{2 * n}}}"} for n, q in enumerate(questions)]
     else:
-        assert chosen.name == "jsonl"
+        assert chosen.name == "rows"
         pairs = config.algorithm.name == "vrpo"
         texts = [{"chosen": f"{2 * n}", "rejected": "no"} if pairs else {"completion": "yes"} for n in range(number)]
         rows = [{"prompt": q, "answer": f"{2 * n}", **texts[n]} for n, q in enumerate(questions)]
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    if chosen.name == "jsonl":
-        return {"name": "jsonl"} | chosen.options | {"train_file": str(file)}
+    if chosen.name == "rows":
+        return {"name": "rows"} | chosen.options | {"train_file": str(file)}
     if config.algorithm.name in ASK_WHETHER_SOLVED:
         file.write_text("".join(json.dumps({"prompt": q, "answer": "x"}) + "\n" for q in questions))
-        return {"name": "jsonl", "train_file": str(file), "success": SOLVED}
+        return {"name": "rows", "train_file": str(file), "success": SOLVED}
     return {"name": chosen.name} | chosen.options | {"train_file": str(file), "test_file": str(file)}
 
 

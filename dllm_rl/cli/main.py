@@ -27,22 +27,20 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress")]
 
 
-def _json_path(path: Path | None) -> Path | None:
-    """Before any work: can the result be written there?
+def _output_file(option: str, help: str) -> Any:
+    """An option that names a file to write; before any work, it is refused if the file cannot be written."""
 
-    Raises:
-        UserError: the folder is missing, or the path is a folder.
-    """
-    if path is not None and path.is_dir():
-        raise UserError(f"--json {path}: is a folder; name a file")
-    if path is not None and not path.absolute().parent.is_dir():
-        raise UserError(f"--json {path}: the folder '{path.absolute().parent}' does not exist; make it first")
-    return path
+    def check(path: Path | None) -> Path | None:
+        if path is not None and path.is_dir():
+            raise UserError(f"{option} {path}: is a folder; name a file")
+        if path is not None and not path.absolute().parent.is_dir():
+            raise UserError(f"{option} {path}: the folder '{path.absolute().parent}' does not exist; make it first")
+        return path
+
+    return typer.Option(option, callback=check, help=help)
 
 
-JsonPath = Annotated[
-    Path | None, typer.Option("--json", callback=_json_path, help="write the result there, for machines")
-]
+JsonPath = Annotated[Path | None, _output_file("--json", "write the result there, for machines")]
 
 
 def _version(show: bool) -> None:
@@ -69,13 +67,15 @@ def train(
 ) -> None:
     """Train. Example: dllm-rl train configs/sudoku4_rl.yaml run.seed=1 learner.lr=3e-5."""
     loaded = _load(config, overrides)
-    from dllm_rl.cli.output import evaluation_table, stdout, write_json
+    from dllm_rl.cli.output import evaluation_table, metrics_table, stdout, write_json
     from dllm_rl.cli.signals import terminated
+    from dllm_rl.reports.run_folder import RunFolder
     from dllm_rl.train import train as run
 
     with terminated() as stop:
         summary = run(loaded, resume=resume, from_checkpoint=from_checkpoint, progress=_progress(quiet), stop=stop)
     evaluations = [("before", e) for e in summary.before] + [("after", e) for e in summary.after]
+    stdout().print(metrics_table(RunFolder(summary.folder).metrics(), summary.seconds))
     if evaluations:
         stdout().print(evaluation_table("held-out", evaluations))
     print(f"{summary.steps} steps; everything is in {summary.folder}")
@@ -126,6 +126,9 @@ def evaluate(
     target: Annotated[Path, typer.Argument(help="YAML file, or a run folder (its newest checkpoint)")],
     overrides: Overrides = None,
     json: JsonPath = None,
+    samples: Annotated[
+        Path | None, _output_file("--samples", "write every completion there; default: into the run folder")
+    ] = None,
     quiet: Quiet = False,
 ) -> None:
     """Evaluate on held-out examples. Example: dllm-rl eval runs/sudoku4-rl evaluate.limit=1000."""
@@ -134,7 +137,7 @@ def evaluate(
     from dllm_rl.cli.output import evaluation_table, stdout, write_json
     from dllm_rl.driver.evaluate_target import evaluate_target
 
-    results = evaluate_target(target, overrides or [], _progress(quiet))
+    results = evaluate_target(target, overrides or [], _progress(quiet), samples)
     stdout().print(evaluation_table(str(target), [("", e) for e in results]))
     write_json(json, {"target": str(target), "evaluations": [e.summary() for e in results]})
 

@@ -175,7 +175,7 @@ _RULES: Mapping[str, tuple[str, Callable[[Any, int, int], bool]]] = {
     "keep": ("a bool tensor (N,)", lambda v, n, _: _tensor(v, _BOOL, (n,))),
     "select": ("a bool or int64 tensor (N, W)", lambda v, n, w: _tensor(v, (*_BOOL, torch.int64), (n, w))),
     "examples": ("a sequence of Example", lambda v, *_: _all(v, Example)),
-    "self_test": ("two texts, (gold, wrong)", lambda v, *_: _all(v, str, tuple) and len(v) == 2),
+    "self_test": ("two texts, (gold, wrong)", lambda v, *_: v is None or (_all(v, str, tuple) and len(v) == 2)),
     "roll_out": ("a list of Turn", lambda v, *_: _all(v, Turn, list)),
     "receive": ("a uint8 tensor of the buffer's bytes", lambda v, n, _: _tensor(v, (torch.uint8,), (n,))),
     "update": ("two tensors (N, H, S + W, head width)", _entries),

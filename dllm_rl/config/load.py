@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import re
 import typing
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from dllm_rl import registry
 from dllm_rl.config.presets import with_preset
 from dllm_rl.config.schema import Config
 from dllm_rl.config.section import flatten
 from dllm_rl.errors import UserError, first_line, nearest
+
+_CODE = re.compile(r"^([\w.]+|.+\.py):[A-Za-z_]\w*$")  # a plugin by module or by file
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -27,10 +30,16 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         UserError: one line per problem: which key, what is wrong, what is allowed.
     """
-    values = _read(Path(path), seen=())
+    files: list[Path] = []
+    values = _read(Path(path), files)
     for override in overrides:
         _apply(values, override)
-    return validate(values)
+    run = values.get("run")
+    if isinstance(run, dict) and (folders := _plugin_path(values, files)):
+        run.setdefault("plugin_path", folders)
+    config = validate(values)
+    registry.search(config.run.plugin_path)
+    return config
 
 
 def validate(values: Mapping[str, Any]) -> Config:
@@ -68,7 +77,7 @@ def resumable(stored: Path, config: Config) -> list[str]:
         ) from error
     old, new = (flatten(c.model_dump(mode="json")) for c in (before, config))
     changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
-    silent: tuple[str, ...] = ("provenance", "run.output", "run.name", "model.device")
+    silent: tuple[str, ...] = ("provenance", "run.output", "run.name", "run.plugin_path", "model.device")
     if {before.learner.schedule, config.learner.schedule} == {"constant"} and config.learner.warmup_ratio is None:
         silent += ("run.steps",)
     changed = [key for key in changed if not key.startswith(silent)]
@@ -129,13 +138,33 @@ def _parse(text: str, where: str) -> Any:
         raise UserError(f"{where}: not valid YAML: {first_line(error)}; put the value in quotes") from None
 
 
-def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+def _plugin_path(values: Mapping[str, Any], files: Sequence[Path]) -> list[str]:
+    """Where plugins that are named by file or module may be: beside the configuration, or in the current directory."""
+    named = {match[1] for text in _texts(values) if (match := _CODE.match(text))}
+    folders = [file.parent for file in files]
+    if any(name.endswith(".py") and not any((folder / name).is_file() for folder in folders) for name in named):
+        folders.append(Path.cwd())
+    return list(dict.fromkeys(map(str, folders))) if named else []
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in nested settings."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _texts(part)
+
+
+def _read(path: Path, seen: list[Path]) -> dict[str, Any]:
+    """The values of a file and of those that it extends, which join those already seen."""
     if not path.is_file():
         others = [p.name for p in path.parent.glob("*.yaml")]
         hint = nearest(path.name, others, where=f"{path.parent}/", list_known=False)
         raise UserError(f"no configuration file '{path}'{hint}")
     if path.resolve() in seen:
         raise UserError(f"'{path}' extends itself, by way of {' -> '.join(p.name for p in seen)}")
+    seen.append(path.resolve())
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -150,7 +179,7 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         return values
     if not isinstance(parent, str):
         raise UserError(f"'{path}': extends = {parent!r}: name one file, as in 'extends: base.yaml'")
-    return _overlay(_read(path.parent / parent, (*seen, path.resolve())), values)
+    return _overlay(_read(path.parent / parent, seen), values)
 
 
 def _overlay(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:

@@ -41,6 +41,9 @@ class RunSection(Section):
     """CPU threads for torch; null leaves torch's default."""
     log_samples: int = Field(default=4, ge=0)
     """Completions per step that are written to samples.jsonl."""
+    plugin_path: list[str] = Field(default=[])
+    """Folders of plugins that are named by file or module, searched in this order; those of the configuration files are
+    filled in, and kept with the run."""
 
 
 class InitSection(Section):
@@ -160,6 +163,8 @@ class DataSection(Section):
     """Longer prompts are an error; null = what the model has room for."""
     system_prompt: str | None = None
     """Put before every chat prompt."""
+    chat_template: str | None = None
+    """Template of conversations (Jinja) instead of the tokenizer's: a file, or the text itself."""
 
     @model_validator(mode="after")
     def _range(self) -> Self:

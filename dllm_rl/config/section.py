@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
 
 PathText = Annotated[str, AfterValidator(lambda text: os.path.expanduser(os.path.expandvars(text)))]
 """A path: "~" and environment variables are filled in."""
@@ -22,12 +22,17 @@ class Section(BaseModel):
 
 
 class Plugin(BaseModel):
-    """A plugin by entry-point name or "package.module:Name"; further keys are its options."""
+    """A plugin by name; further keys are its options. A text alone is its name."""
 
     model_config = ConfigDict(extra="allow", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
     name: str
-    """Entry-point name, or "package.module:Name"."""
+    """Entry-point name, "my_file.py:Name" beside the configuration, or "package.module:Name"."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_name(cls, values: Any) -> Any:
+        return {"name": values} if isinstance(values, str) else values
 
     @property
     def options(self) -> dict[str, Any]:

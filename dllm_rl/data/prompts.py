@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 from unicodedata import normalize
 
+from jinja2 import TemplateError
+
 from dllm_rl.data.plain_text import PlainText, encode_text
-from dllm_rl.errors import UserError
+from dllm_rl.errors import UserError, first_line
 from dllm_rl.types import Example, Prompt
 
 
@@ -119,7 +121,12 @@ def _marked(messages: list[dict[str, str]], plain: PlainText) -> list[dict[str, 
 
 
 def _apply(tokenizer: Any, messages: list[dict[str, str]], **options: bool) -> str:
-    text: str = tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    try:
+        text: str = tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    except TemplateError as error:  # what does not parse, and what a template refuses by raise_exception
+        raise UserError(
+            f"the chat template refuses a conversation: {first_line(error)}; see data.chat_template"
+        ) from None
     return text
 
 

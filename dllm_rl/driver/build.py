@@ -18,16 +18,15 @@ from dllm_rl import seeding
 from dllm_rl.cluster.group import WorkerGroup
 from dllm_rl.cluster.local_group import LocalWorkerGroup
 from dllm_rl.config.schema import Config
-from dllm_rl.data.collate import check_completion
-from dllm_rl.data.prompts import encode, encode_completion
+from dllm_rl.data.prompts import encode
 from dllm_rl.data.source import PromptSource
 from dllm_rl.driver.choose import check_model, choose_parts, reward_plugins
+from dllm_rl.driver.demonstrations import demonstrations, references
 from dllm_rl.driver.launch import Workers, WorkerSpec, launch_local, launch_ray
 from dllm_rl.errors import UserError
-from dllm_rl.evaluation.evaluate import Evaluation, evaluate
+from dllm_rl.evaluation.evaluate import Evaluation, Record, evaluate
 from dllm_rl.models.from_config import model_path
 from dllm_rl.protocols.algorithm import Algorithm
-from dllm_rl.protocols.denoiser import Denoiser
 from dllm_rl.protocols.engine import EVALUATE
 from dllm_rl.protocols.rollouter import Rollouter
 from dllm_rl.protocols.task import Task
@@ -52,6 +51,8 @@ class Run(Workers):
         demonstrations: uid -> tokens of its completions, for algorithms that train on them: the reference completion,
             or the chosen and the rejected one.
         held_out: prompts for evaluation.
+        references: uid -> tokens of the reference completions of held-out prompts, for the held-out loss of
+            algorithms that train on demonstrations.
         sampling: decoding while training.
         eval_samplings: decoding of each held-out evaluation.
         closing: ends what was started.
@@ -65,6 +66,7 @@ class Run(Workers):
     spare: PromptSource[Prompt]
     demonstrations: Mapping[str, Sequence[Sequence[int]]]
     held_out: Sequence[Prompt]
+    references: Mapping[str, Sequence[int]]
     sampling: Sampling
     eval_samplings: Sequence[Sampling]
     closing: ExitStack
@@ -75,13 +77,23 @@ class Run(Workers):
         groups: list[WorkerGroup[Any]] = [self.engines.group, self.learner.group]
         return [group for group in groups if not isinstance(group, LocalWorkerGroup)]
 
-    def evaluate(self, pool: RewardPool, seed: int, progress: Progress) -> list[Evaluation]:
-        """Held-out figures of the weights that the engines hold, one for each of eval_samplings."""
+    def evaluate(
+        self, pool: RewardPool, seed: int, progress: Progress, record: Record = lambda row: None
+    ) -> list[Evaluation]:
+        """Held-out figures of the weights that the engines hold, one for each of eval_samplings.
+
+        Args:
+            pool: reward workers.
+            seed: of the run.
+            progress: where to show progress.
+            record: given every completion with its verdicts.
+        """
         seed, total = seeding.derive(seed, "evaluate"), len(self.held_out) * len(self.eval_samplings)
         decode = functools.partial(self.engines.generate, role=EVALUATE)
-        common = (decode, pool, self.held_out, self.tokenizer)
+        parts = (decode, pool, self.held_out, self.tokenizer)
         with progress.track("evaluating", total) as advance:
-            return [evaluate(*common, sampling, seed=seed, advance=advance) for sampling in self.eval_samplings]
+            one = functools.partial(evaluate, seed=seed, advance=advance, record=record)
+            return [one(*parts, sampling) for sampling in self.eval_samplings]
 
     def __enter__(self) -> Self:
         return self
@@ -148,13 +160,7 @@ def _build_run(config: Config, folder: Path, progress: Progress, stack: ExitStac
             f"training split: a step holds rows more than once, with the same completions; set at most {len(prompts)}"
         )
     held_out = _held_out(config, task)
-    demonstrations: dict[str, Sequence[Sequence[int]]] = {}
-    if algorithm.needs.source != "rollouts":
-        wanted = _demonstration if algorithm.needs.source == "demonstrations" else _pair
-        for example in each(progress, "completions", train_examples):
-            demonstrations[example.uid] = [
-                _completion(text, example, denoiser, tokenizer, sampling.max_new_tokens) for text in wanted(example)
-            ]
+    canvas = sampling.max_new_tokens
     return Run(
         **{f.name: getattr(workers, f.name) for f in dataclasses.fields(workers)},
         task=task,
@@ -163,8 +169,9 @@ def _build_run(config: Config, folder: Path, progress: Progress, stack: ExitStac
         reward_pool=_reward_pool(config, task),
         source=PromptSource(prompts, config.data.prompts_per_step, seed),
         spare=PromptSource(prompts, config.data.prompts_per_step, seeding.derive(seed, "resample")),
-        demonstrations=demonstrations,
+        demonstrations=demonstrations(algorithm, train_examples, denoiser, tokenizer, canvas, progress),
         held_out=tokenised(held_out),
+        references=references(algorithm, held_out, denoiser, tokenizer, canvas, progress),
         sampling=sampling,
         eval_samplings=_eval_samplings(config, sampling),
         closing=stack,
@@ -177,31 +184,6 @@ def _eval_samplings(config: Config, sampling: Sampling) -> list[Sampling]:
     if sampling.confidence == "model":  # else the order of positions needs the filters
         whole = dataclasses.replace(whole, top_k=None, top_p=None)
     return [whole] if speeds is None else [dataclasses.replace(whole, tokens_per_step=n, steps=None) for n in speeds]
-
-
-def _demonstration(example: Example) -> Sequence[str]:
-    if example.completion is None:
-        raise UserError(f"example '{example.uid}' has no completion to train on; supervised training needs one per row")
-    return [example.completion]
-
-
-def _pair(example: Example) -> Sequence[str]:
-    if example.chosen is None or example.rejected is None:
-        raise UserError(
-            f"example '{example.uid}' is not a preference pair; this algorithm needs a chosen and a rejected completion"
-        )
-    if example.chosen == example.rejected:
-        raise UserError(
-            f"example '{example.uid}': its chosen and its rejected completion are the same, so there is nothing to "
-            f"prefer; remove the row"
-        )
-    return [example.chosen, example.rejected]
-
-
-def _completion(text: str, example: Example, denoiser: Denoiser, tokenizer: Any, max_new_tokens: int) -> Sequence[int]:
-    tokens = encode_completion(text, tokenizer, uid=example.uid, prompt=example.prompt)
-    check_completion(example.uid, tokens, denoiser, max_new_tokens)  # known now, rather than when its turn comes
-    return tokens
 
 
 def _held_out(config: Config, task: Task) -> Sequence[Example]:
@@ -217,4 +199,5 @@ def _reward_pool(config: Config, task: Task) -> RewardPool | None:
         return None
     options = config.reward_pool
     blank = options.truncated == "blank"
-    return RewardPool(plugins, num_workers=options.workers, success=task.success, blank_truncated=blank)
+    success = task.success or plugins[0].name
+    return RewardPool(plugins, num_workers=options.workers, success=success, blank_truncated=blank)

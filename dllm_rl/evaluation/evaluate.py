@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,7 +12,9 @@ from dllm_rl.errors import UserError
 from dllm_rl.evaluation.intervals import wilson
 from dllm_rl.reward_pool.pool import RewardPool
 from dllm_rl.reward_pool.score import score_completions
-from dllm_rl.types import Prompt, Sampling, Trajectory
+from dllm_rl.types import Prompt, Rewards, Sampling, Trajectory
+
+Record = Callable[[Mapping[str, Any]], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +72,7 @@ def evaluate(
     seed: int,
     chunk: int = 128,
     advance: Callable[[int, str], None] = lambda done, note: None,
+    record: Record = lambda row: None,
 ) -> Evaluation:
     """Decode one completion per prompt and score it.
 
@@ -82,6 +85,7 @@ def evaluate(
         seed: for sampled decoding.
         chunk: prompts per call of generate.
         advance: told how many prompts have finished.
+        record: given every completion with its verdicts, in the order of the prompts.
     Raises:
         UserError: no prompts, or not one of them could be scored.
     """
@@ -98,7 +102,9 @@ def evaluate(
         rewards = score_completions(pool, part, texts, [t.completion_length for t in trajectories])
         tokens += sum(t.completion_length for t in trajectories)
         forwards += sum(t.num_forwards for t in trajectories)
+        said = completion_texts(trajectories, tokenizer, special=True)
         for row, included in enumerate(rewards.included.tolist()):
+            record(_verdict(sampling, part[row], said[row], trajectories[row], rewards, row))
             solved.append(int(rewards.solved[row]) if included else None)
             for name, value in rewards.components.items():
                 if included and not value[row].isnan():
@@ -120,3 +126,22 @@ def evaluate(
         seconds=time.perf_counter() - started,
         solved=tuple(solved),
     )
+
+
+def _verdict(
+    sampling: Sampling, prompt: Prompt, said: str, trajectory: Trajectory, rewards: Rewards, row: int
+) -> dict[str, Any]:
+    """A completion as it was generated, special tokens included, and what each reward says of it (None: nothing)."""
+    values = {name: value[row].item() for name, value in rewards.components.items()}
+    return {
+        "tokens_per_step": sampling.tokens_per_step,
+        "uid": prompt.uid,
+        "prompt": prompt.text,
+        "completion": said,
+        "answer": prompt.answer,
+        "solved": bool(rewards.solved[row]) if bool(rewards.included[row]) else None,
+        "status": rewards.status[row],
+        "rewards": {name: None if value != value else value for name, value in values.items()},
+        "completion_tokens": trajectory.completion_length,
+        "num_forwards": trajectory.num_forwards,
+    }

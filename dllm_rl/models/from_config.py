@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -88,6 +89,7 @@ def load_model(
         block_origin=m.block_origin,
         end_tokens=m.end_tokens,
         trust_remote_code=m.trust_remote_code,
+        chat_template=_chat_template(config.data.chat_template),
     )
     if small:
         quantize(denoiser, device)
@@ -96,6 +98,16 @@ def load_model(
     if weights and m.gradient_checkpointing:
         denoiser.module.gradient_checkpointing_enable()
     return denoiser, tokenizer
+
+
+def _chat_template(given: str | None) -> str | None:
+    """The text of a template; a file if it has none of Jinja's braces."""
+    if given is None or "{" in given:
+        return given
+    path = Path(os.path.expandvars(os.path.expanduser(given)))
+    if not path.is_file():
+        raise UserError(f"data.chat_template: no file '{path}', and no template either: those have {{{{ ... }}}}")
+    return path.read_text(encoding="utf-8")
 
 
 def _device(name: str) -> torch.device:

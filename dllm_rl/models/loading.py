@@ -37,6 +37,7 @@ def load_denoiser(
     block_origin: BlockOrigin | None = None,
     end_tokens: Sequence[str | int] = (),
     trust_remote_code: bool = False,
+    chat_template: str | None = None,
 ) -> tuple[TransformersDenoiser, Any]:
     """A denoiser and its tokenizer from a checkpoint in the family's own layout.
 
@@ -54,6 +55,7 @@ def load_denoiser(
         end_tokens: further tokens that end a completion, as text or id, beside the tokenizer's EOS token and the
             eos_token_id of config.json and generation_config.json.
         trust_remote_code: run the checkpoint's own tokenizer code, where transformers has no tokenizer for it.
+        chat_template: Jinja template that takes the place of the tokenizer's.
     Returns:
         (denoiser in evaluation mode, tokenizer).
     Raises:
@@ -65,6 +67,8 @@ def load_denoiser(
     named = family_named(family) if isinstance(family, str) else family
     chosen = family_of(config, str(path)) if named is None else named
     tokenizer = _load_tokenizer(folder, chosen, trust_remote_code)
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
     module = chosen.skeleton(config, dtype)
     if torch.device(device).type != "meta":
         _fill(module, chosen, folder, dtype, device)

@@ -102,7 +102,8 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
     in another form. A tokenizer without files (made here, or the files are gone) is written so that both load it.
 
     Args:
-        tokenizer: as it was loaded or made; what was changed in a loaded one since (added tokens) is not saved.
+        tokenizer: as it was loaded or made; what was changed in a loaded one since (added tokens) is not saved, apart
+            from its chat template.
         folder: existing folder.
     """
     source = Path(tokenizer.name_or_path)
@@ -113,6 +114,7 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
             if not (copy.exists() and copy.samefile(file)):
                 copy.parent.mkdir(exist_ok=True)
                 shutil.copyfile(file, copy)
+        _save_chat_template(tokenizer, folder)
         return
     tokenizer.save_pretrained(folder)
     settings = folder / "tokenizer_config.json"
@@ -120,6 +122,16 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
     if declared.get("tokenizer_class") == "TokenizersBackend":
         declared["tokenizer_class"] = "PreTrainedTokenizerFast"  # its name in transformers 4, an alias in 5
         settings.write_text(json.dumps(declared, indent=2, ensure_ascii=False) + "\n")
+
+
+def _save_chat_template(tokenizer: Any, folder: Path) -> None:
+    """Write a template that the copied files do not have, data.chat_template: this file goes before their settings."""
+    given, file, settings = tokenizer.chat_template, folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    stored = json.loads(settings.read_text()).get("chat_template") if settings.is_file() else None
+    if file.is_file():
+        stored = file.read_text(encoding="utf-8")
+    if isinstance(given, str) and given != stored:
+        file.write_text(given, encoding="utf-8")
 
 
 def answer_end(tokenizer: Any) -> int | None:

@@ -10,6 +10,10 @@ class Reward(Protocol):
     """A verifier; a plain function with this signature works too (compatible with TRL's reward functions).
 
     Returns one value per completion; None = not applicable; a rewards.Verdict carries a status besides its value.
+    The reward self-test before training scores a right and a wrong completion of a few examples. It asks for at least 1
+    and for less if the reward compares with the right answer: if it takes an argument ``answer``, or has an attribute
+    ``gold = True`` (of the class, or the function; False: never). Of other rewards it asks for values only.
+
     Raising, or running past the deadline, marks the row as failed: it is excluded from its group, never scored 0.
     """
 

@@ -27,6 +27,9 @@ class Task:
         """The rows of a split, always in the same order. Raises ValueError naming file and line of a malformed row."""
         raise NotImplementedError
 
-    def self_test(self, example: Example) -> tuple[str, str]:
-        """(gold, wrong): a completion that must score full marks, and one that must not, in the deployed rewards."""
+    def self_test(self, example: Example) -> tuple[str, str] | None:
+        """(gold, wrong): a completion that must score full marks, and one that must not, in the deployed rewards.
+
+        None = nothing is known to be right for this example.
+        """
         raise NotImplementedError

@@ -71,6 +71,10 @@ METRICS: Mapping[str, Metric] = {
     "usage/*/gpu_percent": Metric("%", "how busy that accelerator is"),
     "eval/*/success": Metric("share", "held-out examples solved, at a decoding speed"),
     "eval/*/tokens_per_forward": Metric("tokens", "held-out completion tokens per denoising forward"),
+    "eval/loss": Metric(
+        "nats",
+        "mean negative likelihood bound per token of held-out demonstrations; every time by the same draws",
+    ),
     "eval/*": Metric("", "other held-out figures, at a decoding speed"),
 }
 

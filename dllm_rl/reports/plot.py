@@ -29,6 +29,10 @@ def plot_run(rows: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> No
     left.plot(*zip(*points, strict=True), color="#9aa5b8", linewidth=0.8) if points else None
     smooth = _smoothed(points)
     left.plot(*zip(*smooth, strict=True), color="#2b6cb0", linewidth=1.8) if smooth else None
+    losses = [(row["step"], row["eval/loss"]) for row in rows if "eval/loss" in row and train_metric == "loss"]
+    if losses:
+        left.plot(*zip(*losses, strict=True), "o-", color="#c05621", markersize=4, label="held out")
+        left.legend(frameon=False)
     left.set(xlabel="step", title=f"training {train_metric}")
     for number, speed in enumerate(_speeds(rows)):
         prefix = f"eval/{speed}"
@@ -69,7 +73,7 @@ def _smoothed(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
 
 
 def _speeds(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    names = {name.split("/")[1] for row in rows for name in row if name.startswith("eval/")}
+    names = {name.split("/")[1] for row in rows for name in row if name.endswith("_per_step/success")}
     return sorted(names, key=lambda name: int(name.split("_")[0]))
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from dllm_rl.errors import UserError
 from dllm_rl.protocols.task import Task
-from dllm_rl.tasks.rows import field, hub_rows, read_rows
+from dllm_rl.tasks.files import field, hub_rows, read_rows
 from dllm_rl.types import Example
 
 INSTRUCTION = "Reason step by step, and put the final answer in \\boxed{}."
@@ -24,7 +24,7 @@ class _WordProblems(Task):
     class Config:
         """Options."""
 
-        train_file: str | None = None  # .jsonl, .json, or gzipped; null = download from the hub
+        train_file: str | None = None  # .jsonl, .json, .csv, .parquet; null = download from the hub
         test_file: str | None = None
         hub: str = ""  # name of the data set on the hub
         train_skip: tuple[int, ...] = ()  # numbers (from 1) of rows to leave out, e.g. those without an answer

@@ -20,13 +20,13 @@ from rich.console import Console
 from transformers import AutoTokenizer
 
 from dllm_rl.cli.progress import RichProgress
-from dllm_rl.tasks.rows import field, read_rows
+from dllm_rl.tasks.files import field, read_rows
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Filter and report; 2 if the input cannot be used."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, help=".jsonl, .json, or gzipped")
+    parser.add_argument("source", type=Path, help=".jsonl, .json, .csv, gzipped or not, or .parquet")
     parser.add_argument("target", type=Path, help=".jsonl, made anew")
     parser.add_argument("--tokenizer", required=True, help="folder or hub name of the model")
     parser.add_argument("--max-tokens", type=int, required=True, help="the canvas of RL and evaluation")

@@ -27,7 +27,7 @@ def rows(path: Path, *lines: Any) -> str:
 def jsonl(path: str, **more: Any) -> dict[str, Any]:
     """Changes that train on the user's own rows with a reward that any text gets."""
     return {
-        "data.task": {"name": "jsonl", "train_file": path, "success": "format"},
+        "data.task": {"name": "rows", "train_file": path, "success": "format"},
         "model.init.tokenizer": "byte_bpe",
         "model.init.vocab_size": 300,
         "model.init.max_length": 64,
@@ -62,8 +62,8 @@ CONFIGURATIONS: dict[str, tuple[dict[str, Any] | Callable[[Path], dict[str, Any]
     "reward listed twice": ({"rewards": [{"name": "sudoku"}, {"name": "sudoku"}]}, ["'sudoku' is listed twice"]),
     "missing data file": (jsonl("/nowhere/train.jsonl"), ["no data file '/nowhere/train.jsonl'"]),
     "data file of another kind": (
-        lambda tmp: jsonl(rows(tmp / "train.parquet", "x")),
-        ["train.parquet", "cannot read this kind of file", ".jsonl"],
+        lambda tmp: jsonl(rows(tmp / "train.txt", "x")),
+        ["train.txt", "cannot read this kind of file", ".jsonl"],
     ),
     "empty data set": (lambda tmp: jsonl(rows(tmp / "empty.jsonl")), ["empty.jsonl", "holds no rows"]),
     "row that is not JSON": (
@@ -133,7 +133,7 @@ CONFIGURATIONS: dict[str, tuple[dict[str, Any] | Callable[[Path], dict[str, Any]
     "no rewards": (
         lambda tmp: jsonl(
             rows(tmp / "a.jsonl", {"prompt": "a", "answer": "x"}),
-            **{"data.task": {"name": "jsonl", "train_file": str(tmp / "a.jsonl")}, "rewards": None},
+            **{"data.task": {"name": "rows", "train_file": str(tmp / "a.jsonl")}, "rewards": None},
         ),
         ["no rewards of its own", "rewards:"],
     ),

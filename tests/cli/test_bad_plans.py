@@ -23,7 +23,7 @@ def rows(path: Path, *lines: Any) -> str:
 def jsonl(path: str, **more: Any) -> dict[str, Any]:
     """Changes that train on the user's own rows with a reward that any text gets."""
     return {
-        "data.task": {"name": "jsonl", "train_file": path, "success": "format"},
+        "data.task": {"name": "rows", "train_file": path, "success": "format"},
         "model.init.tokenizer": "byte_bpe",
         "model.init.vocab_size": 300,
         "model.init.max_length": 64,

@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import yaml
+from transformers import AutoTokenizer
 
 from dllm_rl.cli.main import main
 from dllm_rl.config.load import load_config
@@ -74,6 +75,30 @@ def test_eval_of_a_run_is_the_last_evaluation_of_its_training(finished_run, tmp_
     assert "tokens per forward" in capsys.readouterr().out
 
 
+def test_eval_writes_every_completion_with_its_verdicts(finished_run, write, tmp_path):
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    options = ["evaluate.tokens_per_step=[2,8]", "--json", str(tmp_path / "e.json"), "--quiet"]
+    assert main(["eval", str(run), *options]) == 0
+    rows = records(run / "eval-step-000002.jsonl")
+    assert [row["tokens_per_step"] for row in rows] == [2] * 6 + [8] * 6
+    for evaluation in json.loads((tmp_path / "e.json").read_text())["evaluations"]:
+        own = [row for row in rows if row["tokens_per_step"] == evaluation["tokens_per_step"]]
+        assert sum(row["solved"] for row in own) / 6 == evaluation["success"]
+        assert sum(row["rewards"]["format"] for row in own) / 6 == pytest.approx(evaluation["components"]["format"])
+        tokens, forwards = (sum(row[name] for row in own) for name in ("completion_tokens", "num_forwards"))
+        assert tokens / forwards == evaluation["tokens_per_forward"]
+    assert all(row["prompt"] and len(row["answer"]) == 16 and row["status"] in ("ok", "invalid") for row in rows)
+    path = tmp_path / "said.jsonl"
+    assert main(["eval", str(write()), "evaluate.limit=2", "--samples", str(path), "--quiet"]) == 0
+    assert len(records(path)) == 2 and not list(tmp_path.glob(".*.tmp"))
+
+
+def test_a_run_ends_with_a_table_of_its_figures(write, capsys):
+    assert main(["train", str(write({"evaluate": {"at_start": False, "at_end": False}})), "--quiet"]) == 0
+    printed = capsys.readouterr().out
+    assert "first 5" in printed and all(name in printed for name in ("reward", "loss", "grad_norm", "step_s"))
+
+
 def test_eval_of_a_configuration_takes_overrides(write, tmp_path):
     path = tmp_path / "eval.json"
     arguments = ["evaluate.limit=3", "evaluate.tokens_per_step=[2,8]", "--json", str(path), "--quiet"]
@@ -94,7 +119,7 @@ def test_data_without_held_out_rows_trains_without_evaluation(write, tmp_path, c
     rows = [{"prompt": f"{i}+1=", "answer": str(i + 1)} for i in range(4)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     changes = {
-        "data.task": {"name": "jsonl", "train_file": str(tmp_path / "a.jsonl"), "success": "format"},
+        "data.task": {"name": "rows", "train_file": str(tmp_path / "a.jsonl"), "success": "format"},
         "rewards": [{"name": "format", "pattern": "[0-9]"}],
         "reward_pool": {"self_test": 0},
         "model.init.tokenizer": "characters",
@@ -103,29 +128,27 @@ def test_data_without_held_out_rows_trains_without_evaluation(write, tmp_path, c
     assert "no held-out examples" in capsys.readouterr().err
 
 
-def test_conversations_with_completions_train_through_the_chat_template(write, tmp_path, monkeypatch):
-    def chatty(texts, vocab_size):
-        tokenizer = original(texts, vocab_size)
-        tokenizer.chat_template = (
-            "{% for m in messages %}{{ m.role[0] }}:{{ m.content }};{% endfor %}"
-            "{% if add_generation_prompt %}a:{% endif %}"
-        )
-        return tokenizer
-
-    from dllm_rl.models import from_config
-
-    original = from_config.byte_bpe_tokenizer
-    monkeypatch.setattr(from_config, "byte_bpe_tokenizer", chatty)
+def test_conversations_train_through_a_chat_template_that_is_kept(write, tmp_path, capsys):
+    template = (
+        "{% for m in messages %}{{ m.role[0] }}:{{ m.content }};{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
+    )
+    (tmp_path / "own.jinja").write_text(template)
     said = [{"prompt": [{"role": "user", "content": "hi"}], "completion": [{"role": "assistant", "content": "yo"}]}] * 4
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in said))
     changes = {
-        "data.task": {"name": "jsonl", "train_file": str(tmp_path / "a.jsonl")},
+        "data.task": {"name": "rows", "train_file": str(tmp_path / "a.jsonl")},
+        "data.chat_template": str(tmp_path / "own.jinja"),
         "model.init.tokenizer": "byte_bpe",
         "model.init.vocab_size": 300,
         "algorithm": {"name": "masked_sft"},
         "rewards": None,
     }
     assert main(["train", str(write(changes)), "--quiet"]) == 0
+    saved = AutoTokenizer.from_pretrained(tmp_path / "runs/run/checkpoints/step-000002/model")
+    assert saved.apply_chat_template(said[0]["prompt"], tokenize=False) == "u:hi;"
+    changes["data.chat_template"] = str(tmp_path / "no.jinja")
+    assert main(["train", str(write(changes)), "run.name=other", "--quiet"]) == 2
+    assert "data.chat_template: no file" in capsys.readouterr().err
 
 
 def test_an_interrupt_says_how_to_go_on(write, monkeypatch, capsys):

@@ -34,7 +34,7 @@ ROWS = {
         {"problem": f"What is ${i}+1$?", "solution": f"So $\\boxed{{{i + 1}}}$.", "answer": f"{i + 1}"}
         for i in range(6)
     ],
-    "jsonl": [{"prompt": f"What is {i} + 1?", "answer": f"{i + 1}"} for i in range(6)],
+    "rows": [{"prompt": f"What is {i} + 1?", "answer": f"{i + 1}"} for i in range(6)],
 }
 
 
@@ -43,7 +43,7 @@ def files(task: str, folder: Path) -> dict[str, Any]:
     for name, rows in (("train", ROWS[task][:4]), ("test", ROWS[task][4:])):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = {"train_file": str(folder / "train.jsonl"), "test_file": str(folder / "test.jsonl")}
-    return options | ({"success": "math_answer"} if task == "jsonl" else {})
+    return options | ({"success": "math_answer"} if task == "rows" else {})
 
 
 @pytest.mark.parametrize(

@@ -92,3 +92,12 @@ def test_a_template_that_rewrites_what_went_before_is_refused(bpe, template):
     odd.chat_template = template
     with pytest.raises(ValueError, match="completion of example 'row-7': the chat template does not render"):
         encode_completion(" four ", odd, uid="row-7", prompt=CHAT)
+
+
+def test_a_template_that_cannot_be_rendered_is_refused_in_one_line(bpe):
+    for template in ("{% for m in messages %}", "{{ raise_exception('roles must alternate') }}"):
+        odd = byte_bpe_tokenizer(["2+2? four"], 300)
+        odd.chat_template = template
+        with pytest.raises(ValueError, match=r"chat template refuses a conversation: .*data\.chat_template") as e:
+            encode(example(CHAT), odd)
+        assert "\n" not in str(e.value)

@@ -115,7 +115,7 @@ def test_a_policy_that_is_trained_reaches_its_engines(tiny, ray_cluster, tmp_pat
     changes = (
         *("algorithm={name: unmasking_policy}", "sampling.strategy={name: learned, width: 16}"),
         *("sampling.temperature=0", "run.steps=3", "learner.lr=1.0e-2", "reward_pool.self_test=0"),
-        f"data.task={{name: jsonl, train_file: {rows}, success: format}}",
+        f"data.task={{name: rows, train_file: {rows}, success: format}}",
         *('rewards=[{name: format, pattern: "."}]', "evaluate.at_end=false"),  # all are right, some are fast
         *("checkpoint={every_steps: 1, keep: 9}", "model.init.tokenizer=byte_bpe", "model.init.vocab_size=300"),
     )

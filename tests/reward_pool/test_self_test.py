@@ -8,8 +8,8 @@ from dllm_rl.config.schema import RewardPlugin
 from dllm_rl.reward_pool.pool import RewardPool
 from dllm_rl.reward_pool.self_test import run_self_test
 from dllm_rl.tasks.countdown import Countdown
-from dllm_rl.tasks.jsonl import JsonLines
 from dllm_rl.tasks.math_word import GSM8K
+from dllm_rl.tasks.rows import Rows
 from dllm_rl.tasks.sudoku import Sudoku4
 
 
@@ -20,10 +20,10 @@ def gsm8k(tmp_path) -> GSM8K:
     return GSM8K(GSM8K.Config(train_file=str(path), test_file=str(path)))
 
 
-def jsonl(tmp_path, reward="math_answer") -> JsonLines:
+def jsonl(tmp_path, reward="math_answer") -> Rows:
     path = tmp_path / "own.jsonl"
     path.write_text('{"prompt": "2+2?", "answer": 4}\n')
-    return JsonLines(JsonLines.Config(train_file=str(path), success=reward))
+    return Rows(Rows.Config(train_file=str(path), success=reward))
 
 
 def check(task, *rewards: str, timeout_s: float = 5.0) -> None:
@@ -52,7 +52,8 @@ def test_every_task_passes_with_its_own_rewards(tmp_path):
 def test_a_broken_reward_is_refused_in_one_line(naughty, tmp_path, reward, message):
     with (tmp_path / "naughty.py").open("a") as module:
         module.write("def crashes(prompts, completions, **columns): return [1 / 0]\n")
-        module.write("def none(prompts, completions, **columns): return [None]\n")
+        module.write("def none(prompts, completions, answer, **columns): return [None]\n")
+        module.write("always_one.gold = always_zero.gold = True\n")
     with pytest.raises(ValueError, match=f"^reward self-test: .*{message}") as caught:
         check(jsonl(tmp_path, reward))
     assert "\n" not in str(caught.value)
@@ -61,5 +62,46 @@ def test_a_broken_reward_is_refused_in_one_line(naughty, tmp_path, reward, messa
 def test_the_reward_that_means_success_must_be_in_the_pool(naughty, tmp_path):
     with pytest.raises(ValueError, match="counts reward 'math_answer' as success, but rewards lists format"):
         check(jsonl(tmp_path), "format")
-    with pytest.raises(ValueError, match=r"which of the rewards format means success\? Set data.task.success"):
-        check(jsonl(tmp_path, ""), "format")
+    check(jsonl(tmp_path, ""), "format")  # nothing is said: the first one
+
+
+OWN = """
+def polite(prompts, completions, **columns): return [float("please" in text) for text in completions]
+def exact(prompts, completions, answer, **columns): return [float(c == a) for c, a in zip(completions, answer)]
+def close(prompts, completions, answer, **columns): return [0.9 if c == a else 0.1 for c, a in zip(completions, answer)]
+close.gold = False
+def misspelt(prompts, completions, anser, **columns): return [0.0]
+def never(prompts, completions, **columns): return [None]
+"""
+
+
+@pytest.fixture
+def own(tmp_path):
+    (tmp_path / "own_reward.py").write_text(OWN)
+    return f"{tmp_path}/own_reward.py:"
+
+
+def bare(tmp_path, *rows, **options) -> Rows:
+    path = tmp_path / "own.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return Rows(Rows.Config(train_file=str(path), **options))
+
+
+def test_what_is_checked_follows_from_the_reward(own, tmp_path):
+    check(bare(tmp_path, {"prompt": "hi"}), own + "polite")
+    check(bare(tmp_path, {"prompt": "hi", "answer": "4"}), own + "polite")
+    check(bare(tmp_path, {"prompt": "hi", "completion": "yo"}), own + "polite")
+    check(bare(tmp_path, {"prompt": "hi", "answer": "4"}), own + "close")
+    check(bare(tmp_path, {"prompt": "hi", "answer": "4"}, gold="{answer}"), own + "exact")
+    with pytest.raises(ValueError, match=r"scored 0 .*or data.task.gold, which is '\\\\boxed.*gold = False"):
+        check(bare(tmp_path, {"prompt": "hi", "answer": "4"}), own + "exact")
+
+
+def test_arguments_that_nothing_gives_are_refused_with_the_nearest(own, tmp_path):
+    with pytest.raises(ValueError, match="argument 'anser' is no column of the data; nearest is 'answer'"):
+        check(bare(tmp_path, {"prompt": "hi", "answer": "4"}), own + "misspelt")
+
+
+def test_a_reward_that_is_always_none_is_refused(own, tmp_path):
+    with pytest.raises(ValueError, match="never' gave None, not applicable, for all of 1 completions"):
+        check(bare(tmp_path, {"prompt": "hi"}), own + "never")
