@@ -10,7 +10,7 @@ class Reward(Protocol):
     """A verifier, called with one completion at a time, as text.
 
     A plain function (or any object that is not a class with a Config) works too, called as TRL calls its reward
-    functions: by keyword, with all the completions of a prompt, lists of messages where the prompt is a conversation, and
+    functions: by keyword, with all the completions of a prompt, as messages where the prompt is a conversation, and
     with ``completion_ids`` and ``trainer_state``; it may be async. The deadline of such a call is timeout_s times its
     rows; if it is missed, or the call raises, the call is made again with each half of its rows.
 

@@ -128,4 +128,4 @@ def test_the_functions_of_trl_run_unchanged(score, name, texts, columns):
     direct = theirs(prompts=[CHAT] * 2, completions=completions, completion_ids=ids, **columns)
     found, rewards = score(f"theirs:{name}", texts, columns=columns, ids=ids)
     assert found == pytest.approx(direct), rewards.reasons
-    assert len(set(found)) == 2
+    assert None not in found
