@@ -13,7 +13,7 @@ from dllm_rl.config.load import dump
 from dllm_rl.config.schema import Config
 from dllm_rl.diffusion.staleness import oldest_weights
 from dllm_rl.driver.build import build_run
-from dllm_rl.driver.collect import Collected
+from dllm_rl.driver.collect import Collected, logged_samples
 from dllm_rl.driver.drift import DriftGuard
 from dllm_rl.driver.held_out import hold_out
 from dllm_rl.driver.prefetch import RolloutPrefetcher
@@ -131,10 +131,10 @@ def train(
             try:
                 collected, learned, timer = one_step(run, config, prefetcher, references)
                 records.log(learner.step, {**collected.metrics, **learned, **timer.seconds, **meters.read(run.actors)})
-                records.log_samples(learner.step, collected.samples[: config.run.log_samples])
+                records.log_samples(learner.step, logged_samples(collected.samples, config.run.log_samples))
                 records.log_prompts(learner.step, collected.uids, oldest_weights(collected.batch))
-                if text := advice(learned, run.algorithm):
-                    progress.log(text)
+                for text in filter(None, [*collected.failures, advice(learned, run.algorithm)]):
+                    progress.log(f"step {learner.step}: {text}" if text in collected.failures else text)
                 clock.add(timer)
                 advance(1, _note(collected, learned))
                 drift.observe(learner.step, collected.metrics)

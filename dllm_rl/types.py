@@ -58,6 +58,7 @@ class Prompt:
         uid: stable identity; sampling randomness is keyed by it, never by batch position.
         token_ids: the prompt's tokens, at least one.
         text: the prompt as rendered by the chat template.
+        messages: the conversation that was rendered; None for plain text, and after the first turn of an episode.
         answer: reference answer.
         task: name of the task.
         columns: further columns for reward functions.
@@ -73,6 +74,7 @@ class Prompt:
     columns: Mapping[str, Any] = field(default_factory=dict)
     injected: Mapping[int, int] = field(default_factory=dict)
     trace: tuple[int, ...] = ()
+    messages: Sequence[Mapping[str, str]] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -331,6 +333,7 @@ class Rewards:
         included: (N,) bool; False where any verifier failed (timeout, error): out of the group, never scored 0.
         solved: (N,) bool; the task's success component reached 1.
         status: per row, the worst status over components.
+        reasons: per row, why it could not be scored, "" where it was; () if nobody asked.
         decoupled: total is the sum of the z-scores, so that it is normalised already (diffusion.advantage.decoupled).
     """
 
@@ -340,6 +343,7 @@ class Rewards:
     solved: Tensor
     status: tuple[RewardStatus, ...]
     decoupled: bool = False
+    reasons: tuple[str, ...] = ()
 
     @staticmethod
     def join(first: Rewards, second: Rewards) -> Rewards:
@@ -350,6 +354,7 @@ class Rewards:
             included=torch.cat([first.included, second.included]),
             solved=torch.cat([first.solved, second.solved]),
             status=first.status + second.status,
+            reasons=first.reasons + second.reasons,
         )
 
     def select(self, rows: Tensor) -> Rewards:
@@ -362,6 +367,7 @@ class Rewards:
             included=self.included[rows],
             solved=self.solved[rows],
             status=tuple(self.status[i] for i in index.tolist()),
+            reasons=tuple(self.reasons[i] for i in index.tolist()) if self.reasons else (),
         )
 
 

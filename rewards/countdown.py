@@ -17,11 +17,11 @@ from typing import Any
 
 from dllm_rl.errors import UserError
 from rewards import Verdict
+from rewards.tags import last_answer
 
 MAX_CHARACTERS = 200  # six numbers of three digits need about 40
 MAX_DEPTH = 20  # of parentheses
 _TOKEN = re.compile(r"[0-9]{1,6}|[-+*/()]")  # ASCII digits alone: int() also reads other scripts
-_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
 
 class Countdown:
@@ -70,9 +70,9 @@ class Countdown:
 
 
 def _expression(completion: str) -> str:
-    answers = _ANSWER.findall(completion)
+    answer = last_answer(completion)
     lines = [line for line in completion.splitlines() if line.strip()]
-    text = answers[-1] if answers else (lines[-1] if lines else "")
+    text = answer if answer is not None else (lines[-1] if lines else "")
     return text.split("=")[0].strip()
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from dllm_rl.errors import UserError
 from rewards.math_answer import last_boxed
+from rewards.tags import last_answer
 
 _INSIDE = r"(?:(?!</?(?:reasoning|answer)>).)*"  # anything but another tag, so that each tag occurs once
 _PRESETS = {
@@ -38,11 +39,12 @@ class Format:
                 raise UserError(f"pattern = {self.pattern!r}: not a regular expression ({error})") from None
 
     def __init__(self, config: Config) -> None:
-        self._boxed = config.pattern == "boxed"  # balanced braces are beyond a regular expression
+        # Balanced braces are beyond a regular expression; tags that are not closed take it quadratic time.
+        self._find = {"boxed": last_boxed, "answer": last_answer}.get(config.pattern)
         self._pattern = re.compile(_PRESETS.get(config.pattern, config.pattern), re.DOTALL)
 
     def __call__(self, prompts: list[Any], completions: list[str], **columns: list[Any]) -> list[float]:
         """One value per completion."""
-        if self._boxed:
-            return [float(last_boxed(text) is not None) for text in completions]
+        if self._find is not None:
+            return [float(self._find(text) is not None) for text in completions]
         return [float(self._pattern.search(text) is not None) for text in completions]

@@ -20,10 +20,12 @@ from dllm_rl.literals import Confidence, Schedule
 class RewardPlugin(Plugin):
     """A reward function with its weight and deadline."""
 
-    weight: float = 1.0
+    weight: float = Field(default=1.0, allow_inf_nan=False)
     """Factor in the total reward."""
-    timeout_s: float = Field(default=5.0, gt=0)
-    """Seconds per completion, counted from the moment that a worker starts on it."""
+    timeout_s: float = Field(default=5.0, gt=0, allow_inf_nan=False)
+    """Seconds per completion, counted from the moment that a worker starts on the call that it is in."""
+    network: bool = False
+    """Whether it may reach a network, as a judge model needs it; true gives it to all reward functions of the run."""
 
 
 class RunSection(Section):
@@ -239,6 +241,13 @@ class RewardsSection(Section):
     truncated: Literal["score", "blank"] = "score"
     """What reward functions see, in training, of a completion that filled the canvas without an end token: its text, or
     an empty one, so that a right answer in it counts as wrong."""
+    max_seconds_per_step: float | None = Field(default=300.0, gt=0)
+    """Seconds that scoring the completions of a step may take; those that are left then are failed rows. null = no
+    limit."""
+    memory_gb: float | None = Field(default=8.0, gt=0)
+    """Address space of a worker process, GB of 2^30 bytes; null = no limit, for reward functions that load a model."""
+    environment: tuple[str, ...] = ()
+    """Environment variables that reward functions see beside PATH, LANG and such; no others reach them."""
     self_test: int = Field(default=8, ge=0)
     """Examples whose gold answer must score full, and a wrong one not, before training starts; 0 = no check."""
 

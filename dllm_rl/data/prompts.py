@@ -53,6 +53,7 @@ def encode(
         uid=example.uid,
         token_ids=tuple(ids),
         text=text,
+        messages=None if isinstance(example.prompt, str) else example.prompt,
         answer=example.answer,
         task=example.task,
         columns=example.columns,

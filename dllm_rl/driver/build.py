@@ -32,6 +32,7 @@ from dllm_rl.protocols.rollouter import Rollouter
 from dllm_rl.protocols.task import Task
 from dllm_rl.reports.progress import Progress, each
 from dllm_rl.reward_pool.pool import RewardPool
+from dllm_rl.reward_pool.process import Containment
 from dllm_rl.types import Example, Prompt, Sampling
 
 
@@ -198,6 +199,15 @@ def _reward_pool(config: Config, task: Task) -> RewardPool | None:
     if not plugins:
         return None
     options = config.reward_pool
-    blank = options.truncated == "blank"
-    success = task.success or plugins[0].name
-    return RewardPool(plugins, num_workers=options.workers, success=success, blank_truncated=blank)
+    return RewardPool(
+        plugins,
+        num_workers=options.workers,
+        success=task.success or plugins[0].name,
+        blank_truncated=options.truncated == "blank",
+        max_seconds_per_step=options.max_seconds_per_step,
+        limits=Containment(
+            environment=options.environment,
+            memory_gb=options.memory_gb,
+            network=any(plugin.network for plugin in plugins),
+        ),
+    )

@@ -22,7 +22,7 @@ from dllm_rl.protocols.engine import TRAIN
 from dllm_rl.protocols.rollouter import Decoder, Turn, check_turns
 from dllm_rl.reports.clock import Clock
 from dllm_rl.reports.measure import rollout_metrics
-from dllm_rl.reward_pool.score import require_scored, score_turns
+from dllm_rl.reward_pool.score import failure_summary, require_scored, score_turns
 from dllm_rl.types import Prompt, Rewards, RewardStatus, RolloutBatch
 
 
@@ -37,6 +37,7 @@ class Collected:
         samples: of each row, for samples.jsonl.
         uids: of the prompts that it was made from.
         seconds: how long its parts took.
+        failures: one line for each draw of which rows could not be scored.
     """
 
     batch: RolloutBatch
@@ -45,6 +46,7 @@ class Collected:
     samples: Sequence[dict[str, Any]]
     uids: Sequence[str]
     seconds: dict[str, float] = field(default_factory=dict)
+    failures: Sequence[str] = ()
 
 
 def roll_out(run: Run, config: Config, prompts: Sequence[Prompt], step: int, timer: Clock) -> Collected:
@@ -83,12 +85,16 @@ def collect(
     seed, step = config.run.seed, decoder.step
     assert run.reward_pool is not None, "build_run() refuses rollouts without rewards"
     pool = run.reward_pool
+    failures: list[str] = []
 
     def draw(prompts: Sequence[Prompt]) -> Drawn:
         turns = decode(run, config, prompts, decoder)
         with engines():
+            pool.begin_step(step)
             drawn = _scored(run, turns, timer)
-        require_scored(pool, drawn.rewards, limit=config.reward_pool.max_failure_fraction, step=step)
+        limit = config.reward_pool.max_failure_fraction
+        require_scored(pool, drawn.rewards, limit=limit, step=step)
+        failures.extend(filter(None, [failure_summary(pool, drawn.rewards, limit=limit)]))
         return drawn
 
     drawn = draw(prompts)
@@ -122,13 +128,20 @@ def collect(
         samples=[_sample(drawn, row, text, several=several) for row, text in zip(rows, said, strict=True)],
         uids=[prompt.uid for prompt in prompts],
         seconds=timer.seconds,
+        failures=failures,
     )
+
+
+def logged_samples(samples: Sequence[dict[str, Any]], limit: int) -> list[dict[str, Any]]:
+    """The first samples, and the first of those after them that could not be scored; at most limit of each."""
+    return [*samples[:limit], *[sample for sample in samples[limit:] if "reason" in sample][:limit]]
 
 
 def _sample(drawn: Drawn, row: int, said: str, *, several: bool) -> dict[str, Any]:
     """A row of samples.jsonl: what was generated, special tokens included; which turn it is if there are several."""
     turn = drawn.turns[row]
     where = {"episode": turn.episode, "turn": turn.turn} if several else {}
+    why = {"reason": drawn.rewards.reasons[row]} if drawn.rewards.reasons[row] else {}
     return {
         "uid": turn.prompt.uid,
         **where,
@@ -137,6 +150,7 @@ def _sample(drawn: Drawn, row: int, said: str, *, several: bool) -> dict[str, An
         "answer": turn.prompt.answer,
         "reward": drawn.rewards.total[row].item(),
         "status": drawn.rewards.status[row],
+        **why,
         "num_forwards": turn.trajectory.num_forwards,
     }
 

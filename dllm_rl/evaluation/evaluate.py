@@ -99,7 +99,9 @@ def evaluate(
         part = prompts[begin : begin + chunk]
         trajectories = generate(part, sampling, seed=seed)
         texts = completion_texts(trajectories, tokenizer)
-        rewards = score_completions(pool, part, texts, [t.completion_length for t in trajectories])
+        rewards = score_completions(
+            pool, part, texts, [t.completion_length for t in trajectories], trajectories=trajectories
+        )
         tokens += sum(t.completion_length for t in trajectories)
         forwards += sum(t.num_forwards for t in trajectories)
         said = completion_texts(trajectories, tokenizer, special=True)

@@ -7,8 +7,14 @@ from typing import Any, Protocol
 
 
 class Reward(Protocol):
-    """A verifier; a plain function with this signature works too (compatible with TRL's reward functions).
+    """A verifier, called with one completion at a time, as text.
 
+    A plain function (or any object that is not a class with a Config) works too, called as TRL calls its reward
+    functions: by keyword, with all the completions of a prompt, as messages where the prompt is a conversation, and
+    with ``completion_ids`` and ``trainer_state``; it may be async. The deadline of such a call is timeout_s times its
+    rows; if it is missed, or the call raises, the call is made again with each half of its rows.
+
+    Columns travel as JSON: tuples and arrays arrive as lists, dates as ISO 8601 text, keys of mappings as text.
     Returns one value per completion; None = not applicable; a rewards.Verdict carries a status besides its value.
     The reward self-test before training scores a right and a wrong completion of a few examples. It asks for at least 1
     and for less if the reward compares with the right answer: if it takes an argument ``answer``, or has an attribute

@@ -66,6 +66,7 @@ class Turn:
             ),
             text=prompt.text + tokenizer.decode(said, skip_special_tokens=False) + before + reply + after,
             injected={},
+            messages=None,
         )
 
 

@@ -25,6 +25,7 @@ def rollout_metrics(batch: RolloutBatch, rewards: Rewards) -> dict[str, float]:
     flat = zero_variance_groups(rewards.total, batch.group, ok, batch.episode)
     metrics = {
         "failed_rows": _mean((~ok).float()),
+        **({"timed_out_rows": rewards.status.count("timeout") / len(rewards.status)} if not bool(ok.all()) else {}),
         "zero_variance_groups": _share_of_groups(flat, batch.group),
         "all_wrong_groups": _share_of_groups(~any_of_group(rewards.solved, batch.group), batch.group),
         "hinted_rows": _mean(batch.hint.any(-1).float()),

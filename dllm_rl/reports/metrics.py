@@ -12,6 +12,7 @@ METRICS: Mapping[str, Metric] = {
     "reward/*": Metric("", "mean of one reward component over samples it applies to"),
     "success": Metric("share", "samples whose success component reaches 1"),
     "failed_rows": Metric("share", "rows that a verifier failed to score; excluded, not scored 0"),
+    "timed_out_rows": Metric("share", "rows among them whose verifier ran past its deadline; absent where none failed"),
     "zero_variance_groups": Metric("share", "groups whose rewards are all equal: no gradient from them"),
     "kept_rows": Metric("share", "rows that the algorithm trains on; 0 = a step without an update"),
     "all_wrong_groups": Metric("share", "groups without a solved row"),

@@ -1,33 +1,34 @@
-"""Verifiers in killable processes, each completion under a deadline that the parent owns.
+"""Verifiers in killable processes, each call under a deadline that the parent owns.
 
-A deadline starts when a worker starts on the completion, never while it waits in a queue. What fails (raises, hangs,
-dies) is a failed verification: the row is excluded from its group, it is never a reward of 0.
+A deadline starts when a worker starts on the call, never while it waits in a queue. What fails (raises, hangs, dies)
+is a failed verification: the row is excluded from its group, it is never a reward of 0. A call with several rows that
+fails is made again with its halves, until the row is found.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
-import signal
-import subprocess
-import sys
+import secrets
+import selectors
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
 from typing import Any, Self
 
 import torch
 
+from dllm_rl import registry
 from dllm_rl.config.plugins import configure
 from dllm_rl.config.schema import RewardPlugin
 from dllm_rl.errors import RunStopped, UserError
+from dllm_rl.reward_pool.calls import takes_groups
+from dllm_rl.reward_pool.frames import ProtocolError, encode
+from dllm_rl.reward_pool.process import START_UP_S, Containment, Worker
 from dllm_rl.types import Rewards, RewardStatus
 
-START_UP_S = 120.0  # importing sympy on a loaded machine takes seconds
 _SEVERITY: tuple[RewardStatus, ...] = ("ok", "invalid", "timeout", "error")
 _CHUNK = 32
+_Outcome = tuple[int, int, RewardStatus, float | None, str]  # reward, row, status, value, message
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,41 +44,6 @@ class Failure:
         return f"reward '{self.reward}': {self.message} (completion {self.completion[:60]!r})"
 
 
-class _Worker:
-    """One process, and the rows that it still has to score; the first of them is the one in work."""
-
-    def __init__(self, specs: Sequence[RewardPlugin]) -> None:
-        child_in, to_child = os.pipe()
-        from_child, child_out = os.pipe()
-        self.process = subprocess.Popen(
-            # -P: our own path in its order; the current directory must not shadow what the parent imported.
-            [sys.executable, "-P", "-m", "dllm_rl.reward_pool.worker", *map(str, (child_in, child_out, os.getpid()))],
-            pass_fds=(child_in, child_out),
-            start_new_session=True,
-            stdin=subprocess.DEVNULL,
-            stdout=2,  # a verifier's prints join its warnings
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)},
-        )
-        os.close(child_in)
-        os.close(child_out)
-        self.replies = Connection(from_child, writable=False)
-        self.requests = Connection(to_child, readable=False)
-        self.requests.send([(spec.name, spec.options) for spec in specs])
-        self.ready = False
-        self.reward = 0  # which reward function the rows are for
-        self.rows: deque[int] = deque()
-        self.deadline = time.monotonic() + START_UP_S
-
-    def end(self) -> int:
-        """Kill the process and whatever it started; returns its exit code."""
-        if self.process.returncode is None:  # not reaped: its number, which is its group's, cannot be anybody else's
-            with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS refuses to signal the dead
-                os.killpg(self.process.pid, signal.SIGKILL)
-        self.replies.close()
-        self.requests.close()
-        return self.process.wait()
-
-
 class RewardPool:
     """Scores completions with several reward functions in several processes. A context manager.
 
@@ -88,6 +54,7 @@ class RewardPool:
         blank_truncated: completions of a batch to learn from that never ended are scored as empty texts.
         weights: theirs in the total reward.
         failures: the latest failed verifications, newest last.
+        shown: why rows failed, in the words that the user has read already.
     """
 
     def __init__(
@@ -97,6 +64,8 @@ class RewardPool:
         num_workers: int = 2,
         success: str = "",
         blank_truncated: bool = False,
+        max_seconds_per_step: float | None = None,
+        limits: Containment | None = None,
     ) -> None:
         """Start the workers; they load their rewards while the caller goes on.
 
@@ -105,6 +74,8 @@ class RewardPool:
             num_workers: processes.
             success: the reward whose value >= 1 means that a row is solved; "" = none.
             blank_truncated: see the class.
+            max_seconds_per_step: for the rows of a step; those that are left then have failed. None = no limit.
+            limits: what the workers may use. A reward with ``network: true`` gives all of them a network.
         Raises:
             UserError: an unknown reward, one that is listed twice, or an option that it does not take.
         """
@@ -114,10 +85,16 @@ class RewardPool:
             if self.names.count(spec.name) > 1:
                 raise UserError(f"reward '{spec.name}' is listed twice; give it one entry and one weight")
             configure("rewards", spec.name, spec.options)  # here, so that a typing error costs no model load
+        self._together = [takes_groups(registry.load("rewards", spec.name)) for spec in specs]
         self.failures: deque[Failure] = deque(maxlen=20)
-        self._specs, self._success = tuple(specs), success
+        self.shown: set[str] = set()
+        self._specs, self._success, self._limits = tuple(specs), success, limits or Containment()
+        self._max_seconds, self._step, self._spent = max_seconds_per_step, 0, 0.0
         self._suspects: set[tuple[int, int]] = set()  # (reward, row) over which a worker has died once
-        self._workers = [_Worker(self._specs) for _ in range(num_workers)]
+        self._selector = selectors.DefaultSelector()
+        self._workers: list[Worker] = []
+        for _ in range(num_workers):
+            self._workers.append(self._start())
 
     def __enter__(self) -> Self:
         return self
@@ -130,9 +107,22 @@ class RewardPool:
         for worker in self._workers:
             worker.end()
         self._workers = []
+        self._selector.close()
+
+    def begin_step(self, step: int) -> None:
+        """Say which step the next rows belong to; one that begins has max_seconds_per_step before it."""
+        if step != self._step:
+            self._step, self._spent = step, 0.0
 
     def score(
-        self, prompts: Sequence[str], completions: Sequence[str], columns: Mapping[str, Sequence[Any]]
+        self,
+        prompts: Sequence[str],
+        completions: Sequence[str],
+        columns: Mapping[str, Sequence[Any]],
+        *,
+        groups: Sequence[Any] | None = None,
+        messages: Sequence[Any] | None = None,
+        completion_ids: Sequence[Sequence[int]] | None = None,
     ) -> Rewards:
         """Score every completion with every reward function.
 
@@ -140,10 +130,13 @@ class RewardPool:
             prompts: one per completion.
             completions: texts.
             columns: further arguments of the reward functions, one value per completion.
+            groups: rows of the same value are handed to plain functions together; None = each row by itself.
+            messages: the prompts as conversations, None where one is plain text.
+            completion_ids: tokens of the completions, for plain functions.
         Returns:
             Rewards; a row with a failed verification is not included.
         Raises:
-            UserError: a reward function that cannot be built in a worker.
+            UserError: a reward function that cannot be built in a worker, or a column that cannot be handed to one.
             RunStopped: a worker that does not start.
         """
         assert self._workers, "the pool is closed"
@@ -152,114 +145,237 @@ class RewardPool:
             {"prompt": p, "completion": c, "columns": {name: values[i] for name, values in columns.items()}}
             for i, (p, c) in enumerate(zip(prompts, completions, strict=True))
         ]
+        more = [
+            {"messages": messages and messages[i], "completion_ids": completion_ids and list(completion_ids[i])}
+            for i in range(len(rows) if any(self._together) else 0)
+        ]
         n = len(rows)
         values = torch.full((len(self._specs), n), float("nan"))
         worst = [0] * n
+        reasons = [""] * n
         failed = torch.zeros(n, dtype=torch.bool)
+        began = time.monotonic()
         try:
-            for reward, row, status, value, message in self._score_rows(rows):
+            for reward, row, status, value, message in self._score_rows(rows, more, groups or range(n)):
                 worst[row] = max(worst[row], _SEVERITY.index(status))
                 if status in ("timeout", "error"):
                     failed[row] = True
                     self.failures.append(Failure(self._specs[reward].name, completions[row], status, message))
+                    reasons[row] = reasons[row] or f"reward '{self._specs[reward].name}': {message}"
                 elif value is not None:
                     values[reward, row] = value
         finally:  # interrupted: what a worker is still busy with must not answer the next call
-            for worker in [w for w in self._workers if w.rows]:
+            self._spent += time.monotonic() - began
+            for worker in [w for w in self._workers if w.calls]:
                 self._replace(worker)
         weight = torch.tensor([spec.weight for spec in self._specs])
+        total = (weight[:, None] * values.nan_to_num(0.0)).sum(0)
+        for row in (~total.isfinite() & ~failed).nonzero().flatten().tolist():  # 3e38 twice
+            failed[row], worst[row] = True, _SEVERITY.index("error")
+            reasons[row] = "the weighted sum of its rewards is beyond float32; give smaller weights"
+            self.failures.append(Failure(" + ".join(self.names), completions[row], "error", reasons[row]))
         solved = torch.zeros(n, dtype=torch.bool)
         if self._success in self.names:
             solved = (values[self.names.index(self._success)] >= 1) & ~failed
         return Rewards(
             components={spec.name: values[i] for i, spec in enumerate(self._specs)},
-            total=torch.where(failed, 0.0, (weight[:, None] * values.nan_to_num(0.0)).sum(0)),
+            total=torch.where(failed, 0.0, total),
             included=~failed,
             solved=solved,
             status=tuple(_SEVERITY[w] for w in worst),
+            reasons=tuple(reasons),
         )
 
     def _score_rows(
-        self, rows: Sequence[Mapping[str, Any]]
-    ) -> Iterator[tuple[int, int, RewardStatus, float | None, str]]:
-        """(reward, row, status, value, message) of every pair, in any order."""
-        size = max(1, min(_CHUNK, -(-len(rows) // (2 * len(self._workers)))))
-        waiting: deque[tuple[int, list[int]]] = deque(
-            (reward, list(range(begin, min(begin + size, len(rows)))))
-            for reward in range(len(self._specs))
-            for begin in range(0, len(rows), size)
-        )
-        left = len(rows) * len(self._specs)
+        self, rows: Sequence[Mapping[str, Any]], more: Sequence[Mapping[str, Any]], groups: Sequence[Any]
+    ) -> Iterator[_Outcome]:
+        """What came of every reward and row, in any order."""
+        waiting = deque(self._chunks(groups))
+        left = {(reward, row) for reward in range(len(self._specs)) for row in range(len(rows))}
+        limit = float("inf") if self._max_seconds is None else time.monotonic() + self._max_seconds - self._spent
         self._suspects = set()
         while left:
+            if time.monotonic() >= limit:
+                why = f"not scored within reward_pool.max_seconds_per_step = {self._max_seconds:g}"
+                yield from ((reward, row, "timeout", None, why) for reward, row in sorted(left))
+                return
             for worker in list(self._workers):
-                if waiting and worker.ready and not worker.rows and self._hand_over(worker, *waiting[0], rows):
+                if waiting and worker.ready and not worker.calls and self._hand_over(worker, *waiting[0], rows, more):
                     waiting.popleft()
-            pending = [w for w in self._workers if w.rows or not w.ready]
-            timeout = max(0.0, min(w.deadline for w in pending) - time.monotonic())
-            heard = wait([w.replies for w in pending], timeout)
-            for worker in pending:
-                if worker.replies in heard:
-                    result = self._hear(worker)
-                elif time.monotonic() >= worker.deadline:
-                    result = self._overrun(worker)
-                else:
-                    continue
-                if worker not in self._workers and worker.rows:  # it was ended: the rows it has not scored wait again
-                    waiting.appendleft((worker.reward, list(worker.rows)))
-                if result is None:
-                    continue
-                left -= 1
-                yield (worker.reward, *result)
+            for outcome in self._wait(limit, waiting):
+                left.discard(outcome[:2])
+                yield outcome
 
-    def _hand_over(self, worker: _Worker, reward: int, chunk: list[int], rows: Sequence[Mapping[str, Any]]) -> bool:
-        """Whether the worker took the chunk; one that died while it was idle is replaced, and no row has failed."""
-        # Before they are sent: whoever is interrupted in between ends the workers that have rows, and no other.
-        worker.reward, worker.rows = reward, deque(chunk)
-        worker.deadline = time.monotonic() + self._specs[reward].timeout_s
+    def _chunks(self, groups: Sequence[Any]) -> Iterator[tuple[int, list[list[int]]]]:
+        """(reward, its calls) for a worker to do at a time."""
+        size = max(1, min(_CHUNK, -(-len(groups) // (2 * len(self._workers)))))
+        together: dict[Any, list[int]] = {}
+        for row, group in enumerate(groups):
+            together.setdefault(group, []).append(row)
+        for reward, whole in enumerate(self._together):
+            chunk: list[list[int]] = []
+            for call in together.values() if whole else ([row] for row in range(len(groups))):
+                chunk.append(call)
+                if sum(map(len, chunk)) >= size:
+                    yield reward, chunk
+                    chunk = []
+            if chunk:
+                yield reward, chunk
+
+    def _wait(self, limit: float, waiting: deque[tuple[int, list[list[int]]]]) -> list[_Outcome]:
+        """What came of the calls of which there is news; what must be done again is put before what waits."""
+        pending = [w for w in self._workers if w.calls or not w.ready]
+        for worker in pending:
+            events = selectors.EVENT_READ | (selectors.EVENT_WRITE if worker.sending else 0)
+            if self._selector.get_key(worker.socket).events != events:
+                self._selector.modify(worker.socket, events, worker)
+        timeout = max(0.0, min(limit, *(w.deadline for w in pending)) - time.monotonic())
+        outcomes: list[_Outcome] = []
+        idle = True
+        for key, events in self._selector.select(timeout):
+            worker = key.data
+            if worker not in pending:  # idle, and speaks: it is found out when it is handed rows
+                continue
+            idle = False
+            if events & selectors.EVENT_WRITE:
+                worker.send()
+            if events & selectors.EVENT_READ:
+                outcomes += self._hear(worker, waiting)
+        if idle and len(pending) < len(self._workers):
+            self._drop_talkers(pending)
+        for worker in pending:
+            if worker in self._workers and time.monotonic() >= worker.deadline and (worker.calls or not worker.ready):
+                if not worker.ready:
+                    raise RunStopped(f"a reward worker did not start within {START_UP_S:.0f} s; its messages are above")
+                seconds = self._specs[worker.reward].timeout_s
+                outcomes += self._lost(worker, waiting, "timeout", f"no verdict within {seconds} s")
+        return outcomes
+
+    def _drop_talkers(self, pending: Sequence[Worker]) -> None:
+        """Replace idle workers that say something: select would return at once for ever."""
+        for worker in [w for w in self._workers if w not in pending]:
+            try:
+                spoke = bool(worker.hear())
+            except (EOFError, ProtocolError):
+                spoke = True
+            if spoke:
+                self._replace(worker)
+
+    def _hand_over(
+        self,
+        worker: Worker,
+        reward: int,
+        calls: list[list[int]],
+        rows: Sequence[Mapping[str, Any]],
+        more: Sequence[Mapping[str, Any]],
+    ) -> bool:
+        """Whether the worker took the calls; one that died while it was idle is replaced, and no row has failed."""
+        nonce, timeout_s = secrets.token_hex(8), self._specs[reward].timeout_s
+        given = [
+            [{**rows[row], **more[row]} if self._together[reward] else rows[row] for row in call] for call in calls
+        ]
+        request = {"nonce": nonce, "reward": reward, "step": self._step, "timeout_s": timeout_s, "calls": given}
         try:
-            worker.requests.send((reward, [(row, rows[row]) for row in chunk]))
-        except BrokenPipeError:
-            worker.rows.clear()
+            frame = encode(request)
+        except (TypeError, ValueError, ProtocolError) as error:
+            raise _unsendable(rows, error) from None
+        worker.deadline = time.monotonic() + timeout_s * len(calls[0])
+        try:
+            worker.ask(reward, calls, frame, nonce)
+        except (EOFError, ProtocolError):
+            worker.calls.clear()
             self._replace(worker)
             return False
         return True
 
-    def _hear(self, worker: _Worker) -> tuple[int, RewardStatus, float | None, str] | None:
-        """The next result of a worker; None if it only became ready, or died over a row that gets a second chance."""
+    def _hear(self, worker: Worker, waiting: deque[tuple[int, list[list[int]]]]) -> list[_Outcome]:
+        outcomes: list[_Outcome] = []
         try:
-            message = worker.replies.recv()
-        except (EOFError, ConnectionResetError):
-            return self._died(worker)
-        if not worker.ready:
-            if message[0] == "refused":
-                raise UserError(message[1])
-            worker.ready = True
-            return None
-        row, status, value, text = message
-        assert row == worker.rows.popleft(), "results come in the order of the chunk"
-        worker.deadline = time.monotonic() + self._specs[worker.reward].timeout_s  # it is on its next row now
-        return row, status, value, text
+            for message in worker.hear():
+                if not worker.ready:
+                    outcome = message if isinstance(message, dict) else {}
+                    if "refused" in outcome:
+                        raise UserError(" ".join(str(outcome["refused"]).split()))
+                    if outcome != {"ready": True}:
+                        raise ProtocolError("it did not say that it is ready")
+                    worker.ready = True
+                    continue
+                call, results = worker.results(message)
+                for row, (status, value, text) in zip(call, results, strict=False):
+                    if status == "raised":
+                        outcomes += self._charge(waiting, worker.reward, call, "error", text)
+                        break
+                    outcomes.append((worker.reward, row, status, value, text))  # type: ignore[arg-type]
+                if worker.calls:  # it is on its next call now
+                    worker.deadline = time.monotonic() + self._specs[worker.reward].timeout_s * len(worker.calls[0])
+        except ProtocolError as error:
+            if not worker.ready:
+                raise RunStopped(f"a reward worker broke off at start-up: {error}") from None
+            text = f"the verifier broke the protocol of replies: {error}"
+            outcomes += self._lost(worker, waiting, "error", text)
+        except EOFError:
+            how = worker.how_it_ended()
+            if not worker.ready:
+                raise RunStopped(f"a reward worker ended at start-up with {how}; its messages are above") from None
+            text = f"the verifier ended its process ({how})"
+            outcomes += self._lost(worker, waiting, "error", text, again=True)
+        return outcomes
 
-    def _overrun(self, worker: _Worker) -> tuple[int, RewardStatus, float | None, str]:
-        if not worker.ready:
-            raise RunStopped(f"a reward worker did not start within {START_UP_S:.0f} s; its messages are above")
+    def _lost(
+        self,
+        worker: Worker,
+        waiting: deque[tuple[int, list[list[int]]]],
+        status: RewardStatus,
+        message: str,
+        *,
+        again: bool = False,
+    ) -> list[_Outcome]:
+        """Replace a worker; its call in work is charged, the others wait again."""
         self._replace(worker)
-        return worker.rows.popleft(), "timeout", None, f"no verdict within {self._specs[worker.reward].timeout_s} s"
+        if not worker.calls:
+            return []
+        call, *others = worker.calls
+        if others:
+            waiting.appendleft((worker.reward, others))
+        suspect = (worker.reward, call[0])
+        if again and len(call) == 1 and suspect not in self._suspects:  # it may have been killed from outside
+            self._suspects.add(suspect)
+            waiting.appendleft((worker.reward, [call]))
+            return []
+        return self._charge(waiting, worker.reward, call, status, message)
 
-    def _died(self, worker: _Worker) -> tuple[int, RewardStatus, float | None, str] | None:
-        code = worker.end()
-        if not worker.ready:
-            raise RunStopped(f"a reward worker ended at start-up with exit code {code}; its messages are above")
-        self._replace(worker)
-        if (
-            worker.reward,
-            worker.rows[0],
-        ) not in self._suspects:  # it may have been killed from outside, for memory say
-            self._suspects.add((worker.reward, worker.rows[0]))
-            return None
-        return worker.rows.popleft(), "error", None, f"the verifier ended its process (exit code {code})"
+    def _charge(
+        self,
+        waiting: deque[tuple[int, list[list[int]]]],
+        reward: int,
+        call: list[int],
+        status: RewardStatus,
+        message: str,
+    ) -> list[_Outcome]:
+        """The row that failed; a call of several is halved instead."""
+        if len(call) == 1:
+            return [(reward, call[0], status, None, message)]
+        half = len(call) // 2
+        waiting.extendleft([(reward, [call[half:]]), (reward, [call[:half]])])
+        return []
 
-    def _replace(self, worker: _Worker) -> None:
+    def _start(self) -> Worker:
+        worker = Worker(self._specs, self._limits)
+        self._selector.register(worker.socket, selectors.EVENT_READ, worker)
+        return worker
+
+    def _replace(self, worker: Worker) -> None:
+        if worker.socket.fileno() >= 0:
+            self._selector.unregister(worker.socket)
         worker.end()
-        self._workers[self._workers.index(worker)] = _Worker(self._specs)
+        self._workers[self._workers.index(worker)] = self._start()
+
+
+def _unsendable(rows: Sequence[Mapping[str, Any]], error: Exception) -> UserError:
+    """Name the column that JSON cannot hold."""
+    for name in rows[0]["columns"]:
+        try:
+            encode([row["columns"][name] for row in rows])
+        except (TypeError, ValueError, ProtocolError) as found:
+            return UserError(f"data column '{name}' cannot be handed to reward functions: {found}; convert or drop it")
+    return UserError(f"the rows cannot be handed to reward functions: {error}")

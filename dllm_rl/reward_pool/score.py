@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Hashable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -12,11 +13,19 @@ from dllm_rl import registry
 from dllm_rl.errors import RunStopped, UserError
 from dllm_rl.protocols.rollouter import Turn
 from dllm_rl.reward_pool.pool import RewardPool
-from dllm_rl.types import Example, Prompt, Rewards
+from dllm_rl.types import Example, Prompt, Rewards, Trajectory
+
+WARN_FRACTION = 0.05  # of the rows of a step
 
 
 def score_completions(
-    pool: RewardPool, prompts: Sequence[Prompt], texts: Sequence[str], lengths: Sequence[int]
+    pool: RewardPool,
+    prompts: Sequence[Prompt],
+    texts: Sequence[str],
+    lengths: Sequence[int],
+    *,
+    trajectories: Sequence[Trajectory] | None = None,
+    groups: Sequence[Hashable] | None = None,
 ) -> Rewards:
     """Score one completion per prompt.
 
@@ -25,10 +34,25 @@ def score_completions(
         prompts: one per completion (repeat a prompt for each of its samples).
         texts: completions without EOS.
         lengths: completion lengths in tokens.
+        trajectories: of the completions; plain functions are handed their tokens as ``completion_ids``.
+        groups: what the completions of a prompt have in common; None = the uid of their prompt.
     Returns:
         Rewards of the rows; verifiers receive the columns ``answer``, ``completion_tokens`` and the task's own.
     """
-    return pool.score([prompt.text for prompt in prompts], list(texts), columns_of(prompts, lengths))
+    return pool.score(
+        [prompt.text for prompt in prompts],
+        list(texts),
+        columns_of(prompts, lengths),
+        groups=[prompt.uid for prompt in prompts] if groups is None else groups,
+        messages=[prompt.messages for prompt in prompts],
+        completion_ids=None if trajectories is None else [_completion_ids(one) for one in trajectories],
+    )
+
+
+def _completion_ids(trajectory: Trajectory) -> list[int]:
+    begin = trajectory.prompt_length
+    ids: list[int] = trajectory.tokens[begin : begin + trajectory.completion_length].tolist()
+    return ids
 
 
 def columns_of(rows: Sequence[Prompt | Example], lengths: Sequence[int]) -> dict[str, list[Any]]:
@@ -60,6 +84,27 @@ def require_scored(pool: RewardPool, rewards: Rewards, *, limit: float, step: in
         )
 
 
+def failure_summary(pool: RewardPool, rewards: Rewards, *, limit: float) -> str:
+    """One line on the rows of a batch that could not be scored, each reason once in a run; "" if all were scored.
+
+    Args:
+        pool: that gave the rewards.
+        rewards: of a batch.
+        limit: as in require_scored; the line is a warning from WARN_FRACTION on.
+    """
+    reasons = Counter(text for text, ok in zip(rewards.reasons, rewards.included.tolist(), strict=True) if not ok)
+    failed, rows = reasons.total(), len(rewards.reasons)
+    if not failed:
+        return ""
+    timed_out = sum(status == "timeout" for status in rewards.status)
+    line = f"{failed} of {rows} completions could not be scored ({timed_out} timed out)"
+    if failed >= WARN_FRACTION * rows:
+        line = f"warning: {line}, the run stops above reward_pool.max_failure_fraction = {limit:g}"
+    new = [reason for reason, _ in reasons.most_common(3) if reason not in pool.shown]
+    pool.shown.update(new)
+    return f"{line}: {'; '.join(new)}" if new else line
+
+
 def score_turns(
     pool: RewardPool, turns: Sequence[Turn], texts: Sequence[str], rewarded: Literal["episode", "turn"]
 ) -> Rewards:
@@ -78,8 +123,15 @@ def score_turns(
     last = {turn.episode: row for row, turn in enumerate(turns)}
     row_of = [last[turn.episode] if rewarded == "episode" else row for row, turn in enumerate(turns)]
     rows = sorted(set(row_of))
-    lengths = [turns[row].trajectory.completion_length for row in rows]
-    scored = score_completions(pool, [turns[row].prompt for row in rows], [texts[row] for row in rows], lengths)
+    trajectories = [turns[row].trajectory for row in rows]
+    scored = score_completions(
+        pool,
+        [turns[row].prompt for row in rows],
+        [texts[row] for row in rows],
+        [trajectory.completion_length for trajectory in trajectories],
+        trajectories=trajectories,
+        groups=[(turns[row].group, turns[row].turn if rewarded == "turn" else 0) for row in rows],
+    )
     rewards = scored.select(torch.searchsorted(torch.tensor(rows), torch.tensor(row_of)))
     if any(turn.reward is not None for turn in turns):
         given = torch.tensor([float("nan") if turn.reward is None else turn.reward for turn in turns])
@@ -87,6 +139,7 @@ def score_turns(
         rewards = dataclasses.replace(rewards, components={**rewards.components, "environment": given}, total=total)
     every = list(zip(turns, rewards.status, rewards.included.tolist(), strict=True))
     failed = {turn.episode: status for turn, status, ok in every if not ok}
+    why = {turn.episode: text for turn, text in zip(turns, rewards.reasons, strict=True) if text}
     included = torch.tensor([turn.episode not in failed for turn in turns])
     return dataclasses.replace(
         rewards,
@@ -94,4 +147,5 @@ def score_turns(
         included=included,
         solved=rewards.solved & included,
         status=tuple(failed.get(turn.episode, status) for turn, status, _ in every),
+        reasons=tuple(why.get(turn.episode, "") for turn in turns),
     )

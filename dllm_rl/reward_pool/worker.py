@@ -1,76 +1,88 @@
-"""The process that runs verifiers. Started by RewardPool; talks over a pipe of its own, so prints cannot corrupt it.
+"""The process that runs verifiers. Started by RewardPool; talks over a socket of its own, so prints cannot corrupt it.
 
 Torch-free on purpose: a worker that was killed must be back in a moment.
 """
 
 from __future__ import annotations
 
-import ctypes
-import math
-import numbers
+import _signal  # type: ignore[import-not-found]
 import os
 import signal
+import socket
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from multiprocessing.connection import Connection
+from collections.abc import Iterator
 from typing import Any
 
+from dllm_rl import registry
 from dllm_rl.config.plugins import build
 from dllm_rl.errors import UserError
+from dllm_rl.reward_pool import containment
+from dllm_rl.reward_pool.calls import Caller, takes_groups
+from dllm_rl.reward_pool.frames import MAX_REQUEST, Inbox, encode
 
-_PR_SET_PDEATHSIG = 1
-MAX_MESSAGE = 500  # characters of an exception that travel to the parent
-
-
-def _die_with_parent(parent: int) -> None:
-    """A verifier that never returns must not outlive the run (Linux; elsewhere the closed pipe ends idle workers)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:
-            os._exit(1)
+_SIGNALS = [int(n) for n in signal.valid_signals() if n not in (signal.SIGKILL, signal.SIGSTOP)]
+# Held here, so that a verifier which replaces a function of a module does not reach this loop; of _signal, because
+# signal makes an enumeration member of each result, which takes longer than many a verdict.
+_alarm, _getsignal, _setsignal, _chdir = _signal.setitimer, _signal.getsignal, _signal.signal, os.chdir
 
 
-def _score_one(reward: Callable[..., Sequence[Any]], row: dict[str, Any]) -> tuple[str, float | None, str]:
-    """(status, value, message) of one completion."""
-    columns = {name: [value] for name, value in row["columns"].items()}
-    try:
-        returned: Any = reward([row["prompt"]], [row["completion"]], **columns)
-        values = list(returned) if isinstance(returned, Iterable) else []
-    except BaseException as error:  # whatever it raises, SystemExit too, means that it failed, not 0
-        return "error", None, f"__call__() raised {type(error).__name__}: {error}"[:MAX_MESSAGE]
-    value = values[0] if len(values) == 1 else math.nan
-    if value is None:
-        return "ok", None, ""
-    if not isinstance(value, numbers.Real) or not math.isfinite(value):
-        wanted = "one finite number or None per completion"
-        return "error", None, f"__call__() must return {wanted}, returned {returned!r:.100} for one"
-    return ("invalid" if getattr(value, "status", "ok") == "invalid" else "ok"), float(value), ""
+def serve(channel: socket.socket) -> None:
+    """Answer requests until the pool closes the channel.
 
-
-def main(read: int, write: int, parent: int) -> None:
-    """Serve chunks until the pipe closes.
-
-    Messages in: first a list of (name, options); then chunks (reward index, [(row number, row), ...]).
-    Messages out: ("ready", None) or ("refused", why); then (row number, status, value, message) per row, in order.
+    Requests: first {"specs": [[name, options], ...], "memory_gb": ...}, then {"nonce", "reward", "step", "timeout_s",
+    "calls": [[row, ...], ...]}. Replies: {"ready": true} or {"refused": why}; then, for each call in order, {"nonce",
+    "call": number, "results": [[status, value, message], ...]}, or one result of status "raised" for all its rows.
     """
-    _die_with_parent(parent)
-    for descriptor in (read, write):
-        os.set_inheritable(descriptor, False)  # a verifier's own children must not hold the pipe open
-    replies, requests = Connection(read, writable=False), Connection(write, readable=False)
+    channel.set_inheritable(False)  # a verifier's own children must not hold the channel open
+    requests = _requests(channel)
+    first = next(requests)
+    containment.limit_resources(first["memory_gb"])
     try:
-        rewards = [build("rewards", name, options) for name, options in replies.recv()]
+        rewards = [
+            Caller(build("rewards", name, options), group=takes_groups(registry.load("rewards", name)))
+            for name, options in first["specs"]
+        ]
     except UserError as error:
-        requests.send(("refused", str(error)))
+        channel.sendall(encode({"refused": str(error)}))
         return
-    requests.send(("ready", None))
-    while True:
-        try:
-            index, chunk = replies.recv()
-        except EOFError:
-            return
-        for number, row in chunk:
-            requests.send((number, *_score_one(rewards[index], row)))
+    channel.sendall(encode({"ready": True}))
+    folder, send, pack = os.getcwd(), channel.sendall, encode
+    handlers = [(number, _signal.getsignal(number)) for number in _SIGNALS]
+    for request in requests:
+        reward, nonce, step = rewards[request["reward"]], request["nonce"], request["step"]
+        containment.limit_cpu(request["timeout_s"] * sum(map(len, request["calls"])))
+        for number, rows in enumerate(request["calls"]):
+            results = reward(rows, step)
+            _reset(handlers, folder)
+            send(pack({"nonce": nonce, "call": number, "results": results}))
+
+
+def _requests(channel: socket.socket) -> Iterator[Any]:
+    inbox = Inbox(MAX_REQUEST)
+    while data := channel.recv(1 << 20):
+        yield from inbox.feed(data)
+
+
+def _reset(handlers: list[tuple[int, Any]], folder: str) -> None:
+    """Take back what a row has set for the rows after it: an alarm, signal handlers, the current directory."""
+    _alarm(signal.ITIMER_REAL, 0)
+    for number, handler in handlers:
+        if _getsignal(number) is not handler:
+            _setsignal(number, handler)
+    _chdir(folder)
+
+
+def main(channel: int, parent: int, folder: str, namespaces: str, network: str) -> int:
+    """Supervise a process that serves the channel."""
+    return containment.supervise(
+        lambda: serve(socket.socket(fileno=channel)),
+        channel=channel,
+        parent=parent,
+        folder=folder,
+        namespaces=namespaces == "1",
+        network=network == "1",
+    )
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:4]))
+    sys.exit(main(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:6]))

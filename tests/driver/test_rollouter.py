@@ -76,7 +76,7 @@ def ones(prompts, completions, **columns):
 
 
 def fails_on_long_prompts(prompts, completions, **columns):
-    if len(prompts[0]) > 17 and completions[0].count("1") % 2:
+    if any(len(p) > 17 and c.count("1") % 2 for p, c in zip(prompts, completions)):
         raise RuntimeError("no verdict")
     return [float(text.count("1")) for text in completions]
 '''

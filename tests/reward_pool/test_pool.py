@@ -1,5 +1,6 @@
 """Whatever a verifier does, the row is scored, or excluded in time; never scored 0, never in the way of other rows."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from dllm_rl.config.schema import RewardPlugin
+from dllm_rl.reward_pool.containment import MARK
 from dllm_rl.reward_pool.pool import RewardPool
 from dllm_rl.tasks.sudoku import Sudoku4
 
@@ -47,6 +49,16 @@ def gone_within(pid: int, seconds: float) -> bool:
     while alive(pid) and time.monotonic() < end:
         time.sleep(0.02)
     return not alive(pid)
+
+
+def marked(mark: str) -> list[int]:
+    """The processes of a worker; process ids that it sees itself are those of its namespace."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            if f"{MARK}={mark}".encode() in entry.read_bytes():
+                found.append(int(entry.parent.name))
+    return sorted(found)
 
 
 def test_values_land_in_their_rows_whatever_the_order(pool):
@@ -146,14 +158,17 @@ def test_prints_cannot_corrupt_the_channel(pool):
 
 
 def test_what_a_verifier_started_dies_with_it(pool, tmp_path):
-    assert score(pool("naughty:as_told", timeout_s=1.0), f"fork {tmp_path / 'pid'}").status == ("timeout",)
-    assert gone_within(int((tmp_path / "pid").read_text()), 1.0)
+    scored = pool("naughty:as_told", timeout_s=1.0)
+    score(scored, "fine")
+    mark, idle = scored._workers[0].mark, len(marked(scored._workers[0].mark))
+    assert score(scored, f"fork {tmp_path / 'pid'}").status == ("timeout",)
+    assert idle >= 2 and (tmp_path / "pid").exists() and marked(mark) == []
 
 
 def test_a_worker_that_dies_idle_costs_no_row(pool, tmp_path):
     scored = pool("naughty:as_told")
-    score(scored, f"pid {tmp_path / 'pid'}")
-    pid = int((tmp_path / "pid").read_text())
+    score(scored, "fine")
+    pid = marked(scored._workers[0].mark)[-1]  # the innermost one runs verifiers
     os.kill(pid, signal.SIGKILL)
     assert gone_within(pid, 1.0)
     assert score(scored, "fine", "fine").status == ("ok", "ok")
@@ -178,13 +193,13 @@ def test_a_call_interrupted_right_after_it_has_sent_rows_leaves_no_answer_for_th
     scored = pool("naughty:as_told", num_workers=1)
     score(scored, "fine", "fine")
     worker = scored._workers[0]
-    send = worker.requests.send
+    send = worker.send
 
-    def sends_and_is_interrupted(message):
-        send(message)
+    def sends_and_is_interrupted():
+        send()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(worker.requests, "send", sends_and_is_interrupted)
+    monkeypatch.setattr(worker, "send", sends_and_is_interrupted)
     with pytest.raises(KeyboardInterrupt):
         score(scored, "return [0.125]", "return [0.75]", "fine")
     monkeypatch.undo()
@@ -212,6 +227,7 @@ def test_workers_die_with_their_parent(naughty, tmp_path):
 import sys
 sys.path.insert(0, {str(naughty)!r})
 from dllm_rl.config.schema import RewardPlugin
+from dllm_rl.reward_pool.containment import MARK
 from dllm_rl.reward_pool.pool import RewardPool
 pool = RewardPool([RewardPlugin(name="naughty:as_told", timeout_s=60)], num_workers=2)
 pool.score(["p"], ["fine"], {{}})

@@ -16,7 +16,8 @@ def test_verifiers_see_answer_length_and_the_tasks_columns(naughty):
     with (naughty / "naughty.py").open("a") as module:
         module.write(
             "def told(prompts, completions, *, answer, completion_tokens, level, **columns):\n"
-            "    seen = (prompts[0], completions[0], answer[0], completion_tokens[0], level[0], columns)\n"
+            "    own = {'kind': columns['kind']}\n"
+            "    seen = (prompts[0], completions[0], answer[0], completion_tokens[0], level[0], own)\n"
             "    return [1.0 if seen == ('ask a', 'x', '4', 7, 3, {'kind': [None]}) else \n"
             "            2.0 if seen == ('ask b', 'y', '5', 8, None, {'kind': ['k']}) else 0.0]\n"
         )

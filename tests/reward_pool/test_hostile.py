@@ -1,0 +1,120 @@
+"""Whatever a verifier attacks: no code in the driver, no hang, nothing left running, the host as it was."""
+
+import contextlib
+import importlib.util
+import os
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+from dllm_rl.config.schema import RewardPlugin
+from dllm_rl.reward_pool import containment
+from dllm_rl.reward_pool.pool import RewardPool
+
+spec = importlib.util.spec_from_file_location("hostile_cases", Path(__file__).with_name("hostile.py"))
+cases = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(cases)
+TIMEOUT_S = 0.4
+MARGIN_S = 4.0 if os.environ.get("CI") else 1.0
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hostile")
+    (folder / "hostile_reward.py").write_text(cases.PRELUDE.replace("OWNED", str(folder / "owned")) + cases.REWARD)
+    sys.path.insert(0, str(folder))
+    os.environ["HF_TOKEN"] = "secret"
+    with RewardPool([RewardPlugin(name="hostile_reward:Hostile", timeout_s=TIMEOUT_S)], num_workers=1) as made:
+        made.folder = folder
+        yield made
+    del os.environ["HF_TOKEN"]
+    sys.path.remove(str(folder))
+
+
+def processes() -> set[int]:
+    return {int(entry.name) for entry in Path("/proc").glob("[0-9]*") if descends(int(entry.name))}
+
+
+def descends(pid: int) -> bool:
+    """Whether a process carries a mark of a worker, or is in a pid namespace other than ours."""
+    with contextlib.suppress(OSError):
+        if f"{containment.MARK}=".encode() in Path(f"/proc/{pid}/environ").read_bytes():
+            return True
+        return os.readlink(f"/proc/{pid}/ns/pid") != os.readlink("/proc/self/ns/pid")
+    return False
+
+
+def score(pool, *texts):
+    return pool.score(["p"] * len(texts), list(texts), {})
+
+
+@pytest.mark.skipif(not containment.namespaces_available(), reason="NO NAMESPACES: containment is not tested here")
+@pytest.mark.parametrize("name", cases.CASES)
+def test_an_attack_fails_its_row_and_nothing_else(pool, name):
+    code, statuses = cases.CASES[name]
+    host = (os.getcwd(), dict(os.environ), signal.getsignal(signal.SIGTERM), sorted(sys.modules))
+    assert score(pool, "value = 2.0").status == ("ok",)
+    began = time.monotonic()
+    rewards = score(pool, code)
+    elapsed = time.monotonic() - began
+    assert rewards.status[0] in statuses, (rewards.reasons, elapsed)
+    assert not name.startswith("sends") or "broke the protocol of replies" in rewards.reasons[0]
+    tries = 2 if "ended its process" in rewards.reasons[0] else 1  # after a first death the row has another chance
+    assert elapsed < tries * (TIMEOUT_S + MARGIN_S), rewards.reasons
+    after = score(pool, "value = 3.0")  # the next rows have a worker that is well
+    after = score(pool, "value = 3.0") if after.status != ("ok",) else after
+    assert after.total.tolist() == [3.0], after.reasons
+    assert host == (os.getcwd(), dict(os.environ), signal.getsignal(signal.SIGTERM), sorted(sys.modules))
+    assert not (pool.folder / "owned").exists()
+
+
+@pytest.mark.skipif(not containment.namespaces_available(), reason="NO NAMESPACES: containment is not tested here")
+def test_nothing_is_left_running_nor_on_the_disk(pool):
+    before = processes() - {pid for pid in processes() if pid in workers(pool)}
+    folders = set(Path(tempfile.gettempdir()).glob("dllm-rl-reward-*"))
+    with RewardPool([RewardPlugin(name="hostile_reward:Hostile", timeout_s=TIMEOUT_S)], num_workers=1) as made:
+        for code in cases.STRAYS.values():
+            score(made, code)
+        assert len(set(Path(tempfile.gettempdir()).glob("dllm-rl-reward-*")) - folders) == 1
+    assert processes() - before - workers(pool) == set()
+    assert set(Path(tempfile.gettempdir()).glob("dllm-rl-reward-*")) - folders == set()
+
+
+def workers(pool) -> set[int]:
+    marks = [f"{containment.MARK}={worker.mark}".encode() for worker in pool._workers]
+    found = set()
+    for entry in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            if any(mark in entry.read_bytes() for mark in marks):
+                found.add(int(entry.parent.name))
+    return found
+
+
+def test_no_secret_and_no_network_reach_a_verifier(pool):
+    seen = "value = float('HF_TOKEN' in os.environ)"
+    net = "value = float(len(open('/proc/net/dev').read().splitlines()) > 3)"
+    assert score(pool, seen).total.tolist() == [0.0]
+    if containment.namespaces_available():
+        assert score(pool, net).total.tolist() == [0.0]  # the loopback interface alone
+
+
+def test_a_step_ends_when_its_seconds_are_spent(pool):
+    limited = RewardPool(
+        [RewardPlugin(name="hostile_reward:Hostile", timeout_s=TIMEOUT_S)], num_workers=1, max_seconds_per_step=1.5
+    )
+    with limited:
+        score(limited, "value = 1.0")
+        limited.begin_step(1)
+        rewards = score(limited, *["forever()"] * 20)
+        assert set(rewards.status) == {"timeout"} and "max_seconds_per_step = 1.5" in rewards.reasons[-1]
+        assert "no verdict within" in rewards.reasons[0]
+        limited.begin_step(2)
+        assert score(limited, "value = 1.0").status == ("ok",)
+
+
+def test_there_are_sixty_attacks():
+    assert len(cases.CASES) >= 60
