@@ -22,6 +22,7 @@ from dllm_rl.data.prompts import encode, encode_completion
 from dllm_rl.data.source import PromptSource
 from dllm_rl.diffusion.layout import block_rule, check_sampling
 from dllm_rl.driver.launch import Workers, WorkerSpec, launch_local, launch_ray
+from dllm_rl.driver.start_model import with_start_model
 from dllm_rl.errors import UserError, require_package
 from dllm_rl.evaluation.evaluate import Evaluation, evaluate
 from dllm_rl.models.from_config import model_path
@@ -102,6 +103,7 @@ def build_run(config: Config, folder: Path, progress: Progress) -> Run:
     """
     if config.run.threads is not None:
         torch.set_num_threads(config.run.threads)
+    config = with_start_model(config, folder)
     with ExitStack() as stack:
         run = _build_run(config, folder, progress, stack)
         return dataclasses.replace(run, closing=stack.pop_all())

@@ -14,8 +14,9 @@ from dllm_rl.errors import UserError, first_line
 from dllm_rl.models.create import create_denoiser
 from dllm_rl.models.denoiser import TransformersDenoiser
 from dllm_rl.models.loading import load_denoiser, save_denoiser
-from dllm_rl.models.lora import add_lora
+from dllm_rl.models.lora import add_lora, load_adapter
 from dllm_rl.models.quantize import quantize
+from dllm_rl.models.sources import base_of, is_adapter
 from dllm_rl.models.tokenizers import byte_bpe_tokenizer, character_tokenizer
 from dllm_rl.protocols.task import Task
 from dllm_rl.types import Example
@@ -60,7 +61,7 @@ def load_model(
 
     Args:
         config: of the run.
-        path: see model_path.
+        path: see model_path; of an adapter folder, the model is its base, and the adapter is trained on.
         weights: False leaves the parameters on the meta device: a driver asks for shapes and token ids only.
         adapter: False leaves the adapter out: an engine that is sent merged weights.
     """
@@ -72,8 +73,9 @@ def load_model(
             f"model.quantize = {m.quantize} needs a CUDA device: on '{device.type}' bitsandbytes unpacks every layer "
             f"at every forward, some shapes wrongly; leave it out, or set model.device: cuda on a machine that has one"
         )
+    found = path if is_adapter(path) else None
     denoiser, tokenizer = load_denoiser(
-        path,
+        path if found is None else base_of(found),
         family=m.family,
         dtype=DTYPES[m.dtype],
         device="cpu" if small else device,
@@ -85,7 +87,9 @@ def load_model(
     )
     if small:
         quantize(denoiser, device)
-    if weights and adapter and m.lora is not None:
+    if weights and adapter and found is not None:
+        load_adapter(denoiser, found)
+    elif weights and adapter and m.lora is not None:
         add_lora(denoiser, **m.lora.model_dump(), seed=seeding.derive(config.run.seed, "lora"))
     if weights and m.gradient_checkpointing:
         denoiser.module.gradient_checkpointing_enable()
