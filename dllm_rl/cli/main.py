@@ -142,6 +142,20 @@ def evaluate(
 
 
 @app.command()
+def export(
+    source: Annotated[str, typer.Argument(help="run folder, checkpoint folder or adapter folder")],
+    out: Annotated[Path, typer.Argument(help="new folder")],
+    merge: Annotated[bool, typer.Option("--merge", help="add the adapter to its base")] = False,
+    push_to_hub: Annotated[str | None, typer.Option(help="owner/name; a new repository is private")] = None,
+    json: JsonPath = None,
+) -> None:
+    """Write a model for others, and prove its effect. Example: dllm-rl export runs/rl --merge models/mine."""
+    from dllm_rl.cli.export import run_export
+
+    run_export(source, out, merge=merge, push_to_hub=push_to_hub, json_path=json)
+
+
+@app.command()
 def show_config(config: Annotated[Path, typer.Argument(help="YAML file")], overrides: Overrides = None) -> None:
     """Print the resolved configuration; it is a valid input itself."""
     from dllm_rl.config.load import dump, load_config
