@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import dllm_rl
 from dllm_rl.config.load import load_config
 from dllm_rl.config.schema import Config
 from dllm_rl.diffusion.layout import block_index
 from dllm_rl.driver.model_card import model_card
-from dllm_rl.driver.start_model import model_folder
+from dllm_rl.driver.start_model import model_folder, run_of
 from dllm_rl.errors import RunStopped, UserError
 from dllm_rl.models.checkpoint import read_weights, weight_files
 from dllm_rl.models.denoiser import TransformersDenoiser
@@ -76,7 +75,7 @@ def export_model(source: str | Path, out: Path, *, merge: bool = False, command:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"'{out}' is there already and not empty; name another folder")
     found = Path(model_folder(source))
-    adapter, run = is_adapter(found), _run_of(found)
+    adapter, run = is_adapter(found), run_of(found)
     config = None if run is None else load_config(run / "config.yaml")
     if merge and not adapter:
         raise UserError(f"--merge: '{source}' holds no adapter but a whole model; leave the option out")
@@ -162,12 +161,6 @@ def _load(folder: Path, dtype: torch.dtype, config: Config | None) -> tuple[Tran
     return load_denoiser(folder, dtype=dtype, **options)
 
 
-def _run_of(found: Path) -> Path | None:
-    """The run of RUN/checkpoints/step-000040/model."""
-    parents = found.absolute().parents
-    return parents[2] if len(parents) > 2 and (parents[2] / "config.yaml").is_file() else None
-
-
 def _step(found: Path) -> int:
     return int(found.absolute().parent.name.removeprefix("step-"))
 
@@ -217,7 +210,7 @@ def _require_proof(exported: Exported, source: str | Path) -> None:
 def _proof(exported: Exported) -> str:
     what = "adapted layers" if exported.kind == "adapter" else "tensors"
     return (
-        f"\n## Checked\n\n{exported.changed} of {exported.tensors} {what} differ from the base. On a probe, logits move by "
-        f"up to {exported.effect:.2e} of the largest one against the base, and are within {exported.error:.2e} of the "
-        f"checkpoint's ({exported.dtype}; dllm-rl {dllm_rl.__version__}).\n"
+        f"\n## Checked\n\n{exported.changed} of {exported.tensors} {what} differ from the base. On a probe, logits "
+        f"move by up to {exported.effect:.2e} of the largest one against the base and are within {exported.error:.2e} "
+        f"of the checkpoint's ({exported.dtype}).\n"
     )

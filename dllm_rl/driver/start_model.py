@@ -39,6 +39,12 @@ def model_folder(path: str | Path) -> str:
     return str(folder / "model")
 
 
+def run_of(model: str | Path) -> Path | None:
+    """The run folder of RUN/checkpoints/step-000040/model; None for a model from elsewhere."""
+    parents = Path(model).absolute().parents
+    return parents[2] if len(parents) > 2 and (parents[2] / "config.yaml").is_file() else None
+
+
 def with_start_model(config: Config, folder: Path) -> Config:
     """A configuration whose model.path is one that every process can load, and whose model.lora is the adapter's.
 

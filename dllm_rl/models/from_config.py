@@ -66,7 +66,7 @@ def load_model(
         adapter: False leaves the adapter out: an engine that is sent merged weights.
     """
     m = config.model
-    device = _device(m.device) if weights else torch.device("meta")
+    device = find_device(m.device) if weights else torch.device("meta")
     small = weights and m.quantize is not None
     if small and device.type != "cuda":
         raise UserError(
@@ -96,7 +96,12 @@ def load_model(
     return denoiser, tokenizer
 
 
-def _device(name: str) -> torch.device:
+def find_device(name: str) -> torch.device:
+    """The device of a name; "auto" is cuda if there is one, else the CPU.
+
+    Raises:
+        UserError: there is no such device, or it cannot be used.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
