@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import typing
 from collections.abc import Mapping, Sequence
@@ -26,10 +27,22 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         UserError: one line per problem: which key, what is wrong, what is allowed.
     """
-    values = _read(Path(path), seen=())
+    return validate(read_values(path, overrides))
+
+
+def read_values(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Sections with overrides, not validated yet.
+
+    Args:
+        source: see load_config, or the sections themselves, which are not changed.
+        overrides: see load_config.
+    Raises:
+        UserError: see load_config.
+    """
+    values = copy.deepcopy(dict(source)) if isinstance(source, Mapping) else _read(Path(source), seen=())
     for override in overrides:
         _apply(values, override)
-    return validate(values)
+    return values
 
 
 def validate(values: Mapping[str, Any]) -> Config:
