@@ -60,6 +60,7 @@ def train(
     from_checkpoint: str | None = None,
     progress: Progress | None = None,
     stop: Callable[[], bool] = lambda: False,
+    watch: Callable[[int, Mapping[str, float]], None] = lambda step, metrics: None,
 ) -> Summary:
     """Run a configuration to its last step.
 
@@ -69,6 +70,7 @@ def train(
         from_checkpoint: go on from this checkpoint instead, e.g. "step-000040".
         progress: where to show progress; None = nowhere.
         stop: asked between steps; once true, the run saves a checkpoint and returns.
+        watch: told every row of metrics with its step, before stop is asked.
     Raises:
         ValueError: a configuration, file or checkpoint that cannot be used, in one line.
         NonFiniteError: the loss or a gradient is not finite.
@@ -86,7 +88,12 @@ def train(
             progress.log(f"nothing to do: '{folder}' has all {total_steps} steps; set a larger run.steps to go on")
             return Summary(folder=folder, steps=checkpoint.step(found), before=(), after=(), seconds={})
         trackers = stack.enter_context(Trackers(config, folder, progress.log))
-        records = RunFolder(folder, trackers.log)
+
+        def told(step: int, metrics: Mapping[str, float]) -> None:
+            trackers.log(step, metrics)
+            watch(step, metrics)
+
+        records = RunFolder(folder, told)
         with clock("setup_s"):
             run = stack.enter_context(build_run(config, folder, progress))
             learner, pool, records.declared = run.learner, run.reward_pool, run.algorithm.metrics

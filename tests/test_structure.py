@@ -41,6 +41,7 @@ LAYERS: list[list[str]] = [
     ["dllm_rl.evaluation", "dllm_rl.workers"],
     ["dllm_rl.driver"],
     ["dllm_rl.train", "dllm_rl.conformance", "dllm_rl.planning"],
+    ["dllm_rl.api"],
     ["dllm_rl.cli"],
     ["dllm_rl.__main__"],
 ]
@@ -184,7 +185,7 @@ class A:
 
 def test_the_package_stays_small():
     """A growth that is worth it raises the number in the same commit, which says what was taken out to pay for it."""
-    assert sum(code_lines(path.read_text(encoding="utf-8")) for path in sources("dllm_rl")) <= 16900
+    assert sum(code_lines(path.read_text(encoding="utf-8")) for path in sources("dllm_rl")) <= 17800
 
 
 @pytest.mark.parametrize("module", ["dllm_rl.types", "dllm_rl.protocols", "dllm_rl.diffusion"])

@@ -150,6 +150,60 @@ def evaluate(
 
 
 @app.command()
+def export(
+    source: Annotated[str, typer.Argument(help="run folder, checkpoint folder or adapter folder")],
+    out: Annotated[Path, typer.Argument(help="new folder")],
+    merge: Annotated[bool, typer.Option("--merge", help="add the adapter to its base")] = False,
+    push_to_hub: Annotated[str | None, typer.Option(help="owner/name; a new repository is private")] = None,
+    json: JsonPath = None,
+) -> None:
+    """Write a model for others, and prove its effect. Example: dllm-rl export runs/rl --merge models/mine."""
+    from dllm_rl.cli.export import run_export
+
+    run_export(source, out, merge=merge, push_to_hub=push_to_hub, json_path=json)
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(help="run, checkpoint, model or adapter folder, or hub name")],
+    prompts: Annotated[list[str], typer.Argument(help="one or several texts, each in quotes")],
+    show_steps: Annotated[bool, typer.Option("--show-steps", help="show the unmasking, forward by forward")] = False,
+    max_new_tokens: Annotated[int | None, typer.Option(help="length; default: of the run, or 128")] = None,
+    tokens_per_step: Annotated[int | None, typer.Option(help="positions per forward; default: of the run")] = None,
+    steps: Annotated[int | None, typer.Option(help="forwards of the whole canvas, instead")] = None,
+    block_size: Annotated[int | None, typer.Option(help="decoding block, tokens")] = None,
+    strategy: Annotated[str | None, typer.Option(help="which positions to commit")] = None,
+    temperature: Annotated[float, typer.Option(help="0 = greedy")] = 0.0,
+    top_p: Annotated[float | None, typer.Option(help="nucleus sampling")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="of all randomness")] = 0,
+    samples: Annotated[int, typer.Option(min=1, help="completions of each prompt")] = 1,
+    chat: Annotated[bool, typer.Option("--chat", help="prompts are a user's messages: use the chat template")] = False,
+    system: Annotated[str | None, typer.Option(help="system prompt; default: of the run")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float64; auto = as stored")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    json: JsonPath = None,
+) -> None:
+    """Complete prompts. Example: dllm-rl generate runs/sudoku4-rl "2.1..4.1.2..1.4.=" --show-steps."""
+    from dllm_rl.cli.generate import run_generate
+
+    options = {
+        "max_new_tokens": max_new_tokens,
+        "tokens_per_step": tokens_per_step,
+        "steps": steps,
+        "block_size": block_size,
+        "strategy": strategy,
+        "temperature": temperature,
+        "top_p": top_p,
+        "seed": seed,
+        "samples_per_prompt": samples,
+        "chat": chat,
+        "system_prompt": system,
+    }
+    load_options = {"dtype": dtype, "device": device}
+    run_generate(model, prompts, load_options=load_options, options=options, show_steps=show_steps, json_path=json)
+
+
+@app.command()
 def show_config(config: Annotated[Path, typer.Argument(help="YAML file")], overrides: Overrides = None) -> None:
     """Print the resolved configuration; it is a valid input itself."""
     from dllm_rl.config.load import dump, load_config

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import typing
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -30,24 +31,36 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         UserError: one line per problem: which key, what is wrong, what is allowed.
     """
+    return validate(read_values(path, overrides))
+
+
+def read_values(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Sections with overrides, not validated yet.
+
+    Args:
+        source: see load_config, or the sections themselves, which are not changed.
+        overrides: see load_config.
+    Raises:
+        UserError: see load_config.
+    """
     files: list[Path] = []
-    values = _read(Path(path), files)
+    values = copy.deepcopy(dict(source)) if isinstance(source, Mapping) else _read(Path(source), files)
     for override in overrides:
         _apply(values, override)
     run = values.get("run")
     if isinstance(run, dict) and (folders := _plugin_path(values, files)):
         run.setdefault("plugin_path", folders)
-    config = validate(values)
-    registry.search(config.run.plugin_path)
-    return config
+    return values
 
 
 def validate(values: Mapping[str, Any]) -> Config:
-    """A Config from plain values; ValueError in our words otherwise."""
+    """A Config from plain values, whose plugins can be found from now on; ValueError in our words otherwise."""
     try:
-        return Config.model_validate(values)
+        config = Config.model_validate(values)
     except ValidationError as error:
         raise UserError("; ".join(dict.fromkeys(_explain(dict(e)) for e in error.errors()))) from None
+    registry.search(config.run.plugin_path)
+    return config
 
 
 def dump(config: Config) -> str:

@@ -105,7 +105,10 @@ class ModelSection(Section):
     """Which network."""
 
     path: PathText | None = None
-    """Local folder or hub name. Exactly one of ``path`` and ``init``."""
+    """Local folder or hub name; a run (its newest checkpoint), a checkpoint, or an adapter, whose base is found by its
+    adapter_config.json and which is trained on. Exactly one of ``path`` and ``init``."""
+    merge_adapter: bool = False
+    """Add the adapter of ``path`` to its base first, into the run folder's ``initial``, and start from the sum."""
     init: InitSection | None = None
     """Make a small model from scratch."""
     family: str | None = None
@@ -139,6 +142,8 @@ class ModelSection(Section):
     def _one_source(self) -> ModelSection:
         if (self.path is None) == (self.init is None):
             raise UserError("give exactly one of model.path (load a checkpoint) and model.init (start from scratch)")
+        if self.merge_adapter and self.path is None:
+            raise UserError("model.merge_adapter: a model of model.init has no adapter; leave one of them out")
         if self.quantize is not None and self.lora is None:
             raise UserError(
                 f"model.quantize = {self.quantize}: weights in 4 bits cannot be trained, only an adapter on top of "

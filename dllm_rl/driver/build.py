@@ -23,6 +23,7 @@ from dllm_rl.data.source import PromptSource
 from dllm_rl.driver.choose import check_model, choose_parts, reward_plugins
 from dllm_rl.driver.demonstrations import demonstrations, references
 from dllm_rl.driver.launch import Workers, WorkerSpec, launch_local, launch_ray
+from dllm_rl.driver.start_model import with_start_model
 from dllm_rl.errors import UserError
 from dllm_rl.evaluation.evaluate import Evaluation, Record, evaluate
 from dllm_rl.models.from_config import model_path
@@ -115,6 +116,7 @@ def build_run(config: Config, folder: Path, progress: Progress) -> Run:
     """
     if config.run.threads is not None:
         torch.set_num_threads(config.run.threads)
+    config = with_start_model(config, folder)
     with ExitStack() as stack:
         if not (folder / "initial").exists():
             stack.push(functools.partial(_forget_refused, folder))

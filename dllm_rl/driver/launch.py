@@ -28,6 +28,7 @@ from dllm_rl.driver.weight_sync import DistributedWeightSync, InProcessWeightSyn
 from dllm_rl.errors import UserError, memory_for, require_package
 from dllm_rl.models.denoiser import TransformersDenoiser
 from dllm_rl.models.from_config import load_model
+from dllm_rl.models.sources import base_of, is_adapter
 from dllm_rl.models.teacher import load_teacher
 from dllm_rl.models.tokenizers import vocabulary_digest
 from dllm_rl.protocols.algorithm import Algorithm
@@ -267,7 +268,7 @@ def _engine(spec: WorkerSpec, rank: WorkerRank, shared: SharedModel | None) -> R
     kind, options = engine_class(config.engine.name, config.engine.options)
     setup = EngineSetup(
         rank=rank.rank,
-        path=spec.path,
+        path=base_of(spec.path) if is_adapter(spec.path) else spec.path,
         strategies={role: plugin.model_dump() for role, plugin in spec.strategies.items()},
         trains=spec.algorithm.needs.trains,
         load=functools.partial(load_model, config, spec.path, adapter=config.cluster.push == "adapter"),

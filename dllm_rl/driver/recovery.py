@@ -74,7 +74,7 @@ def origin(run: Run, config: Config, folder: Path) -> dict[str, str]:
     prompts = hashlib.blake2b(digest_size=16)
     for prompt in run.source.items:
         prompts.update(json.dumps([prompt.uid, list(prompt.token_ids), prompt.answer]).encode())
-    return {"base": sampled_digest(weight_files(base)), "prompts": prompts.hexdigest()}
+    return {"base": sampled_digest([*weight_files(base), *adapter]), "prompts": prompts.hexdigest()}
 
 
 def check_origin(found: Path, now: Mapping[str, str], config: Config, progress: Progress) -> None:

@@ -54,7 +54,7 @@ class ModelScorer:
             tokenizer: saved beside the weights.
             tokens_per_microbatch: bound on padded tokens per forward.
             reference: hold one: a copy of the model, or with LoRA the base below the adapter, which costs nothing, and
-                a second adapter on it if the reference moves; None = no reference.
+                a second adapter on it if the reference moves or the run goes on with an adapter; None = no reference.
             seed: run seed, for a reference that moves.
         """
         self.denoiser, self.ticks = denoiser, 0
@@ -69,6 +69,8 @@ class ModelScorer:
             self._reference.module.requires_grad_(False).eval()
         if reference is not None and reference.kind == "ema":
             self.moving = MovingReference(self._followers(), reference, seed=seed)
+        elif reference is not None and denoiser.adapter_config is not None:
+            add_second_adapter(denoiser)  # the start of the run is the base with the adapter that was loaded
 
     def hold(self, teacher: Teacher) -> None:
         """Take another network as the reference, frozen."""

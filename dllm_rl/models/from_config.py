@@ -16,8 +16,9 @@ from dllm_rl.errors import UserError, first_line
 from dllm_rl.models.create import create_denoiser
 from dllm_rl.models.denoiser import TransformersDenoiser
 from dllm_rl.models.loading import load_denoiser, save_denoiser
-from dllm_rl.models.lora import add_lora
+from dllm_rl.models.lora import add_lora, load_adapter
 from dllm_rl.models.quantize import quantize
+from dllm_rl.models.sources import base_of, is_adapter
 from dllm_rl.models.tokenizers import byte_bpe_tokenizer, character_tokenizer
 from dllm_rl.protocols.task import Task
 from dllm_rl.storage.files import explained
@@ -67,20 +68,21 @@ def load_model(
 
     Args:
         config: of the run.
-        path: see model_path.
+        path: see model_path; of an adapter folder, the model is its base, and the adapter is trained on.
         weights: False leaves the parameters on the meta device: a driver asks for shapes and token ids only.
         adapter: False leaves the adapter out: an engine that is sent merged weights.
     """
     m = config.model
-    device = _device(m.device) if weights else torch.device("meta")
+    device = find_device(m.device) if weights else torch.device("meta")
     small = weights and m.quantize is not None
     if small and device.type != "cuda":
         raise UserError(
             f"model.quantize = {m.quantize} needs a CUDA device: on '{device.type}' bitsandbytes unpacks every layer "
             f"at every forward, some shapes wrongly; leave it out, or set model.device: cuda on a machine that has one"
         )
+    found = path if is_adapter(path) else None
     denoiser, tokenizer = load_denoiser(
-        path,
+        path if found is None else base_of(found),
         family=m.family,
         dtype=DTYPES[m.dtype],
         device="cpu" if small else device,
@@ -93,7 +95,9 @@ def load_model(
     )
     if small:
         quantize(denoiser, device)
-    if weights and adapter and m.lora is not None:
+    if weights and adapter and found is not None:
+        load_adapter(denoiser, found)
+    elif weights and adapter and m.lora is not None:
         add_lora(denoiser, **m.lora.model_dump(), seed=seeding.derive(config.run.seed, "lora"))
     if weights and m.gradient_checkpointing:
         denoiser.module.gradient_checkpointing_enable()
@@ -110,7 +114,12 @@ def _chat_template(given: str | None) -> str | None:
     return path.read_text(encoding="utf-8")
 
 
-def _device(name: str) -> torch.device:
+def find_device(name: str) -> torch.device:
+    """The device of a name; "auto" is cuda if there is one, else the CPU.
+
+    Raises:
+        UserError: there is no such device, or it cannot be used.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -111,8 +111,9 @@ def add_lora(
 
 
 def add_second_adapter(denoiser: TransformersDenoiser) -> list[tuple[list[nn.Parameter], list[nn.Parameter]]]:
-    """Add another adapter of the same shape, zero and not trained, which reference_weights turns on.
+    """Add another adapter of the same shape, not trained, which reference_weights turns on.
 
+    It starts where the model does: a copy of an adapter that was loaded, else zero.
     It is none of the weights that are trained, sent, saved or merged.
 
     Returns:
@@ -125,8 +126,10 @@ def add_second_adapter(denoiser: TransformersDenoiser) -> list[tuple[list[nn.Par
     pairs = []
     for _, layer in _lora_layers(denoiser.module):
         second, trained = ([layer.lora_A[name].weight, layer.lora_B[name].weight] for name in (_SECOND, "default"))
-        for parameter in second:
-            nn.init.zeros_(parameter.requires_grad_(False))
+        with torch.no_grad():
+            for parameter, start in zip(second, trained, strict=True):
+                parameter.requires_grad_(False)
+                parameter.copy_(start) if denoiser.adapter_config is not None else parameter.zero_()
         pairs.append((second, trained))
     return pairs
 
@@ -231,7 +234,9 @@ def load_adapter(denoiser: TransformersDenoiser, folder: str | Path) -> int:
     linear = {path for path, module in denoiser.module.named_modules() if isinstance(module, (nn.Linear, LoraLayer))}
     foreign = sorted(paths - linear)
     if foreign:
-        raise UserError(f"{folder}: {len(foreign)} adapter modules are not in the model, first {foreign[0]}")
+        raise UserError(
+            f"{folder}: {len(foreign)} adapter modules are not in the model, first {foreign[0]}; {_other(family)}"
+        )
     head = next(path for path, m in denoiser.module.named_modules() if m is denoiser.module.get_output_embeddings())
     if head in paths and denoiser.module.config.tie_word_embeddings:
         raise UserError(f"{folder}: an adapter of the output head, which this model shares with its embedding")
@@ -255,9 +260,13 @@ def load_adapter(denoiser: TransformersDenoiser, folder: str | Path) -> int:
     misfit = {name for name in wanted.keys() & state.keys() if wanted[name].shape != state[name].shape}
     wrong = sorted(misfit | (wanted.keys() ^ state.keys()))
     if wrong:
-        raise UserError(f"{folder}: {len(wrong)} adapter weights do not fit, first {wrong[0]}")
+        raise UserError(f"{folder}: {len(wrong)} adapter weights do not fit, first {wrong[0]}; {_other(family)}")
     set_peft_model_state_dict(denoiser.adapter, state)
     return len(paths)
+
+
+def _other(family: Family) -> str:
+    return f"is it of another family than '{family.name}', or of a model of another size?"
 
 
 def _read(folder: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
