@@ -13,9 +13,11 @@ from dllm_rl.config.schema import Config
 from dllm_rl.driver.build import Run
 from dllm_rl.driver.drift import DriftGuard
 from dllm_rl.driver.prefetch import RolloutPrefetcher
+from dllm_rl.driver.start_model import with_start_model
 from dllm_rl.errors import RunStopped, UserError
 from dllm_rl.models.checkpoint import sampled_digest, weight_files
 from dllm_rl.models.loading import checkpoint_folder
+from dllm_rl.models.sources import base_of, is_adapter
 from dllm_rl.reports.progress import Progress
 from dllm_rl.reports.run_folder import RunFolder
 from dllm_rl.storage import checkpoint
