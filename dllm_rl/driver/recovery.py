@@ -68,9 +68,10 @@ def origin(run: Run, config: Config, folder: Path) -> dict[str, str]:
 
     The digest of a model is taken of samples of its files: another model differs everywhere.
     """
-    base = (
-        folder / "initial" if config.model.path is None else checkpoint_folder(config.model.path, config.model.revision)
-    )
+    given = with_start_model(config, folder).model
+    path = given.path or str(folder / "initial")
+    base = checkpoint_folder(base_of(path) if is_adapter(path) else path, given.revision)
+    adapter = sorted(Path(path).glob("adapter_model.*"))
     prompts = hashlib.blake2b(digest_size=16)
     for prompt in run.source.items:
         prompts.update(json.dumps([prompt.uid, list(prompt.token_ids), prompt.answer]).encode())
