@@ -66,14 +66,12 @@ def load(kind: Kind, name: str) -> Any:
     if ":" in name:
         return _load_path(kind, name)
     if (kind, name) in _RENAMED:
-        raise UserError(f"unknown {label(kind, name)}; it is named '{_RENAMED[kind, name]}' now, with the same options")
+        raise _unknown(kind, name)
     for point in entry_points(group=f"dllm_rl.{kind}"):
         if point.name == name:
             if point.dist is not None and point.dist.name == OWNER:
                 _check_owner(point.value.split(":")[0])
             return _load_path(kind, point.value)
-    if name.endswith(".py"):
-        raise UserError(f"{label(kind, name)}: say what in that file: '{name}:my_name'")
     raise _unknown(kind, name)
 
 
@@ -83,11 +81,15 @@ def require_known(kind: Kind, name: str) -> None:
     Raises:
         UserError: naming the nearest one.
     """
-    if ":" not in name and name not in names(kind):
+    if (kind, name) in _RENAMED or (":" not in name and name not in names(kind)):
         raise _unknown(kind, name)
 
 
 def _unknown(kind: Kind, name: str) -> UserError:
+    if (kind, name) in _RENAMED:
+        return UserError(f"unknown {label(kind, name)}; it is '{_RENAMED[kind, name]}' now, with the same options")
+    if name.endswith(".py"):
+        return UserError(f"{label(kind, name)}: say what in that file: '{name}:my_name'")
     own = "your own: 'my_file.py:Name' or 'package.module:Name'"
     return UserError(f"unknown {label(kind, name)}{nearest(name, names(kind))}; {own}")
 

@@ -56,7 +56,7 @@ def run_self_test(pool: RewardPool, task: Task, examples: Sequence[Example]) -> 
         if bool((values.isnan() & rewards.included).all()):
             raise UserError(
                 f"reward self-test: '{name}' gave no reward (None or NaN) for any of {len(texts)} completions, so it "
-                f"would teach nothing; return a number where it applies, or take it out of 'rewards:'"
+                f"would teach nothing; return a number where it applies, or take it out of 'rewards:' ({_SKIP})"
             )
     success = rewards.components[chosen]
     for row, (example, text, gold) in enumerate(rows):
@@ -70,11 +70,6 @@ def run_self_test(pool: RewardPool, task: Task, examples: Sequence[Example]) -> 
                 f"scored {success[row]:g} in '{chosen}', expected {'at least 1' if gold else 'less than 1'}; "
                 f"{_remedy(task, example, chosen)}"
             )
-    if not compares and bool(success.isnan().all()):
-        raise UserError(
-            f"reward self-test: '{chosen}' gave None, not applicable, for all of {len(rows)} completions, the first of "
-            f"example '{rows[0][0].uid}'; return a number, or, if only other completions get one, {_SKIP}"
-        )
 
 
 def _remedy(task: Task, example: Example, name: str) -> str:

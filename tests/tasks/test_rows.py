@@ -191,5 +191,5 @@ def test_one_source_is_named():
 
 
 def test_the_old_name_says_the_new_one():
-    with pytest.raises(ValueError, match="unknown task 'jsonl'; it is named 'rows' now"):
+    with pytest.raises(ValueError, match="unknown task 'jsonl'; it is 'rows' now"):
         registry.load("tasks", "jsonl")
