@@ -4,8 +4,19 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
-from collections.abc import Iterable
-from typing import ClassVar
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import ClassVar, Literal
+
+# What to make smaller when memory runs out there; docs/memory.md has the terms of each phase.
+_SMALLER = {
+    "loading": "set model.dtype: bfloat16, model.lora with model.quantize: nf4, or more learner ranks",
+    "rollout": "lower engine.max_batch_tokens, rollout.rows_per_call or sampling.max_new_tokens",
+    "scoring": "lower learner.tokens_per_microbatch",
+    "update": "lower learner.tokens_per_microbatch, or set model.gradient_checkpointing: true",
+    "optimiser step": "set model.lora, learner.master_weights: stochastic_rounding, or learner.backend: deepspeed with "
+    "offload_optimizer: true",
+}
 
 
 class UserError(ValueError):
@@ -26,6 +37,10 @@ class Drifted(RunStopped):
     """A run that went beyond a limit of its section drift, and has saved a checkpoint (exit code 3)."""
 
     exit_code = 3
+
+
+class OutOfMemory(RunStopped):
+    """Memory ran out in a phase of which it is known what to make smaller."""
 
 
 class PushError(RunStopped):
@@ -66,6 +81,32 @@ def nearest(name: str, known: Iterable[str], *, where: str = "", list_known: boo
     if near:
         return f"; nearest is '{where}{near[0]}'"
     return f"; known: {', '.join(where + one for one in known) or 'none'}" if list_known else ""
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether an exception says that memory ran out: of torch on any device, of Python, of numpy, of Ray's monitor."""
+    # By name: this module is imported where torch and Ray are not. On the CPU torch has no class for it.
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or (isinstance(error, RuntimeError) and "DefaultCPUAllocator: " in str(error))
+
+
+@contextmanager
+def memory_for(phase: Literal["loading", "rollout", "scoring", "update", "optimiser step"]) -> Iterator[None]:
+    """Inside, memory that runs out is told in one line: the phase, what was asked for, what to make smaller.
+
+    Raises:
+        OutOfMemory: instead of torch's and Python's own exceptions.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OutOfMemory) or not is_out_of_memory(error):
+            raise  # a phase within this one knows better
+        asked = str(error).strip().replace("\n", " ")[:240] or type(error).__name__
+        raise OutOfMemory(
+            f"out of memory in phase '{phase}' ({asked}); {_SMALLER[phase]}, then go on with --resume; dllm-rl "
+            f"plan CONFIG says what takes how much"
+        ) from error
 
 
 def first_line(error: BaseException) -> str:

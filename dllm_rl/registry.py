@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import importlib
 import sys
+import sysconfig
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any, Literal
 
-from dllm_rl.errors import RunStopped, UserError, nearest
+from dllm_rl.errors import RunStopped, UserError, is_out_of_memory, nearest
 
 Kind = Literal[
     "algorithms", "engines", "strategies", "rewards", "tasks", "rollouters", "families", "transports", "caches"
@@ -20,6 +23,7 @@ Kind = Literal[
 
 OWNER = "dllm-rl"
 _OWNED_PACKAGES = ("algorithms", "rollouts", "rewards")
+_NOT_THE_USERS = (*{sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")}, str(Path(__file__).parent))
 
 
 def names(kind: Kind) -> list[str]:
@@ -44,7 +48,21 @@ def load(kind: Kind, name: str) -> Any:
             if point.dist is not None and point.dist.name == OWNER:
                 _check_owner(point.value.split(":")[0])
             return _load_path(kind, point.value)
-    raise UserError(f"unknown {label(kind, name)}{nearest(name, names(kind))}; your own: 'package.module:Name'")
+    raise _unknown(kind, name)
+
+
+def require_known(kind: Kind, name: str) -> None:
+    """Refuse a name that no distribution registers.
+
+    Raises:
+        UserError: naming the nearest one.
+    """
+    if ":" not in name and name not in names(kind):
+        raise _unknown(kind, name)
+
+
+def _unknown(kind: Kind, name: str) -> UserError:
+    return UserError(f"unknown {label(kind, name)}{nearest(name, names(kind))}; your own: 'package.module:Name'")
 
 
 def label(kind: Kind, name: str) -> str:
@@ -74,13 +92,25 @@ def plugin_boundary(kind: Kind, name: str, clause: str, module_name: str) -> Ite
     try:
         yield
     except Exception as error:
-        out_of_memory = getattr(sys.modules.get("torch"), "OutOfMemoryError", MemoryError)  # reward workers lack torch
-        if isinstance(error, UserError | RunStopped | MemoryError | out_of_memory) or is_ours(module_name):
+        if isinstance(error, UserError | RunStopped) or is_out_of_memory(error) or is_ours(module_name):
             raise
         raise UserError(
-            f"{label(kind, name)}: {clause} raised {type(error).__name__}: {' '.join(str(error).split())}; "
-            f"DLLM_RL_DEBUG=1 shows the traceback"
+            f"{label(kind, name)}: {clause} raised {type(error).__name__}: {' '.join(str(error).split())}"
+            f"{_place(error)}; DLLM_RL_DEBUG=1 shows the traceback"
         ) from error
+
+
+def _place(error: Exception) -> str:
+    """Where it was raised, " (my_rewards.py, line 3)": the innermost line outside Python itself and packages.
+
+    Args:
+        error: whose traceback is looked at; a SyntaxError says it in its message.
+    """
+    if isinstance(error, SyntaxError):
+        return ""
+    frames = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
+    own = [(file, line) for file, line in frames if file[0] != "<" and not file.startswith(_NOT_THE_USERS)]
+    return f" ({own[-1][0]}, line {own[-1][1]})" if own else ""
 
 
 def _load_path(kind: Kind, path: str) -> Any:

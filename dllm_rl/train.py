@@ -16,20 +16,21 @@ from dllm_rl.driver.build import Run, build_run
 from dllm_rl.driver.collect import Collected
 from dllm_rl.driver.drift import DriftGuard
 from dllm_rl.driver.prefetch import RolloutPrefetcher
-from dllm_rl.driver.recovery import State, recover, starting_point
+from dllm_rl.driver.recovery import State, check_origin, origin, recover, set_aside, starting_point
 from dllm_rl.driver.reference_cache import ReferenceCache
 from dllm_rl.driver.step import one_step
 from dllm_rl.errors import Drifted
 from dllm_rl.evaluation.evaluate import Evaluation
-from dllm_rl.learner import checkpoint
 from dllm_rl.learner.diagnostics import advice
-from dllm_rl.reports.clock import Clock
+from dllm_rl.reports.clock import Clock, Due
 from dllm_rl.reports.plot import plot_run
 from dllm_rl.reports.progress import Progress, Quiet
 from dllm_rl.reports.provenance import provenance
 from dllm_rl.reports.run_folder import RunFolder
 from dllm_rl.reports.tracking import Trackers
 from dllm_rl.reward_pool.self_test import run_self_test
+from dllm_rl.storage import checkpoint
+from dllm_rl.storage.lock import held
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,9 +79,13 @@ def train(
     """
     progress, seed, total_steps = progress or Quiet(), config.run.seed, config.run.steps
     folder = Path(config.run.output) / config.run.name
-    found = starting_point(config, folder, resume, from_checkpoint, progress)
     clock = Clock()
     with ExitStack() as stack:
+        stack.enter_context(held(folder, progress.log))
+        found = starting_point(config, folder, resume, from_checkpoint, progress)
+        if found is not None and from_checkpoint is None and checkpoint.step(found) >= total_steps:
+            progress.log(f"nothing to do: '{folder}' has all {total_steps} steps; set a larger run.steps to go on")
+            return Summary(folder=folder, steps=checkpoint.step(found), before=(), after=(), seconds={})
         trackers = stack.enter_context(Trackers(config, folder, progress.log))
 
         def told(step: int, metrics: Mapping[str, float]) -> None:
@@ -97,22 +102,27 @@ def train(
             prefetcher = stack.enter_context(RolloutPrefetcher(run, config))
             drift = DriftGuard(config.drift)
             state = State(run, prefetcher, drift)
+            records.about = origin(run, config, folder)
             if found is not None:
+                check_origin(found, records.about, config, progress)
                 state.load(found)
             run.weights.verify()
-            records.rewind(-1 if found is None else learner.step)
+            set_aside(records, -1 if found is None else learner.step, progress)
+            if missing := records.rewind(found):
+                progress.log(f"{', '.join(missing)}: no longer in '{folder}'; going on without the rows until now")
             records.write_config(dump(config.model_copy(update={"provenance": provenance()})))
             references = ReferenceCache(run, config, folder)
             references.prepare(learner.step, total_steps, progress)
         before: Sequence[Evaluation] = ()
         after: Sequence[Evaluation] = ()
-        if config.evaluate.at_start and found is None:
+        if config.evaluate.at_start and found is None and not stop():
             before = _hold_out(run, prefetcher, records, clock, seed, progress)
         advance = stack.enter_context(progress.track("training", total_steps))
         advance(learner.step, "")
 
-        meters, stopping = UsageMeter(), drift.verdict is not None
+        meters, stopping = UsageMeter(), stop() or drift.verdict is not None
         meters.read(run.actors)
+        saved = Due(config.checkpoint.every_steps, config.checkpoint.every_minutes)
         while learner.step < total_steps and not stopping:
             step = learner.step
             try:
@@ -128,12 +138,9 @@ def train(
                 last, stopping = learner.step == total_steps, stop() or drift.verdict is not None
                 if _due(learner.step, config.evaluate.every_steps) or (last and config.evaluate.at_end):
                     after = _hold_out(run, prefetcher, records, clock, seed, progress)
-                if _due(learner.step, config.checkpoint.every_steps) or last or stopping:
-                    with clock("checkpoint_s"):
-                        counters = {"seconds": clock.seconds}
-                        checkpoint.write(
-                            records.checkpoints, learner.step, counters, state.save, keep=config.checkpoint.keep
-                        )
+                if saved.at(learner.step) or last or stopping:
+                    with clock("checkpoint_s"), saved:
+                        records.save(learner.step, {"seconds": clock.seconds}, state.save, keep=config.checkpoint.keep)
             except WorkerLost as lost:
                 advance(recover(state, records, lost, config, progress) - step, "")
     plot_run(records.metrics(), records.path / "plot.png", title=config.run.name)

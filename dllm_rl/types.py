@@ -16,14 +16,11 @@ import torch
 from torch import Tensor
 
 from dllm_rl.errors import UserError
+from dllm_rl.literals import BlockOrigin as BlockOrigin
+from dllm_rl.literals import Confidence, Finish, Schedule
 
 _EACH_ROW = torch.empty(0, dtype=torch.int64)  # default of RolloutBatch.episode and turn
 GIVEN = -1  # unmask_step of a position that was given (prompt, injected token, padding), not generated
-
-Finish = Literal["eos", "length", "paused"]
-BlockOrigin = Literal["response", "sequence"]
-Schedule = Literal["static", "uniform", "timesteps", "ancestral"]
-Confidence = Literal["model", "sampled"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -79,11 +79,6 @@ def requests(
         want = [(prompt.uid, sample) for prompt in prompts for sample in range(samples_per_prompt)]
         if [(t.prompt_uid, t.sample) for t in partial] != want:
             raise UserError("partial must hold the trajectories of the same prompts and samples, in the same order")
-    if denoiser.block_size is not None and sampling.block_size not in (None, denoiser.block_size):
-        raise UserError(
-            f"sampling.block_size = {sampling.block_size}, but this block-causal model decodes blocks of "
-            f"{denoiser.block_size}; set sampling.block_size to {denoiser.block_size} or leave it out"
-        )
     check_sampling(denoiser, sampling)
     for prompt in prompts:
         length = len(prompt.token_ids) + sampling.max_new_tokens

@@ -32,15 +32,15 @@ PROJECT = ("dllm_rl", *PLUGINS)
 
 # A module may import what stands in a line above its own, and its own package. The longest matching name decides.
 LAYERS: list[list[str]] = [
-    ["dllm_rl", "dllm_rl.errors", "dllm_rl.seeding"],
+    ["dllm_rl", "dllm_rl.errors", "dllm_rl.literals", "dllm_rl.seeding"],
     ["dllm_rl.types", "dllm_rl.registry"],
     ["dllm_rl.protocols"],
-    ["dllm_rl.config", "dllm_rl.diffusion"],
+    ["dllm_rl.config", "dllm_rl.diffusion", "dllm_rl.storage"],
     ["dllm_rl.models", "dllm_rl.data", "dllm_rl.tasks"],
     ["dllm_rl.cluster", "dllm_rl.learner", "dllm_rl.reports", "dllm_rl.reward_pool", "dllm_rl.weight_transfer"],
     ["dllm_rl.evaluation", "dllm_rl.workers"],
     ["dllm_rl.driver"],
-    ["dllm_rl.train", "dllm_rl.conformance"],
+    ["dllm_rl.train", "dllm_rl.conformance", "dllm_rl.planning"],
     ["dllm_rl.api"],
     ["dllm_rl.cli"],
     ["dllm_rl.__main__"],
@@ -185,7 +185,7 @@ class A:
 
 def test_the_package_stays_small():
     """A growth that is worth it raises the number in the same commit, which says what was taken out to pay for it."""
-    assert sum(code_lines(path.read_text(encoding="utf-8")) for path in sources("dllm_rl")) <= 12040
+    assert sum(code_lines(path.read_text(encoding="utf-8")) for path in sources("dllm_rl")) <= 15040
 
 
 @pytest.mark.parametrize("module", ["dllm_rl.types", "dllm_rl.protocols", "dllm_rl.diffusion"])

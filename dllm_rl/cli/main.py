@@ -68,10 +68,8 @@ def train(
     quiet: Quiet = False,
 ) -> None:
     """Train. Example: dllm-rl train configs/sudoku4_rl.yaml run.seed=1 learner.lr=3e-5."""
+    loaded = _load(config, overrides)
     from dllm_rl.cli.output import evaluation_table, stdout, write_json
-    from dllm_rl.config.load import load_config
-
-    loaded = load_config(config, overrides or [])
     from dllm_rl.cli.signals import terminated
     from dllm_rl.train import train as run
 
@@ -109,9 +107,7 @@ def submit(
     wait: Annotated[bool, typer.Option(help="stream the log and return the job's exit code")] = True,
 ) -> int:
     """Train on a Ray cluster. Example: dllm-rl submit configs/tiny_sudoku_ray.yaml --address http://head:8265."""
-    from dllm_rl.config.load import load_config
-
-    load_config(config, overrides or [])  # a typing error is known here, not in a job's log
+    _load(config, overrides)  # a typing error is known here, not in a job's log
     from dllm_rl.cli.submit import run_submit
 
     return run_submit(
@@ -133,6 +129,8 @@ def evaluate(
     quiet: Quiet = False,
 ) -> None:
     """Evaluate on held-out examples. Example: dllm-rl eval runs/sudoku4-rl evaluate.limit=1000."""
+    if not target.is_dir():
+        _load(target, overrides)  # before the imports below, which take seconds
     from dllm_rl.cli.output import evaluation_table, stdout, write_json
     from dllm_rl.driver.evaluate_target import evaluate_target
 
@@ -205,6 +203,38 @@ def show_config(config: Annotated[Path, typer.Argument(help="YAML file")], overr
 
 
 @app.command()
+def plan(
+    config: Annotated[Path, typer.Argument(help="YAML file")],
+    overrides: Overrides = None,
+    card: Annotated[
+        str | None, typer.Option(help="device: h100-80gb, rtx4090-24gb, ...; default: what is here")
+    ] = None,
+    memory_gb: Annotated[float | None, typer.Option(help="memory of a device, 10^9 bytes")] = None,
+    tflops: Annotated[float | None, typer.Option(help="dense bfloat16 TFLOP/s of a device")] = None,
+    utilisation: Annotated[float, typer.Option(min=0.001, max=1, help="share of them that a run reaches")] = 0.3,
+    like: Annotated[Path | None, typer.Option(help="run folder: take the speed that it had")] = None,
+    price: Annotated[float | None, typer.Option(min=0, help="of a device and hour, in any currency")] = None,
+    json: JsonPath = None,
+) -> int:
+    """Rows, memory and hours of a run before it starts. Example: dllm-rl plan my.yaml --card rtx4090-24gb."""
+    from dllm_rl.config.load import load_config
+
+    loaded = load_config(config, overrides or [])
+    from dllm_rl.cli.plan import run_plan
+
+    return run_plan(
+        loaded,
+        card=card,
+        memory_gb=memory_gb,
+        tflops=tflops,
+        utilisation=utilisation,
+        like=like,
+        price=price,
+        json_path=json,
+    )
+
+
+@app.command()
 def check_plugin(
     kind: Annotated[str | None, typer.Argument(help="algorithms, engines, strategies, rewards, tasks, ...")] = None,
     name: Annotated[str | None, typer.Argument(help="registered name, or package.module:Name")] = None,
@@ -230,9 +260,7 @@ def draws(
     quiet: Quiet = False,
 ) -> None:
     """How many draws does the likelihood need? Example: dllm-rl draws configs/sudoku4_rl.yaml algorithm.name=espo."""
-    from dllm_rl.config.load import load_config
-
-    loaded = load_config(config, overrides or [])
+    loaded = _load(config, overrides)
     from dllm_rl.cli.draws import run_draws
 
     run_draws(loaded, vary, rows=rows, redraws=redraws, plot=plot, json_path=json, progress=_progress(quiet))
@@ -249,6 +277,16 @@ def demo(
     from dllm_rl.cli.demo import run_demo
 
     run_demo(seed, output, json, _progress(quiet))
+
+
+def _load(config: Path, overrides: list[str] | None) -> Any:
+    """The configuration, refused for a misspelt key or plugin before torch is imported."""
+    from dllm_rl.config.load import load_config
+    from dllm_rl.config.names import check_names
+
+    loaded = load_config(config, overrides or [])
+    check_names(loaded)
+    return loaded
 
 
 def _progress(quiet: bool) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dllm_rl.evaluation.evaluate import Evaluation
+from dllm_rl.storage import files
 
 
 def stdout() -> Console:
@@ -24,9 +24,8 @@ def write_json(path: Path | None, values: Mapping[str, Any]) -> None:
     """Write a result in one rename."""
     if path is None:
         return
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    with files.explained(f"--json {path} cannot be written", path.parent):
+        files.replace(path, json.dumps(values, indent=1) + "\n")
 
 
 def evaluation_table(title: str, rows: Sequence[tuple[str, Evaluation]]) -> Table:

@@ -47,6 +47,7 @@ class LocalWorkerGroup(WorkerGroup[W]):
     @override
     def restart(self, ranks: Sequence[int]) -> None:
         for rank in ranks:
+            self._end(self._workers[rank])
             self._workers[rank] = self._build(WorkerRank(rank=rank, size=self.size))
 
     @override
@@ -56,7 +57,10 @@ class LocalWorkerGroup(WorkerGroup[W]):
     @override
     def close(self) -> None:
         for worker in self._workers:
-            close = getattr(worker, "close", None)
-            if close is not None:
-                close()
+            self._end(worker)
         self._workers = []
+
+    def _end(self, worker: W) -> None:
+        close = getattr(worker, "close", None)
+        if close is not None:
+            close()

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from dllm_rl.config.section import Plugin, Section
 from dllm_rl.errors import UserError
@@ -135,6 +135,12 @@ class LearnerSection(Section):
     """Folder of precomputed scores, shared by runs over the same data and seed; null = inside the run folder."""
     tokens_per_microbatch: int = Field(default=1 << 14, ge=1)
     """Padded tokens per forward; the loss does not depend on it."""
+
+    @model_validator(mode="after")
+    def _decay_rates(self) -> Self:
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"betas = {list(self.betas)}: each must be at least 0 and below 1, such as [0.9, 0.999]")
+        return self
 
 
 def check(cluster: ClusterSection, rollout: RolloutSection, learner: LearnerSection, *, quantized: bool) -> None:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import copy
 import re
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from dllm_rl.config.presets import with_preset
 from dllm_rl.config.schema import Config
 from dllm_rl.config.section import flatten
-from dllm_rl.errors import UserError, nearest
+from dllm_rl.errors import UserError, first_line, nearest
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -66,13 +67,24 @@ def resumable(stored: Path, config: Config) -> list[str]:
         stored: config.yaml of the run folder.
         config: what is asked for now.
     Returns:
-        one text per changed key, "learner.lr 0.001 -> 0.0001"; the length of the run and where it runs do not count.
+        one text per changed key, "learner.lr 0.001 -> 0.0001"; where it runs does not count, and its length only
+        where the learning rate depends on it.
     Raises:
-        UserError: a changed key that decides what the checkpoint holds.
+        UserError: a changed key that decides what the checkpoint holds, or no readable configuration.
     """
-    old, new = (flatten(c.model_dump(mode="json")) for c in (load_config(stored), config))
+    try:
+        before = load_config(stored)
+    except (UserError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"the run's own configuration cannot be read ({first_line(error)}); to go on with the one given now, write "
+            f"that into it: dllm-rl show-config CONFIG > {stored}"
+        ) from error
+    old, new = (flatten(c.model_dump(mode="json")) for c in (before, config))
     changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
-    changed = [key for key in changed if not key.startswith(("provenance", "run.output", "run.steps", "model.device"))]
+    silent: tuple[str, ...] = ("provenance", "run.output", "run.name", "model.device")
+    if {before.learner.schedule, config.learner.schedule} == {"constant"} and config.learner.warmup_ratio is None:
+        silent += ("run.steps",)
+    changed = [key for key in changed if not key.startswith(silent)]
     texts = {key: f"{key} {old.get(key)!r} -> {new.get(key)!r}" for key in changed}
     fixed = [text for key, text in texts.items() if key.startswith("model.") or key == "run.seed"]
     if fixed:
@@ -84,12 +96,20 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     """YAML with duplicate keys refused (PyYAML silently keeps the last) and 1e-6 read as a number."""
 
 
+_MERGE = "tag:yaml.org,2002:merge"
+
+
 def _unique_mapping(loader: _UniqueKeyLoader, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-    keys = [loader.construct_object(key, deep=True) for key, _ in node.value]
-    for key in keys:
-        if keys.count(key) > 1:
-            raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is given twice", node.start_mark)
-    return dict(zip(keys, (loader.construct_object(value, deep=True) for _, value in node.value), strict=True))
+    seen: set[Any] = set()
+    for place, _ in node.value:
+        key = "<<" if place.tag == _MERGE else loader.construct_object(place, deep=True)
+        problem = "is given twice" if isinstance(key, Hashable) and key in seen else "cannot be a key"
+        if problem == "is given twice" or not isinstance(key, Hashable):
+            raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} {problem}", place.start_mark)
+        seen.add(key)
+    loader.flatten_mapping(node)  # what `<<` brings in comes first, so that the mapping's own keys win
+    made = ([loader.construct_object(one, deep=True) for one in pair] for pair in node.value)
+    return {key: value for key, value in made}
 
 
 _UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _unique_mapping)
@@ -99,13 +119,27 @@ _UniqueKeyLoader.add_implicit_resolver(
 )
 
 
+# PyYAML reads "\ud83d" as half a character, which can be printed and written nowhere.
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
+
+
 def _parse(text: str, where: str) -> Any:
+    if any("\ud800" <= letter <= "\udfff" for letter in text) or _SURROGATE.search(text):
+        raise UserError(
+            f"{where}: it holds half of a surrogate pair, which is no character; write the character itself"
+        )
     try:
         return yaml.load(text, Loader=_UniqueKeyLoader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark is not None else ""
         raise UserError(f"{where}{line}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+    except RecursionError:
+        raise UserError(
+            f"{where}: it is nested too deeply to be a configuration; sections are a few levels deep"
+        ) from None
+    except ValueError as error:  # a date or a number that YAML recognises and Python cannot hold
+        raise UserError(f"{where}: not valid YAML: {first_line(error)}; put the value in quotes") from None
 
 
 def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
@@ -115,29 +149,48 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         raise UserError(f"no configuration file '{path}'{hint}")
     if path.resolve() in seen:
         raise UserError(f"'{path}' extends itself, by way of {' -> '.join(p.name for p in seen)}")
-    values = _parse(path.read_text(encoding="utf-8"), str(path))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise UserError(f"'{path}', line {line}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
+    values = _parse(text, str(path))
     if not isinstance(values, dict):
         raise UserError(f"'{path}' holds {type(values).__name__}, expected sections such as 'run:' and 'model:'")
+    values = {key: value for key, value in values.items() if not str(key).startswith("x-")}  # places for anchors
     parent = values.pop("extends", None)
     if parent is None:
         return values
-    return _overlay(_read(path.parent / str(parent), (*seen, path.resolve())), values)
+    if not isinstance(parent, str):
+        raise UserError(f"'{path}': extends = {parent!r}: name one file, as in 'extends: base.yaml'")
+    return _overlay(_read(path.parent / parent, (*seen, path.resolve())), values)
 
 
 def _overlay(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in top.items():
         below = base.get(key)
-        if isinstance(value, dict) and isinstance(below, dict) and not _renames(key, below, value):
+        if isinstance(value, dict) and isinstance(below, dict) and not _renames(key, base, value):
             merged[key] = _overlay(below, value)
         else:
             merged[key] = value
     return merged
 
 
-def _renames(key: str, below: dict[str, Any], value: dict[str, Any]) -> bool:
+def _renames(key: str, base: dict[str, Any], value: dict[str, Any]) -> bool:
     """Whether it is another plugin: the options of the first one mean nothing to it. A run's name is not a plugin's."""
-    return key != "run" and "name" in value and below.get("name", value["name"]) != value["name"]
+    if key == "run" or "name" not in value:
+        return False
+    before = base[key].get("name", _default_name(key, base))
+    return before is not None and before != value["name"]
+
+
+def _default_name(key: str, section: Mapping[str, Any]) -> str | None:
+    """The plugin that options without a name belong to, in a section that holds them."""
+    if key == "strategy":
+        named: str = with_preset({"preset": section.get("preset"), key: {}}).get(key, {}).get("name", "low_confidence")
+        return named
+    return {"engine": "native", "rollouter": "single_turn"}.get(key)
 
 
 def _apply(values: dict[str, Any], override: str) -> None:
@@ -145,6 +198,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
     if not equals or not key.strip():
         raise UserError(f"override '{override}': expected section.key=value, for example learner.lr=2e-6")
     node: Any = values
+    above: dict[str, Any] = {}
     *parents, last = key.strip().split(".")
     for part in parents:
         if isinstance(node, list):
@@ -152,15 +206,14 @@ def _apply(values: dict[str, Any], override: str) -> None:
         elif isinstance(node, dict):
             if node.get(part) is None:
                 node[part] = {}
-            node = node[part]
+            above, node = node, node[part]
         else:
             raise UserError(f"override '{key}': '{part}' is inside a plain value, not a section")
     value = _parse(text, f"override '{key}'")
     if isinstance(node, list):
         node[_position(node, last, key)] = value
     elif isinstance(node, dict):
-        changed_plugin = last == "name" and "name" in node and node["name"] != value and parents != ["run"]
-        if changed_plugin:
+        if last == "name" and node and parents and _renames(parents[-1], {**above, parents[-1]: node}, {"name": value}):
             node.clear()  # as in _overlay: another plugin, other options
         node[last] = value
     else:
@@ -183,16 +236,34 @@ def _explain(error: dict[str, Any]) -> str:
         return f"missing key '{key}'"
     message = str(error["msg"]).removeprefix("Value error, ")
     value = error.get("input")
-    shown = f" = {value!r}" if not isinstance(value, dict | list | BaseModel) else ""
+    if error["type"] in ("model_type", "model_attributes_type", "dict_type"):
+        known = [name for name, field in getattr(_section_at(location), "model_fields", {}).items()]
+        keys = f" with keys such as {', '.join(known[:4])}" if known else ""
+        written = f"'{location[-1]}: {{{(known or ['key'])[0]}: ...}}'"
+        return f"{key} = {_short(value)}: must be a section{keys}, written {written}"
+    if error["type"] in ("list_type", "tuple_type") and isinstance(value, dict):
+        return f"{key}: must be a list, it is a mapping; put '- ' before each entry, or write [{{...}}]"
+    shown = f" = {_short(value)}" if not isinstance(value, dict | list | BaseModel) else ""
     return f"{key}{shown}: {message[0].lower()}{message[1:]}" if key else message
 
 
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
 def _keys_at(location: Sequence[str]) -> list[str]:
-    model: Any = Config
+    return list(getattr(_section_at(location), "model_fields", {}))
+
+
+def _section_at(location: Sequence[str]) -> type[BaseModel] | None:
+    """The section at a place of the configuration, if there is one."""
+    model: type[BaseModel] | None = Config
     for part in location:
-        if not part.isdigit():
-            model = _model_in(model.model_fields[part].annotation)
-    return list(model.model_fields)
+        if model is not None and not part.isdigit():
+            field = model.model_fields.get(part)
+            model = None if field is None else _model_in(field.annotation)
+    return model
 
 
 def _model_in(annotation: Any) -> type[BaseModel] | None:

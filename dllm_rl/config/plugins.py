@@ -108,7 +108,9 @@ def _checked(where: str, value: Any, annotation: Any) -> Any:
 
     if annotation is Any:
         return value
-    adapter: Any = TypeAdapter(annotation, config={"strict": True, "arbitrary_types_allowed": True})
+    adapter: Any = TypeAdapter(
+        annotation, config={"strict": True, "arbitrary_types_allowed": True, "allow_inf_nan": False}
+    )
     try:
         try:
             found = adapter.validate_json(json.dumps(value))  # JSON has lists alone, so they are taken for tuples

@@ -6,15 +6,15 @@ options; those are checked against the plugin's Config when it is built.
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from dllm_rl.config.cluster import ClusterSection, LearnerSection, RolloutSection, check
 from dllm_rl.config.presets import with_preset
-from dllm_rl.config.section import Plugin, Section
+from dllm_rl.config.section import PathText, Plugin, Section
 from dllm_rl.errors import UserError
-from dllm_rl.types import Confidence, Schedule
+from dllm_rl.literals import Confidence, Schedule
 
 
 class RewardPlugin(Plugin):
@@ -29,13 +29,13 @@ class RewardPlugin(Plugin):
 class RunSection(Section):
     """What to call the run and how long it is."""
 
-    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9._-]+$")
+    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9._-]*[A-Za-z0-9_-][A-Za-z0-9._-]*$")
     """Name of the run and of its folder below ``output``."""
     seed: int = Field(default=0, ge=0)
     """Seed of every random draw."""
     steps: int = Field(ge=1)
     """Batches to train on; each makes learner.updates_per_step times learner.minibatches optimiser updates."""
-    output: str = "runs"
+    output: PathText = Field(default="runs", pattern=r"^[^\x00]+$")
     """Parent folder of run folders."""
     threads: int | None = Field(default=None, ge=1)
     """CPU threads for torch; null leaves torch's default."""
@@ -86,7 +86,7 @@ class LoraSection(Section):
 class TeacherSection(Section):
     """Another network in the place of the reference policy, over the vocabulary of the model."""
 
-    path: str = Field(min_length=1)
+    path: PathText = Field(min_length=1)
     """Local folder or hub name."""
     family: str | None = None
     """Model family, by entry point or "package.module:Name"; null = by config.json."""
@@ -99,7 +99,7 @@ class TeacherSection(Section):
 class ModelSection(Section):
     """Which network."""
 
-    path: str | None = None
+    path: PathText | None = None
     """Local folder or hub name; a run (its newest checkpoint), a checkpoint, or an adapter, whose base is found by its
     adapter_config.json and which is trained on. Exactly one of ``path`` and ``init``."""
     merge_adapter: bool = False
@@ -200,9 +200,9 @@ class SamplingSection(Section):
     """Rank positions by the model's distribution, or by the tempered and filtered one that tokens are sampled from."""
     cfg_scale: float = Field(default=0.0, ge=0)
     """Classifier-free guidance, 0 = none; doubles the forwards. Full attention without shift only."""
-    suppress_tokens: tuple[int, ...] = ()
+    suppress_tokens: tuple[Annotated[int, Field(ge=0)], ...] = ()
     """Token ids that are never generated."""
-    defer_tokens: tuple[int, ...] = ()
+    defer_tokens: tuple[Annotated[int, Field(ge=0)], ...] = ()
     """Token ids whose positions are committed last."""
     strategy: Plugin = Plugin(name="low_confidence")
     """Which positions to commit."""
@@ -252,7 +252,7 @@ class EvaluateSection(Section):
     """Held-out examples, the first ones of a fixed shuffle; null = all."""
     temperature: float = Field(default=0.0, ge=0)
     """0 = greedy."""
-    tokens_per_step: list[int] | None = Field(default=None, min_length=1)
+    tokens_per_step: list[Annotated[int, Field(ge=1)]] | None = Field(default=None, min_length=1)
     """Speeds to evaluate at; null = the training one."""
     strategy: Plugin | None = None
     """Which positions to commit; null = as in training."""
@@ -304,7 +304,9 @@ class CheckpointSection(Section):
     """When state is saved."""
 
     every_steps: int | None = Field(default=None, ge=1)
-    """Save every so many steps; null = only at the end."""
+    """Save every so many steps; null = by the clock and at the end."""
+    every_minutes: float | None = Field(default=15.0, gt=0)
+    """Save after the step in which so many minutes have passed since the last time; null = never by the clock."""
     keep: int = Field(default=2, ge=1)
     """Newest checkpoints kept."""
 
@@ -338,4 +340,14 @@ class Config(Section):
     @model_validator(mode="after")
     def _parts_fit(self) -> Config:
         check(self.cluster, self.rollout, self.learner, quantized=self.model.quantize is not None)
+        canvas, speeds = self.sampling.max_new_tokens, self.evaluate.tokens_per_step or []
+        for key, speed in (("sampling", self.sampling.tokens_per_step), *(("evaluate", speed) for speed in speeds)):
+            if speed > canvas:
+                raise UserError(
+                    f"{key}.tokens_per_step = {speed}: a completion has sampling.max_new_tokens = {canvas} tokens; set "
+                    f"at most {canvas}"
+                )
+        for speed in speeds:
+            if speeds.count(speed) > 1:
+                raise UserError(f"evaluate.tokens_per_step lists {speed} twice; leave one of them out")
         return self

@@ -16,6 +16,7 @@ from dllm_rl.conformance import cases
 from dllm_rl.conformance.violation import Violation, require
 from dllm_rl.data.collate import collate
 from dllm_rl.diffusion import likelihood, masking
+from dllm_rl.driver.check_answer import AnswerCheck, Asked
 from dllm_rl.errors import UnknownWeight
 from dllm_rl.models.denoiser import TransformersDenoiser
 from dllm_rl.models.digest import tensor_digests
@@ -163,32 +164,14 @@ def seeds_decide(subject: Subject, family: str, denoiser: TransformersDenoiser) 
 
 
 def trajectories_are_complete(subject: Subject, family: str, denoiser: TransformersDenoiser) -> None:
-    """Events commit every generated position once, in order; given tokens stay; no mask token is left."""
-    for t, prompt in zip(subject.make(denoiser).generate(PROMPTS, SAMPLED, seed=0), PROMPTS, strict=True):
-        where = f"{family}, prompt {t.prompt_uid}"
-        start = len(prompt.token_ids)
-        require(t.prompt_length == start, f"{where}: prompt_length {t.prompt_length}")
-        require(t.tokens[:start].tolist() == list(prompt.token_ids), f"{where}: the prompt was changed")
-        require(len(t.tokens) == start + SAMPLED.max_new_tokens, f"{where}: {len(t.tokens)} tokens")
-        require(denoiser.mask_id not in t.tokens, f"{where}: a mask token is left")
-        for offset, token in prompt.injected.items():
-            kept = t.tokens[start + offset] == token and t.unmask_step[start + offset] == GIVEN
-            require(kept, f"{where}: the injected token at {offset} was generated over")
-        forwards, positions, tokens = t.events.T
-        decoded = (t.unmask_step >= 0) & (t.unmask_step < t.num_forwards)
-        require(bool((forwards.diff() >= 0).all()), f"{where}: events are out of order")
-        require(
-            torch.equal(positions.sort().values, decoded.nonzero().flatten()),
-            f"{where}: events commit {positions.tolist()}, unmask_step says {decoded.nonzero().flatten().tolist()}",
-        )
-        agree = torch.equal(t.unmask_step[positions], forwards) and torch.equal(t.tokens[positions], tokens)
-        require(agree, f"{where}: events contradict tokens or unmask_step")
-        every = forwards.unique().tolist() == list(range(t.num_forwards))
-        require(every, f"{where}: num_forwards {t.num_forwards}, but commits in {forwards.unique().tolist()}")
-        ends = [i for i in positions.sort().values.tolist() if int(t.tokens[i]) in denoiser.end_ids]
-        finish, end = ("eos", ends[0] + 1) if ends else ("length", len(t.tokens))
-        require((t.finish, t.completion_length) == (finish, end - start), f"{where}: {t.finish}, {t.completion_length}")
-        require(t.weights == WEIGHTS, f"{where}: weights {t.weights}, the engine was told {WEIGHTS}")
+    """Answers fit their requests, as every run checks: rows in order, given tokens kept, every generated position
+    committed once, no mask token left, lengths, finish and weights told as they are.
+    """
+    check = AnswerCheck(denoiser, subject.capabilities, {TRAIN: "low_confidence"})
+    for sampling in (GREEDY, SAMPLED, TEMPERED):
+        asked = Asked(prompts=PROMPTS, sampling=sampling, samples_per_prompt=2, weights=WEIGHTS)
+        problem = check(asked, subject.make(denoiser).generate(PROMPTS, sampling, seed=0, samples_per_prompt=2))
+        require(not problem, f"{family}: {problem}")
 
 
 def log_probabilities_are_the_learners(subject: Subject, family: str, denoiser: TransformersDenoiser) -> None:

@@ -14,7 +14,11 @@ T = TypeVar("T")
 
 
 class PromptSource(Generic[T]):
-    """Epochs of independently shuffled items, cut into batches; a batch may straddle two epochs."""
+    """Epochs of independently shuffled items, cut into batches; a batch may straddle two epochs.
+
+    Attributes:
+        items: all of them, in their own order.
+    """
 
     def __init__(self, items: Sequence[T], per_step: int, seed: int) -> None:
         """Hold the items.
@@ -26,17 +30,17 @@ class PromptSource(Generic[T]):
         """
         if not items:
             raise UserError("the training split is empty: there is nothing to train on")
-        self._items, self._per_step, self._seed = items, per_step, seed
+        self.items, self._per_step, self._seed = items, per_step, seed
         self._orders: dict[int, list[int]] = {}
 
     def batch(self, step: int) -> list[T]:
         """The items of a step (0-based); every item comes exactly once per epoch."""
         first = step * self._per_step
         places = range(first, first + self._per_step)
-        epochs = {place // len(self._items) for place in places}
+        epochs = {place // len(self.items) for place in places}
         self._orders = {epoch: self._orders.get(epoch) or self._order(epoch) for epoch in epochs}
-        return [self._items[self._orders[p // len(self._items)][p % len(self._items)]] for p in places]
+        return [self.items[self._orders[p // len(self.items)][p % len(self.items)]] for p in places]
 
     def _order(self, epoch: int) -> list[int]:
-        order: list[int] = torch.randperm(len(self._items), generator=generator_for(self._seed, "data", epoch)).tolist()
+        order: list[int] = torch.randperm(len(self.items), generator=generator_for(self._seed, "data", epoch)).tolist()
         return order

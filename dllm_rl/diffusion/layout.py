@@ -42,8 +42,20 @@ def check_sampling(denoiser: Denoiser, sampling: Sampling) -> None:
     """Refuse options of decoding that do not go with the model.
 
     Raises:
-        UserError: steps that do not divide over the model's blocks, guidance of a model that cannot have it.
+        UserError: blocks of another size than a block-causal model's, steps that do not divide over them, guidance of a
+            model that cannot have it, token ids that it does not have.
     """
+    for name in ("suppress_tokens", "defer_tokens"):
+        beyond = [token for token in getattr(sampling, name) if not 0 <= token < denoiser.vocab_size]
+        if beyond:
+            raise UserError(
+                f"sampling.{name}: the model has no token {beyond[0]}; its ids are 0 to {denoiser.vocab_size - 1}"
+            )
+    if denoiser.block_size is not None and sampling.block_size not in (None, denoiser.block_size):
+        raise UserError(
+            f"sampling.block_size = {sampling.block_size}, but this block-causal model decodes blocks of "
+            f"{denoiser.block_size}; set sampling.block_size to {denoiser.block_size} or leave it out"
+        )
     if sampling.cfg_scale and (denoiser.block_size is not None or denoiser.shift):
         raise UserError(
             f"sampling.cfg_scale = {sampling.cfg_scale}: guidance masks whole prompts, which block-causal models and "

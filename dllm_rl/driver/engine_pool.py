@@ -14,7 +14,8 @@ from typing import Any
 
 from dllm_rl.cluster.group import WorkerGroup, WorkerLost
 from dllm_rl.cluster.watchdog import HEARTBEAT_S, Watchdog
-from dllm_rl.protocols.engine import NO_WEIGHTS
+from dllm_rl.driver.check_answer import AnswerCheck, Asked
+from dllm_rl.protocols.engine import NO_WEIGHTS, TRAIN
 from dllm_rl.types import Prompt, Sampling, Trajectory
 from dllm_rl.workers.engine_worker import EngineWorker
 from dllm_rl.workers.packing import PackedTrajectories, pack, unpack
@@ -40,6 +41,7 @@ class EnginePool:
         hang_s: float,
         max_restarts: int,
         sleeps: bool = False,
+        check: AnswerCheck | None = None,
         log: Callable[[str], None],
     ) -> None:
         """Take over a group.
@@ -50,12 +52,13 @@ class EnginePool:
             hang_s: an engine that makes no forward for so long is ended.
             max_restarts: how many engines may be lost over the run.
             sleeps: engines share their devices with learners and make room for them.
+            check: compares answers with what was asked; None = they are taken as they come.
             log: told when one was lost.
         """
         self.group, self.weights, self.restarts = group, NO_WEIGHTS, 0
         self.sync_worker: Callable[[int], None] = lambda rank: None
         self._rows_per_call, self._max_restarts = rows_per_call, max_restarts
-        self._sleeps, self._log = sleeps, log
+        self._sleeps, self._check, self._log = sleeps, check, log
         self._watch = Watchdog(group, hang_s)
 
     def generate(
@@ -69,21 +72,41 @@ class EnginePool:
     ) -> list[Trajectory]:
         """Decode on all engines; the options are the others of RolloutEngine.generate.
 
+        An engine whose answer does not fit its request is built anew, and the call is made again, once.
+
         Raises:
             WorkerLost: more engines were lost than max_restarts.
+            RunStopped, UserError: the second answer does not fit either (UserError: a plugin of other people).
         """
         size = max(1, self._rows_per_call // samples_per_prompt)
         begins = range(0, len(prompts), size)
         parts = [prompts[begin : begin + size] for begin in begins]
         options |= {"samples_per_prompt": samples_per_prompt}
-        starts: list[PackedTrajectories | None] = [None] * len(parts)
+        begun: list[Sequence[Trajectory] | None] = [None] * len(parts)
         if partial is not None:
-            starts = [pack(partial[begin * samples_per_prompt :][: size * samples_per_prompt]) for begin in begins]
+            begun = [partial[begin * samples_per_prompt :][: size * samples_per_prompt] for begin in begins]
+        starts = [None if rows is None else pack(rows) for rows in begun]
         waiting, load = deque(range(len(parts))), [0] * self.group.size
         running: dict[Future[Any], tuple[int, int]] = {}
         down: dict[int, WorkerLost] = {}
-        answers: deque[tuple[int, Any]] = deque()
+        answers: deque[tuple[int, int, Any]] = deque()
         found: dict[int, list[Trajectory]] = {}
+        doubted: set[int] = set()
+
+        def problem(number: int, rows: Sequence[Trajectory]) -> str:
+            if self._check is None:
+                return ""
+            asked = Asked(
+                prompts=parts[number],
+                samples_per_prompt=samples_per_prompt,
+                sampling=sampling,
+                weights=self.weights,
+                partial=begun[number],
+                max_blocks=options.get("max_blocks"),
+                role=options.get("role", TRAIN),
+            )
+            return self._check(asked, rows)
+
         while len(found) < len(parts):
             while waiting and (rank := self._next(load, down, len(waiting))) is not None:
                 number = waiting.popleft()
@@ -93,14 +116,23 @@ class EnginePool:
                 future = self.group.submit(rank, EngineWorker.generate, *work, partial=starts[number], **options)
                 running[future] = (number, rank)
             while answers:  # engines have work meanwhile
-                number, answer = answers.popleft()
-                found[number] = unpack(answer) if isinstance(answer, PackedTrajectories) else answer
+                number, rank, answer = answers.popleft()
+                rows = unpack(answer) if isinstance(answer, PackedTrajectories) else answer
+                wrong = problem(number, rows)
+                if not wrong:
+                    found[number] = rows
+                    continue
+                if self._check is not None and number in doubted:
+                    raise self._check.error(wrong)
+                doubted.add(number)
+                waiting.appendleft(number)
+                down[rank] = WorkerLost(self.group.name, rank, f"its answer is not what was asked for: {wrong}")
             finished = wait(running, timeout=HEARTBEAT_S, return_when=FIRST_COMPLETED).done
             for future in finished:
                 number, rank = running.pop(future)
                 load[rank] -= 1
                 try:
-                    answers.append((number, future.result()))
+                    answers.append((number, rank, future.result()))
                 except WorkerLost as lost:
                     waiting.appendleft(number)
                     down[rank] = lost

@@ -11,9 +11,9 @@ from dllm_rl.config.load import load_config
 from dllm_rl.driver.build import build_run
 from dllm_rl.errors import UserError
 from dllm_rl.evaluation.evaluate import Evaluation
-from dllm_rl.learner import checkpoint
 from dllm_rl.reports.progress import Progress
 from dllm_rl.reward_pool.self_test import run_self_test
+from dllm_rl.storage import checkpoint
 
 
 def evaluate_target(target: Path, overrides: Sequence[str], progress: Progress) -> list[Evaluation]:

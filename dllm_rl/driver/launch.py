@@ -20,11 +20,12 @@ from dllm_rl.cluster.local_group import LocalWorkerGroup
 from dllm_rl.config.plugins import build, engine_class, plugin_class
 from dllm_rl.config.schema import Config
 from dllm_rl.config.section import Plugin
+from dllm_rl.driver.check_answer import AnswerCheck
 from dllm_rl.driver.check_engine import check_engine
 from dllm_rl.driver.engine_pool import EnginePool
 from dllm_rl.driver.learner_group import LearnerGroup
 from dllm_rl.driver.weight_sync import DistributedWeightSync, InProcessWeightSync, WeightSync
-from dllm_rl.errors import UserError, require_package
+from dllm_rl.errors import UserError, memory_for, require_package
 from dllm_rl.models.denoiser import TransformersDenoiser
 from dllm_rl.models.from_config import load_model
 from dllm_rl.models.sources import base_of, is_adapter
@@ -98,12 +99,14 @@ class WorkerSpec:
         return found
 
 
-def launch_local(spec: WorkerSpec, stack: ExitStack) -> Workers:
+@memory_for("loading")
+def launch_local(spec: WorkerSpec, stack: ExitStack, log: Callable[[str], None]) -> Workers:
     """One engine and one learner in this process; an engine of ours decodes with the learner's own weights.
 
     Args:
         spec: what to build.
         stack: closes them.
+        log: told when an engine had to be built anew.
     """
     config, algorithm = spec.config, spec.algorithm
     denoiser, tokenizer = load_model(config, spec.path)
@@ -119,7 +122,7 @@ def launch_local(spec: WorkerSpec, stack: ExitStack) -> Workers:
     engines = LocalWorkerGroup("engine", lambda rank: EngineWorker(_engine(spec, rank, shared), rank, packed=False))
     stack.callback(engines.close)
     transport = None if engines.call(EngineWorker.shares_weights) == [True] else _local_transport(config)
-    return _workers(config, (denoiser, tokenizer), learners, engines, transport=transport, log=lambda text: None)
+    return _workers(spec, (denoiser, tokenizer), learners, engines, transport=transport, log=log)
 
 
 def _local_transport(config: Config) -> str:
@@ -183,11 +186,11 @@ def launch_ray(spec: WorkerSpec, stack: ExitStack, log: Callable[[str], None]) -
         transport = cluster.transport
     elif learner_gpus and cluster.colocate:
         transport = "cuda_ipc" if cluster.engines <= cluster.learners else "object_store"
-    return _workers(config, (denoiser, tokenizer), learners, engines, transport=transport, sleeps=sleeps, log=log)
+    return _workers(spec, (denoiser, tokenizer), learners, engines, transport=transport, sleeps=sleeps, log=log)
 
 
 def _workers(
-    config: Config,
+    spec: WorkerSpec,
     model: tuple[TransformersDenoiser, Any],
     learners: WorkerGroup[LearnerWorker],
     engines: WorkerGroup[EngineWorker],
@@ -197,7 +200,7 @@ def _workers(
     log: Callable[[str], None],
 ) -> Workers:
     """The driver's view of both groups; without a transport they hold the same tensors."""
-    cluster, (denoiser, tokenizer) = config.cluster, model
+    config, cluster, (denoiser, tokenizer) = spec.config, spec.config.cluster, model
     learner = LearnerGroup(
         learners,
         minibatches=config.learner.minibatches,
@@ -210,6 +213,12 @@ def _workers(
         hang_s=cluster.hang_s,
         max_restarts=cluster.max_restarts,
         sleeps=sleeps,
+        check=AnswerCheck(
+            denoiser,
+            spec.engine_capabilities,
+            {role: plugin.name for role, plugin in spec.strategies.items()},
+            engine=config.engine.name,
+        ),
         log=log,
     )
     weights: WeightSync = InProcessWeightSync(learner, pool)
@@ -235,6 +244,7 @@ def _environment(config: Config, cpus: float) -> Mapping[str, str]:
     }
 
 
+@memory_for("loading")
 def _learner_actor(spec: WorkerSpec, rank: WorkerRank) -> LearnerWorker:
     config = spec.config
     _use_threads(config)
@@ -245,6 +255,7 @@ def _learner_actor(spec: WorkerSpec, rank: WorkerRank) -> LearnerWorker:
     return LearnerWorker(learner, rank, denoiser, merged=cluster.push == "merged", shares=cluster.colocate)
 
 
+@memory_for("loading")
 def _engine_actor(spec: WorkerSpec, rank: WorkerRank) -> EngineWorker:
     _use_threads(spec.config)
     return EngineWorker(_engine(spec, rank, shared=None), rank, packed=True)

@@ -18,7 +18,6 @@ from dllm_rl.config.schema import Config
 from dllm_rl.driver.build import Run
 from dllm_rl.driver.collect import demonstrate
 from dllm_rl.driver.step_masks import reference_masks, step_masks
-from dllm_rl.errors import UserError
 from dllm_rl.reports.progress import Progress, each
 from dllm_rl.types import LikelihoodEstimate, MaskSample, RolloutBatch
 
@@ -33,18 +32,11 @@ class ReferenceCache:
             run: its parts.
             config: of the run; learner.precompute_reference and learner.reference_cache decide.
             folder: the run folder; the cache is its ``reference`` folder unless the configuration names another.
-        Raises:
-            UserError: precomputing for rollouts, which are not there yet.
         """
         self._run, self._config = run, config
         self._needed, self._draws = run.algorithm.needs.reference, run.algorithm.needs.draws
         self._cached = self._needed and config.learner.precompute_reference
         self._folder = Path(config.learner.reference_cache or folder / "reference")
-        if self._cached and run.algorithm.needs.source == "rollouts":
-            raise UserError(
-                f"learner.precompute_reference = true: algorithm '{config.algorithm.name}' trains on fresh rollouts, "
-                f"which cannot be scored beforehand; leave it out"
-            )
         self._weights = run.learner.reference_digest() if self._cached else ""
 
     def prepare(self, first: int, total: int, progress: Progress) -> None:

@@ -14,6 +14,7 @@ from dllm_rl.diffusion import masking
 from dllm_rl.diffusion.advantage import scaled
 from dllm_rl.diffusion.staleness import decoded_by_several, oldest_weights, truncated_weights
 from dllm_rl.driver.build import Run
+from dllm_rl.driver.check_answer import engine_error
 from dllm_rl.driver.collect import Collected
 from dllm_rl.driver.prefetch import RolloutPrefetcher
 from dllm_rl.driver.reference_cache import ReferenceCache
@@ -25,6 +26,10 @@ from dllm_rl.protocols.algorithm import Algorithm
 from dllm_rl.reports.clock import Clock
 from dllm_rl.reports.metrics import describe
 from dllm_rl.types import RolloutBatch, TrainingBatch, rows_of
+
+# Mean distance per token, nats, of log-probabilities of one network: rounding comes to 1e-6 in float32 and to a few
+# hundredths in bfloat16; rows of other prompts to 1e-3 before a model has learned anything, and to whole nats then.
+_GAP, _GAP_ROUNDED = 5e-4, 0.5
 
 
 def one_step(
@@ -78,6 +83,7 @@ def one_step(
                     with timer("diagnose_s"):
                         if _replayable(run, batch, step):
                             learned |= rollout_gap(learner, batch, config.diagnostics.rows)
+                            _require_exact(learned["rollout_gap"], batch, config)
                         key = seeding.derive(seed, "diagnostics", step)
                         learned |= estimator_metrics(learner, algorithm, batch, config.diagnostics, key)
                 with timer("update_s"):
@@ -97,6 +103,18 @@ def _replayable(run: Run, batch: RolloutBatch, step: int) -> bool:
     needs = run.algorithm.needs
     fresh = needs.source == "rollouts" and "model" in needs.trains and oldest_weights(batch) == step
     return fresh and bool(batch.behaviour_logp.any()) and bool(batch.generated.any(-1).all())
+
+
+def _require_exact(gap: float, batch: RolloutBatch, config: Config) -> None:
+    """Log-probabilities that are said to be the learner's own must be: mixed rows and other weights show here alone."""
+    rounded = config.model.dtype == "bfloat16" or torch.get_float32_matmul_precision() != "highest"
+    limit = _GAP_ROUNDED if rounded else _GAP
+    if batch.exact and not gap <= limit:
+        raise engine_error(
+            config.engine.name,
+            f"says that its log-probabilities are the learner's (exact), and they are {gap:.2g} nats off per token "
+            f"({limit} are allowed in {config.model.dtype}): it mixes rows, decodes with other weights or approximates",
+        )
 
 
 def _require_declared(learned: Mapping[str, float], algorithm: Algorithm, config: Config) -> None:

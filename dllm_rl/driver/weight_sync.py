@@ -18,6 +18,7 @@ from typing import Any
 from typing_extensions import override
 
 from dllm_rl.cluster.group import R, WorkerLost, gather
+from dllm_rl.cluster.local_group import LocalWorkerGroup
 from dllm_rl.config.plugins import plugin_class
 from dllm_rl.driver.engine_pool import EnginePool
 from dllm_rl.driver.learner_group import LearnerGroup
@@ -79,6 +80,14 @@ class WeightSync(ABC):
 
 class InProcessWeightSync(WeightSync):
     """Engines and the learner are one process and hold the same tensors: there is nothing to move."""
+
+    def __init__(self, learner: LearnerGroup, engines: EnginePool) -> None:
+        super().__init__(learner, engines)
+        engines.sync_worker = self._sync_worker
+
+    def _sync_worker(self, rank: int) -> None:
+        """Tell a rebuilt engine which weights it holds."""
+        self._engines.group.submit(rank, EngineWorker.activate, self._engines.weights).result()
 
     def push(self, *, allow_older: bool = False) -> WeightsVersion:
         """Tell the engines which weights they hold."""
@@ -161,7 +170,9 @@ class DistributedWeightSync(WeightSync):
         self._connected = False
         held = self._engines.weights
         if self._kept is None:
-            version = self._push([rank], STORE, held.step, allow_older=True)
+            # In one process there is no store, and nobody else who decodes.
+            way = self._transport if isinstance(self._learners, LocalWorkerGroup) else STORE
+            version = self._push([rank], way, held.step, allow_older=True)
         else:  # the learners may be at work on the next weights already
             self._begin([rank], held.step, self._kept.layout, allow_older=True)
             for number, payload in enumerate(self._kept.payloads):

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from dllm_rl import seeding
 from dllm_rl.config.cluster import LearnerSection
 from dllm_rl.diffusion import surrogate
-from dllm_rl.errors import RunStopped, UserError
+from dllm_rl.errors import RunStopped, UserError, memory_for
 from dllm_rl.learner.minibatches import split
 from dllm_rl.learner.model_scorer import ModelScorer
 from dllm_rl.learner.optimizer import Optimizer
@@ -243,11 +243,18 @@ class TorchLearner:
             slopes = torch.autograd.grad(loss.value, list(leaves.values()), materialize_grads=True)
             self._second_phase(experience, dataclasses.replace(new, **dict(zip(leaves, slopes, strict=True))))
         check = functools.partial(self._require_finite, "gradient norm", experience=experience)
-        norm = self._optimizer.step(check)
+        with memory_for("optimiser step"):  # the first one makes the moments
+            norm = self._optimizer.step(check)
         if self._model is not None and self._model.moving is not None:
             self._model.moving.updated(self.reading)  # for the next batch: this one has its scores already
         metrics = surrogate.derived_metrics({name: scalar.item() for name, scalar in found.items()})
         return {"grad_norm": norm.item(), **metrics}, experience
+
+    def forget_gradients(self) -> None:
+        """Free them: nobody reads them after an update, and decoding in the same process has use for the room."""
+        self._optimizer.zero_grad()
+        if self._values is not None:
+            self._values.forget_gradients()
 
     def reference_digest(self) -> str:
         """Digest of the frozen reference's weights; empty if only a policy is trained."""

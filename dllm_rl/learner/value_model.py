@@ -62,6 +62,10 @@ class ValueModel:
         self._optimizer.step(lambda norm: None)
         return float(total)
 
+    def forget_gradients(self) -> None:
+        """Free them."""
+        self._optimizer.zero_grad()
+
     def start(self, step: int) -> None:
         """Set the learning rate of a step."""
         self._optimizer.start(step)

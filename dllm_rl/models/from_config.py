@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from dllm_rl.models.quantize import quantize
 from dllm_rl.models.sources import base_of, is_adapter
 from dllm_rl.models.tokenizers import byte_bpe_tokenizer, character_tokenizer
 from dllm_rl.protocols.task import Task
+from dllm_rl.storage.files import explained
 from dllm_rl.types import Example
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -50,7 +52,11 @@ def model_path(config: Config, folder: Path, task: Task, examples: Sequence[Exam
             block_origin=m.block_origin,
             seed=seeding.derive(config.run.seed, "model"),
         )
-        save_denoiser(made, tokenizer, initial)
+        hidden = folder / ".initial"  # renamed when whole: a run that is killed here starts anew
+        with explained(f"'{initial}' cannot be written", folder):
+            shutil.rmtree(hidden, ignore_errors=True)
+            save_denoiser(made, tokenizer, hidden)
+            hidden.rename(initial)
     return str(initial)
 
 
@@ -85,6 +91,7 @@ def load_model(
         end_tokens=m.end_tokens,
         trust_remote_code=m.trust_remote_code,
     )
+    denoiser.started_from = found or ""
     if small:
         quantize(denoiser, device)
     if weights and adapter and found is not None:

@@ -123,9 +123,13 @@ def save_denoiser(denoiser: TransformersDenoiser, tokenizer: Any, folder: str | 
         (folder / name).write_bytes(content)
 
 
-def checkpoint_folder(path: str | Path, revision: str | None = None) -> Path:
+def checkpoint_folder(path: str | Path, revision: str | None = None, *, weights: bool = True) -> Path:
     """A local folder, or where a model of the hub has been downloaded to.
 
+    Args:
+        path: local folder, or hub name "owner/model".
+        revision: branch, tag or commit of a hub model.
+        weights: False leaves the weights of a hub model where they are.
     Raises:
         UserError: neither.
     """
@@ -136,8 +140,9 @@ def checkpoint_folder(path: str | Path, revision: str | None = None) -> Path:
     if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise UserError(f"model '{name}': no such folder, and not a hub name like 'owner/model'")
     try:
-        found = Path(snapshot_download(name, revision=revision, allow_patterns=[*_HUB_FILES, "*.safetensors"]))
-        if not any(found.glob("*.safetensors")):
+        files = [*_HUB_FILES, "*.safetensors"] if weights else _HUB_FILES
+        found = Path(snapshot_download(name, revision=revision, allow_patterns=files))
+        if weights and not any(found.glob("*.safetensors")):
             snapshot_download(name, revision=revision, allow_patterns=["pytorch_model*.bin"])
     except (OSError, ValueError) as error:
         raise UserError(

@@ -91,10 +91,18 @@ def add_lora(
                 f"available: {', '.join(table)}"
             )
         modules += found
+    widths = [min(layer.in_features, layer.out_features) for layer in map(denoiser.module.get_submodule, modules)]
+    if rank > max(widths):
+        raise UserError(
+            f"lora.rank = {rank}: the widest target is {max(widths)} wide, and a higher rank is a dearer full update; "
+            f"set at most {max(widths)}, or leave model.lora out"
+        )
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=modules, bias="none")
     _attach(denoiser, config)
     for path, layer in _lora_layers(denoiser.module):
         weight = layer.lora_A["default"].weight
+        if weight.is_meta:
+            continue
         bound = 1 / math.sqrt(weight.shape[1])  # what nn.Linear draws from
         generator = generator_for(seed, "lora", denoiser.family.to_original_name(path))
         with torch.no_grad():

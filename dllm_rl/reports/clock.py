@@ -25,3 +25,23 @@ class Clock:
         """Add another clock's phases to this one's."""
         for phase, seconds in other.seconds.items():
             self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
+
+
+class Due:
+    """When something is due again: after every so many steps, or so many minutes after the last time.
+
+    A context manager around each time.
+    """
+
+    def __init__(self, every_steps: int | None, every_minutes: float | None) -> None:
+        self._steps, self._minutes, self._last = every_steps, every_minutes, time.monotonic()
+
+    def at(self, step: int) -> bool:
+        """Whether it is due after this step."""
+        late = self._minutes is not None and time.monotonic() - self._last >= 60 * self._minutes
+        return late or (self._steps is not None and step % self._steps == 0)
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *error: object) -> None:
+        self._last = time.monotonic()

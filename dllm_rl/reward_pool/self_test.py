@@ -37,6 +37,12 @@ def run_self_test(pool: RewardPool, task: Task, examples: Sequence[Example]) -> 
     twice = [example for example in examples for _ in range(2)]
     texts = [text for pair in pairs for text in pair]
     rewards = pool.score([str(e.prompt) for e in twice], texts, columns_of(twice, [1] * len(twice)))
+    for name, values in rewards.components.items():
+        if bool((values.isnan() & rewards.included).all()):
+            raise UserError(
+                f"reward self-test: '{name}' gave no reward (None or NaN) for any of {len(texts)} completions, so it "
+                f"would teach nothing; return a number where it applies, or take it out of 'rewards:'"
+            )
     success = rewards.components[task.success]
     for row, text in enumerate(texts):
         example, gold = examples[row // 2], row % 2 == 0

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from dllm_rl.cluster.group import WorkerRank
-from dllm_rl.errors import RunStopped
+from dllm_rl.errors import RunStopped, memory_for
 from dllm_rl.protocols.engine import RolloutEngine
 from dllm_rl.types import Prompt, Sampling, Trajectory, WeightsVersion
 from dllm_rl.weight_transfer.receiver import WeightReceiver, size_of
@@ -53,7 +53,8 @@ class EngineWorker(WeightReceiver):
         if self._asleep:
             raise RunStopped(f"engine {self._rank.rank} is asleep and decodes nothing")
         start = None if partial is None else unpack(partial)
-        found = self.engine.generate(prompts, sampling, partial=start, **options)
+        with memory_for("rollout"):
+            found = self.engine.generate(prompts, sampling, partial=start, **options)
         return pack(found) if self._packed else found
 
     def activate(self, weights: WeightsVersion) -> None:

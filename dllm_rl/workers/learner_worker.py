@@ -12,6 +12,7 @@ from torch import Tensor
 from dllm_rl.cluster.group import WorkerRank
 from dllm_rl.config.schema import Config
 from dllm_rl.diffusion.layout import block_rule
+from dllm_rl.errors import memory_for
 from dllm_rl.learner.policy_scorer import PolicyScorer
 from dllm_rl.learner.torch_learner import TorchLearner
 from dllm_rl.models.denoiser import TransformersDenoiser
@@ -116,7 +117,9 @@ class LearnerWorker(WeightSender):
 
     def update(self, training: TrainingBatch, algorithm: Algorithm) -> Mapping[str, float]:
         """See Learner."""
-        metrics = self.learner.update(training, algorithm)
+        with memory_for("update"):
+            metrics = self.learner.update(training, algorithm)
+        self.learner.forget_gradients()
         if self._shares:
             torch.cuda.empty_cache()  # what the backward pass needed is kept for the next one otherwise
         return metrics
@@ -131,7 +134,8 @@ class LearnerWorker(WeightSender):
         sampling: Sampling | None = None,
     ) -> LikelihoodEstimate:
         """See Learner; on the CPU."""
-        return self.learner.score(batch, masks, reference=reference, draws=draws, sampling=sampling).cpu()
+        with memory_for("scoring"):
+            return self.learner.score(batch, masks, reference=reference, draws=draws, sampling=sampling).cpu()
 
     def skip(self) -> None:
         """See Learner."""

@@ -1,6 +1,6 @@
 """What the papers claim, tested in miniature on 4x4 Sudoku.
 
-    python scripts/reproduce/claims.py                 # all claims, 4 seeds, two runs at a time
+    python scripts/reproduce/claims.py                 # all claims, 8 seeds, two runs at a time
     python scripts/reproduce/claims.py vrpo gdpo       # some of them
     python scripts/reproduce/claims.py --explain       # and further runs that look for the reasons
     python scripts/reproduce/claims.py --list
@@ -16,31 +16,22 @@ interval of one lies on the other side, else "inconclusive".
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import claim_estimators
 import claim_frontier
 from claim_figures import Claim, Figure, Results
+from claim_measures import MEASURES, measure
 from claim_runs import run_all
 
 from dllm_rl.cli.output import write_json
-
-MEASURES: Mapping[str, Callable[[Path, int], Any]] = {
-    "complementary": claim_estimators.complementary,
-    "quadrature": claim_estimators.quadrature,
-    "preference score": claim_estimators.preference_score,
-    "start": claim_frontier.start,
-    "frontier": claim_frontier.frontier,
-}
 
 
 def _accuracy(run: Mapping[str, Any], speed: int) -> float:
@@ -274,18 +265,6 @@ CLAIMS: Mapping[str, Claim] = {
 }
 
 
-def measure(output: Path, name: str, seed: int) -> Any:
-    """A measurement of a seed, from its file if it was made before."""
-
-    def with_numbers_as_keys(mapping: dict[str, Any]) -> dict[Any, Any]:
-        return {int(key) if key.isdigit() else key: value for key, value in mapping.items()}
-
-    file = output / f"base-seed{seed}" / f"{name.replace(' ', '-')}.json"
-    if not file.exists():
-        write_json(file, MEASURES[name](output, seed))
-    return json.loads(file.read_text(encoding="utf-8"), object_hook=with_numbers_as_keys)
-
-
 def collect(
     names: Sequence[str], output: Path, seeds: Sequence[int], processes: int, explain: bool = False
 ) -> dict[str, list[Any]]:
@@ -342,7 +321,7 @@ def main() -> None:
     parser.add_argument("--list", action="store_true", help="print the claims")
     parser.add_argument("--explain", action="store_true", help="add the runs that look for reasons")
     parser.add_argument("--output", type=Path, default=Path("runs/claims"))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[10, 11, 12, 13])
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(10, 18)))
     parser.add_argument("--processes", type=int, default=2)
     arguments = parser.parse_args()
     if arguments.list:

@@ -61,16 +61,19 @@ def finished_run(tmp_path_factory):
 
 
 @pytest.fixture
-def refuse(capsys):
-    """Runs a command and holds its message to the rules: exit code 2, one line, all the words in it."""
+def refuse(capsys, tmp_path):
+    """Runs a command and holds its message to the rules: exit code 2, one line with the words, no run folder."""
 
     def check(arguments: list[str], words: list[str]) -> None:
         capsys.readouterr()
+        run = tmp_path / "runs" / "run"
+        there = run.exists()
         code = main([*arguments])
         lines = capsys.readouterr().err.splitlines()
         assert (code, len(lines)) == (2, 1), lines
         assert lines[0].startswith("error: "), lines[0]
         for word in words:
             assert word in lines[0], (word, lines[0])
+        assert run.exists() == there, "a refused run must leave room for the next"
 
     return check

@@ -152,7 +152,6 @@ def test_configurations(case, write, tmp_path, refuse):
     changes, words = CONFIGURATIONS[case]
     config = write(changes(tmp_path) if callable(changes) else changes)
     refuse(["train", str(config), "--quiet"], words)
-    assert not (tmp_path / "runs" / "run" / "metrics.jsonl").exists(), "a refused run must leave room for the next"
 
 
 @pytest.mark.parametrize(

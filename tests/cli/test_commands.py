@@ -137,7 +137,7 @@ def test_an_interrupt_says_how_to_go_on(write, monkeypatch, capsys):
     assert "--resume" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["eval"], ["show-config"], ["check-plugin"], ["demo"]])
+@pytest.mark.parametrize("command", [[], ["train"], ["eval"], ["plan"], ["show-config"], ["check-plugin"], ["demo"]])
 def test_help(command, capsys):
     assert main([*command, "--help"]) == 0
     assert "Usage:" in capsys.readouterr().out

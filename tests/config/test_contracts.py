@@ -137,7 +137,8 @@ def test_members_of_optional_protocols_are_clauses(monkeypatch):
 
 def test_the_cause_is_kept(mine):
     mine.error = IndexError("two\nlines")
-    with pytest.raises(UserError, match="loss\\(\\) raised IndexError: two lines; DLLM_RL_DEBUG=1 shows") as caught:
+    words = r"loss\(\) raised IndexError: two lines \(.*test_contracts.py, line \d+\); DLLM_RL_DEBUG=1 shows"
+    with pytest.raises(UserError, match=words) as caught:
         mine.loss(None, None)
     assert caught.value.__cause__ is mine.error
 

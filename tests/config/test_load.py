@@ -57,6 +57,27 @@ def test_extends_overlays_key_by_key(base):
     assert config.algorithm.options == {} and config.data.task.options == {"min_holes": 4}
 
 
+@pytest.mark.parametrize(
+    ("parent", "child", "options"),
+    [
+        ("strategy: {threshold: 0.5}, preset: sdar", "strategy: {name: entropy}", {}),
+        ("strategy: {order: x}", "strategy: {name: entropy}", {}),
+        ("strategy: {threshold: 0.5}, preset: sdar", "strategy: {name: confidence_threshold}", {"threshold": 0.5}),
+        ("strategy: {threshold: 0.5}, preset: sdar", "strategy: {max_tokens_per_step: 2}", {"threshold": 0.5}),
+    ],
+    ids=["another than the preset's", "another than the default", "the preset's", "no name"],
+)
+def test_options_without_a_name_belong_to_the_plugin_of_then(base, parent, child, options):
+    base.write_text(BASE + f"sampling: {{{parent}}}\n")
+    below = base.with_name("child.yaml")
+    below.write_text(f"extends: base.yaml\nsampling: {{{child}}}\n")
+    found = load_config(below).sampling.strategy
+    assert found.options | options == found.options and ("threshold" in options or not found.options)
+    if "entropy" in child:
+        renamed = load_config(base, ["sampling.strategy.name=entropy"]).sampling.strategy
+        assert (renamed.name, renamed.options) == ("entropy", {})
+
+
 def test_resolved_configuration_is_a_valid_input(base):
     config = load_config(base, ["learner.lr=1e-4"])
     again = base.with_name("again.yaml")

@@ -43,6 +43,39 @@ class MiscountsForwards(NativeEngine):
         return [dataclasses.replace(t, num_forwards=t.num_forwards + 1) for t in rows]
 
 
+class TurnsRowsRound(NativeEngine):
+    def generate(self, prompts, sampling, *, seed, **options):
+        return super().generate(prompts, sampling, seed=seed, **options)[::-1]
+
+
+class MixesRows(NativeEngine):
+    """Gives each prompt what was generated for the next one, with everything in its place."""
+
+    def generate(self, prompts, sampling, *, seed, **options):
+        rows = super().generate(prompts, sampling, seed=seed, **options)
+        given = {prompt.uid for prompt in prompts if prompt.injected}
+        free = [number for number, row in enumerate(rows) if row.prompt_uid not in given]
+        other = dict(zip(free, free[2:] + free[:2], strict=True))
+        return [self.with_completion(row, rows[other.get(number, number)]) for number, row in enumerate(rows)]
+
+    def with_completion(self, row, of):
+        def joined(name):
+            return torch.cat([getattr(row, name)[: row.prompt_length], getattr(of, name)[of.prompt_length :]])
+
+        fields = ("tokens", "unmask_step", "behaviour_logp", "weights_step", "order")
+        shift = torch.tensor([0, row.prompt_length - of.prompt_length, 0])
+        sampled = None if row.sampled_logp is None else joined("sampled_logp")
+        return dataclasses.replace(
+            row,
+            **{name: joined(name) for name in fields},
+            sampled_logp=sampled,
+            events=of.events + shift,
+            completion_length=of.completion_length,
+            num_forwards=of.num_forwards,
+            finish=of.finish,
+        )
+
+
 class CutsPrompts(NativeEngine):
     def generate(self, prompts, sampling, *, seed, **options):
         prompts = [dataclasses.replace(p, token_ids=p.token_ids[-40:]) for p in prompts]

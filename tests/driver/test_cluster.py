@@ -164,7 +164,7 @@ def test_completions_pause_for_new_weights_and_go_on_under_them(tiny, ray_cluste
         *("run.steps=12", "sampling.tokens_per_step=1", "checkpoint.every_steps=null", "evaluate.at_end=false"),
         "evaluate.every_steps=5",
     )
-    asked = iter([False] * 5 + [True])
+    asked = iter([False] * 6 + [True])
     folder = train(config, stop=lambda: next(asked, False)).folder
     saved = torch.load(next(folder.glob("checkpoints/step-000006/prefetched.pt")), weights_only=True)
     assert saved["partial"] or saved["waiting"], "decoding went on while the sixth step was learned"

@@ -36,7 +36,7 @@ def test_one_loss_too_many_saves_and_says_so(tiny, monkeypatch):
 
 
 def test_sigterm_or_whatever_asks_saves_between_steps(tiny):
-    asked = iter([False, True, True])
+    asked = iter([False, False, True, True])
     config = tiny(*LOCAL, "checkpoint.every_steps=null", "evaluate.at_end=false")
     assert train(config, stop=lambda: next(asked)).steps == 2
     assert train(config, resume=True).steps == 5

@@ -17,10 +17,10 @@ from dllm_rl.driver.build import build_run
 from dllm_rl.driver.collect import roll_out
 from dllm_rl.driver.decoder import PartialBatch
 from dllm_rl.driver.prefetch import RolloutPrefetcher
-from dllm_rl.learner import checkpoint
 from dllm_rl.reports.clock import Clock
 from dllm_rl.reports.progress import Quiet
 from dllm_rl.reports.run_folder import comparable, read_rows
+from dllm_rl.storage import checkpoint
 from dllm_rl.train import train
 from dllm_rl.workers.engine_worker import EngineWorker
 

@@ -74,7 +74,7 @@ def test_a_record_cut_off_by_a_kill_goes_on(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text(path.read_text()[:-10])
     assert [row["step"] for row in run.metrics()] == [1, 2]
-    run.rewind(1)
+    run.rewind(None, 1)
     run.log(2, {"reward": 9.0})
     assert [(row["step"], row["reward"]) for row in run.metrics()] == [(1, 1.0), (2, 9.0)]
     assert [json.loads(line)["step"] for line in (tmp_path / "samples.jsonl").read_text().splitlines()] == [1]

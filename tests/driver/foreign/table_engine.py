@@ -90,18 +90,19 @@ class TableEngine(RolloutEngine):
     def _trajectory(self, prompt, sample, drawn, logp):
         start, size = len(prompt.token_ids), len(drawn)
         given, place = torch.full((start,), GIVEN), torch.arange(size) + start
+        ends = (drawn == 2).nonzero().flatten().tolist()  # EOS of the tiny family
         step = torch.cat([given, torch.zeros(size, dtype=torch.int64)])
         return Trajectory(
             prompt_uid=prompt.uid,
             sample=sample,
             tokens=torch.cat([torch.tensor(prompt.token_ids), drawn]),
             prompt_length=start,
-            completion_length=size,
+            completion_length=ends[0] + 1 if ends else size,
             events=torch.stack([torch.zeros_like(place), place, drawn], dim=1),
             unmask_step=step,
             behaviour_logp=torch.cat([torch.zeros(start), logp]),
             num_forwards=1,
-            finish="length",
+            finish="eos" if ends else "length",
             exact=False,
             weights=self.weights,
             weights_step=torch.where(step == GIVEN, GIVEN, self.weights.step),

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from dllm_rl.learner import checkpoint
+from dllm_rl.storage import checkpoint
 
 
 def fill_with(text):

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from dllm_rl.errors import UserError
+from dllm_rl.storage import files
 
 _NAME = re.compile(r"step-(\d{6,})$")
 
@@ -35,31 +35,58 @@ def write(root: Path, step: int, state: Mapping[str, Any], fill: Callable[[Path]
         keep: older checkpoints beyond this many are removed, after the new one is in place.
     Returns:
         the folder.
+    Raises:
+        UserError: the disk is full or refuses; the checkpoints that were there still are.
     """
-    root.mkdir(parents=True, exist_ok=True)
-    final = root / f"step-{step:06d}"
-    temporary = root / f".writing-{final.name}"
-    if temporary.exists():
-        shutil.rmtree(temporary)  # left by a run that was killed while writing
-    temporary.mkdir()
+    name = f"step-{step:06d}"
+    known = names(root)
+    hint = f"checkpoint {known[-1]} is whole: make room, then go on with --resume" if known else "make room"
+    size = f" (the last one takes {_size(root / known[-1]) / 2**30:.2f} GiB)" if known else ""
+    with files.explained(f"checkpoint {name} cannot be written{size}", root, hint):
+        root.mkdir(parents=True, exist_ok=True)
+        sweep(root)
+        temporary = root / f".writing-{name}"
+        temporary.mkdir()
+        try:
+            final = _write(temporary, root / name, {"step": step, **state}, fill)
+        except Exception:  # what is there of it only takes room
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        for old in [old for old in names(root) if old != name][: 1 - keep or None]:
+            files.remove_folder(root / old)
+    return final
+
+
+def _write(temporary: Path, final: Path, state: Mapping[str, Any], fill: Callable[[Path], None]) -> Path:
     fill(temporary)
-    (temporary / "state.json").write_text(json.dumps({"step": step, **state}, indent=1), encoding="utf-8")
-    files = sorted(p for p in temporary.rglob("*") if p.is_file())
-    manifest = {str(p.relative_to(temporary)): _digest(p) for p in files}
+    (temporary / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
+    written = sorted(p for p in temporary.rglob("*") if p.is_file())
+    manifest = {str(p.relative_to(temporary)): _digest(p) for p in written}
     (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    for path in [*files, temporary / "manifest.json", *(p for p in temporary.rglob("*") if p.is_dir()), temporary]:
-        _fsync(path)
-    if final.exists():  # the same step again after a resume: the new one replaces it in one rename
-        stale = root / f".stale-{final.name}"
+    folders = [p for p in temporary.rglob("*") if p.is_dir()]
+    for path in [*written, temporary / "manifest.json", *folders, temporary]:
+        files.sync(path)
+    if final.exists():  # the same step again after a resume: sweep() puts the old one back if the new one does not come
+        stale = final.with_name(f".stale-{final.name}")
         final.rename(stale)
         temporary.rename(final)
         shutil.rmtree(stale)
     else:
         temporary.rename(final)
-    _fsync(root)
-    for old in names(root)[:-keep]:
-        shutil.rmtree(root / old)
+    files.sync(final.parent)
     return final
+
+
+def sweep(root: Path) -> None:
+    """Remove what writers left behind that were killed; a checkpoint whose successor never came is put back."""
+    for rest in [*root.glob(".writing-*"), *root.glob(".removing-*")]:
+        shutil.rmtree(rest)
+    for stale in root.glob(".stale-*"):
+        final = root / stale.name.removeprefix(".stale-")
+        if final.exists():
+            shutil.rmtree(stale)
+        else:
+            stale.rename(final)
 
 
 def names(root: Path) -> list[str]:
@@ -95,8 +122,10 @@ def damage(folder: Path) -> str | None:
         return "manifest.json is missing"
     try:
         manifest: dict[str, str] = json.loads(manifest_path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError:
+    except ValueError:  # also a cut UTF-8 character
         return "manifest.json is not JSON"
+    if not isinstance(manifest, dict):
+        return "manifest.json is not a mapping"
     for name, digest in manifest.items():
         path = folder / name
         if not path.is_file():
@@ -106,20 +135,21 @@ def damage(folder: Path) -> str | None:
     return None
 
 
+def step(folder: Path) -> int:
+    """Finished optimiser steps of a checkpoint."""
+    return int(folder.name.removeprefix("step-"))
+
+
 def state(folder: Path) -> dict[str, Any]:
     """The counters of a checkpoint."""
     loaded: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     return loaded
 
 
+def _size(folder: Path) -> int:
+    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+
+
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
