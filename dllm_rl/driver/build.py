@@ -116,10 +116,10 @@ def build_run(config: Config, folder: Path, progress: Progress) -> Run:
     """
     if config.run.threads is not None:
         torch.set_num_threads(config.run.threads)
-    config = with_start_model(config, folder)
     with ExitStack() as stack:
         if not (folder / "initial").exists():
             stack.push(functools.partial(_forget_refused, folder))
+        config = with_start_model(config, folder)
         run = _build_run(config, folder, progress, stack)
         return dataclasses.replace(run, closing=stack.pop_all())
 

@@ -13,11 +13,9 @@ from dllm_rl.config.schema import Config
 from dllm_rl.driver.build import Run
 from dllm_rl.driver.drift import DriftGuard
 from dllm_rl.driver.prefetch import RolloutPrefetcher
-from dllm_rl.driver.start_model import with_start_model
 from dllm_rl.errors import RunStopped, UserError
 from dllm_rl.models.checkpoint import sampled_digest, weight_files
 from dllm_rl.models.loading import checkpoint_folder
-from dllm_rl.models.sources import base_of, is_adapter
 from dllm_rl.reports.progress import Progress
 from dllm_rl.reports.run_folder import RunFolder
 from dllm_rl.storage import checkpoint
@@ -70,14 +68,13 @@ def origin(run: Run, config: Config, folder: Path) -> dict[str, str]:
 
     The digest of a model is taken of samples of its files: another model differs everywhere.
     """
-    given = with_start_model(config, folder).model
-    path = given.path or str(folder / "initial")
-    base = checkpoint_folder(base_of(path) if is_adapter(path) else path, given.revision)
-    adapter = sorted(Path(path).glob("adapter_model.*"))
+    files = list(weight_files(checkpoint_folder(run.denoiser.source, config.model.revision)))
+    if run.denoiser.started_from:  # its weights are the reference
+        files += Path(run.denoiser.started_from).glob("adapter_model.*")
     prompts = hashlib.blake2b(digest_size=16)
     for prompt in run.source.items:
         prompts.update(json.dumps([prompt.uid, list(prompt.token_ids), prompt.answer]).encode())
-    return {"base": sampled_digest([*weight_files(base), *adapter]), "prompts": prompts.hexdigest()}
+    return {"base": sampled_digest(files), "prompts": prompts.hexdigest()}
 
 
 def check_origin(found: Path, now: Mapping[str, str], config: Config, progress: Progress) -> None:

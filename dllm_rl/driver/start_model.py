@@ -12,6 +12,7 @@ from dllm_rl.models.from_config import load_model
 from dllm_rl.models.loading import save_denoiser
 from dllm_rl.models.sources import adapter_settings, is_adapter
 from dllm_rl.storage import checkpoint
+from dllm_rl.storage.files import explained
 
 
 def model_folder(path: str | Path) -> str:
@@ -78,10 +79,11 @@ def _changed(config: Config, **values: object) -> Config:
 def _merge(config: Config, adapter: str, initial: Path) -> None:
     plain = _changed(config, device="cpu", quantize=None, gradient_checkpointing=False)
     denoiser, tokenizer = load_model(plain, adapter)
-    temporary = initial.with_name(".writing-initial")
-    shutil.rmtree(temporary, ignore_errors=True)  # left by a run that was killed here
-    save_denoiser(denoiser, tokenizer, temporary)
-    temporary.rename(initial)
+    hidden = initial.with_name(".initial")  # as model_path() does it
+    with explained(f"'{initial}' cannot be written", initial.parent):
+        shutil.rmtree(hidden, ignore_errors=True)  # left by a run that was killed here
+        save_denoiser(denoiser, tokenizer, hidden)
+        hidden.rename(initial)
 
 
 def _of_adapter(asked: LoraSection | None, path: str) -> LoraSection:

@@ -31,6 +31,7 @@ class TransformersDenoiser:
         adapter: the peft model when a LoRA adapter is attached, else None. `module` is the network in both cases.
         adapter_config: adapter_config.json of an adapter that was loaded, written back by save_adapter; else None.
         source: where the weights came from, for messages and adapter files.
+        started_from: folder of the adapter that the run goes on with, or empty.
         forwards: of the network so far; a sign of life.
     """
 
@@ -82,6 +83,7 @@ class TransformersDenoiser:
         self.companions = dict(companions or {})
         self.adapter: Any = None
         self.adapter_config: str | None = None
+        self.started_from = ""
         self.source = source
         self.forwards = 0
         self.mask_id = mask_id

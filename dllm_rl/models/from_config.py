@@ -93,6 +93,7 @@ def load_model(
         trust_remote_code=m.trust_remote_code,
         chat_template=_chat_template(config.data.chat_template),
     )
+    denoiser.started_from = found or ""
     if small:
         quantize(denoiser, device)
     if weights and adapter and found is not None:

@@ -15,10 +15,12 @@ from dllm_rl.data.prompts import encode
 from dllm_rl.driver.check_engine import check_engine
 from dllm_rl.driver.choose import check_model, choose_parts, reward_plugins
 from dllm_rl.driver.launch import WorkerSpec
+from dllm_rl.driver.start_model import model_folder
 from dllm_rl.errors import UserError
 from dllm_rl.models.denoiser import TransformersDenoiser
 from dllm_rl.models.from_config import load_model, model_path
 from dllm_rl.models.loading import checkpoint_folder
+from dllm_rl.models.sources import base_of, is_adapter
 from dllm_rl.models.teacher import load_teacher
 from dllm_rl.planning.cards import Card
 from dllm_rl.planning.memory import Memory, memory_of
@@ -109,7 +111,10 @@ def look_at(config: Config) -> tuple[TransformersDenoiser, Prompts]:
         path = config.model.path
         if path is None:
             path = model_path(config, Path(scratch), parts.task, parts.train_examples)
-        elif not Path(path).exists():
+        else:
+            path = model_folder(path)
+            path = base_of(path) if is_adapter(path) else path
+        if not Path(path).exists():
             path = str(checkpoint_folder(path, config.model.revision, weights=False))
         denoiser, tokenizer = load_model(config, path, weights=False)
     spec = WorkerSpec(config=config, path=path, folder=Path(scratch), sampling=parts.sampling)
