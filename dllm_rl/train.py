@@ -20,7 +20,7 @@ from dllm_rl.driver.recovery import State, recover, starting_point
 from dllm_rl.driver.reference_cache import ReferenceCache
 from dllm_rl.driver.step import one_step
 from dllm_rl.errors import Drifted
-from dllm_rl.evaluation.evaluate import Evaluation
+from dllm_rl.evaluation.evaluate import Evaluation, Unscored
 from dllm_rl.learner import checkpoint
 from dllm_rl.learner.diagnostics import advice
 from dllm_rl.reports.clock import Clock
@@ -148,7 +148,11 @@ def _hold_out(
         progress.log("the task has no held-out examples: evaluation is left out")
         return ()
     with prefetcher.engines_idle(), clock("evaluate_s"):
-        results = run.evaluate(run.reward_pool, seed, progress)
+        try:
+            results = run.evaluate(run.reward_pool, seed, progress)
+        except Unscored as error:  # a step whose rewards all fail is survived too, and would otherwise go unsaved
+            progress.log(f"held-out evaluation is left out: {error}")
+            return ()
     records.log(run.learner.step, {name: value for result in results for name, value in result.metrics().items()})
     return results
 
