@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -24,6 +22,7 @@ from dllm_rl.data.prompts import encode, encode_completion
 from dllm_rl.data.source import PromptSource
 from dllm_rl.diffusion.layout import block_rule, check_sampling
 from dllm_rl.driver.launch import Workers, WorkerSpec, launch_local, launch_ray
+from dllm_rl.driver.refused import forget_refused
 from dllm_rl.errors import UserError, require_package
 from dllm_rl.evaluation.evaluate import Evaluation, evaluate
 from dllm_rl.models.from_config import model_path
@@ -106,17 +105,9 @@ def build_run(config: Config, folder: Path, progress: Progress) -> Run:
         torch.set_num_threads(config.run.threads)
     with ExitStack() as stack:
         if not (folder / "initial").exists():
-            stack.push(functools.partial(_forget_refused, folder))
+            stack.push(functools.partial(forget_refused, folder))
         run = _build_run(config, folder, progress, stack)
         return dataclasses.replace(run, closing=stack.pop_all())
-
-
-def _forget_refused(folder: Path, *error: Any) -> None:
-    """Remove the new model of a plan that is refused before it begins: the next plan may describe another one."""
-    if isinstance(error[1], UserError) and not (folder / "config.yaml").exists():
-        shutil.rmtree(folder / "initial", ignore_errors=True)
-        with contextlib.suppress(OSError):  # it holds something else
-            folder.rmdir()
 
 
 def _build_run(config: Config, folder: Path, progress: Progress, stack: ExitStack) -> Run:
