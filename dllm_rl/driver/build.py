@@ -91,13 +91,14 @@ class Run(Workers):
         self.closing.__exit__(*error)
 
 
-def build_run(config: Config, folder: Path, progress: Progress) -> Run:
+def build_run(config: Config, folder: Path, progress: Progress, *, trains: bool = True) -> Run:
     """Build every part.
 
     Args:
         config: the validated configuration.
         folder: the run folder; a model made from scratch is kept in its ``initial`` folder.
         progress: where to show progress.
+        trains: False = for evaluation alone: what only training needs is not built.
     Raises:
         UserError: an option, file or combination that cannot work, in one line.
     """
@@ -106,11 +107,11 @@ def build_run(config: Config, folder: Path, progress: Progress) -> Run:
     with ExitStack() as stack:
         if not (folder / "initial").exists():
             stack.push(functools.partial(forget_refused, folder))
-        run = _build_run(config, folder, progress, stack)
+        run = _build_run(config, folder, progress, stack, trains=trains)
         return dataclasses.replace(run, closing=stack.pop_all())
 
 
-def _build_run(config: Config, folder: Path, progress: Progress, stack: ExitStack) -> Run:
+def _build_run(config: Config, folder: Path, progress: Progress, stack: ExitStack, *, trains: bool) -> Run:
     algorithm: Algorithm = build("algorithms", config.algorithm.name, config.algorithm.options)
     strategy = build("strategies", config.sampling.strategy.name, config.sampling.strategy.options)
     task: Task = build("tasks", config.data.task.name, config.data.task.options)
@@ -143,9 +144,8 @@ def _build_run(config: Config, folder: Path, progress: Progress, stack: ExitStac
         )
     )
     _check_learner(config, algorithm)
-    spec = WorkerSpec(
-        config=config, path=model_path(config, folder, task, train_examples), folder=folder, sampling=sampling
-    )
+    path = model_path(config, folder, task, train_examples)
+    spec = WorkerSpec(config=config, path=path, folder=folder, sampling=sampling, trains=trains)
     launch = launch_local if config.cluster.kind == "local" else launch_ray
     workers = launch(spec, stack, progress.log)
     denoiser, tokenizer = workers.denoiser, workers.tokenizer
