@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -23,6 +21,7 @@ from dllm_rl.data.source import PromptSource
 from dllm_rl.driver.choose import check_model, choose_parts, reward_plugins
 from dllm_rl.driver.demonstrations import demonstrations, references
 from dllm_rl.driver.launch import Workers, WorkerSpec, launch_local, launch_ray
+from dllm_rl.driver.refused import forget_refused
 from dllm_rl.driver.start_model import with_start_model
 from dllm_rl.errors import UserError
 from dllm_rl.evaluation.evaluate import Evaluation, Record, evaluate
@@ -104,13 +103,14 @@ class Run(Workers):
         self.closing.__exit__(*error)
 
 
-def build_run(config: Config, folder: Path, progress: Progress) -> Run:
+def build_run(config: Config, folder: Path, progress: Progress, *, trains: bool = True) -> Run:
     """Build every part.
 
     Args:
         config: the validated configuration.
         folder: the run folder; a model made from scratch is kept in its ``initial`` folder.
         progress: where to show progress.
+        trains: False = for evaluation alone: what only training needs is not built.
     Raises:
         UserError: an option, file or combination that cannot work, in one line.
     """
@@ -118,26 +118,17 @@ def build_run(config: Config, folder: Path, progress: Progress) -> Run:
         torch.set_num_threads(config.run.threads)
     with ExitStack() as stack:
         if not (folder / "initial").exists():
-            stack.push(functools.partial(_forget_refused, folder))
+            stack.push(functools.partial(forget_refused, folder))
         config = with_start_model(config, folder)
-        run = _build_run(config, folder, progress, stack)
+        run = _build_run(config, folder, progress, stack, trains=trains)
         return dataclasses.replace(run, closing=stack.pop_all())
 
 
-def _forget_refused(folder: Path, *error: Any) -> None:
-    """Remove the new model of a plan that is refused before it begins: the next plan may describe another one."""
-    if isinstance(error[1], UserError) and not (folder / "config.yaml").exists():
-        shutil.rmtree(folder / "initial", ignore_errors=True)
-        with contextlib.suppress(OSError):  # it holds something else
-            folder.rmdir()
-
-
-def _build_run(config: Config, folder: Path, progress: Progress, stack: ExitStack) -> Run:
+def _build_run(config: Config, folder: Path, progress: Progress, stack: ExitStack, *, trains: bool) -> Run:
     parts = choose_parts(config)
     algorithm, task, sampling, train_examples = parts.algorithm, parts.task, parts.sampling, parts.train_examples
-    spec = WorkerSpec(
-        config=config, path=model_path(config, folder, task, train_examples), folder=folder, sampling=sampling
-    )
+    path = model_path(config, folder, task, train_examples)
+    spec = WorkerSpec(config=config, path=path, folder=folder, sampling=sampling, trains=trains)
     launch = launch_local if config.cluster.kind == "local" else launch_ray
     workers = launch(spec, stack, progress.log)
     denoiser, tokenizer = workers.denoiser, workers.tokenizer

@@ -40,7 +40,7 @@ def evaluate_target(
         found = checkpoint.find(target / "checkpoints", None)
     config = load_config(target / "config.yaml" if found else target, overrides)
     with tempfile.TemporaryDirectory() as scratch:  # a model made from scratch is not kept
-        run = build_run(config, target if found else Path(scratch), progress)
+        run = build_run(config, target if found else Path(scratch), progress, trains=False)
         with run, contextlib.ExitStack() as stack:
             if run.reward_pool is None:
                 raise UserError(f"task '{config.data.task.name}' has no rewards: nothing says what counts as solved")

@@ -11,7 +11,7 @@ from dllm_rl.config.schema import Config
 from dllm_rl.data.collate import completion_texts, supervised
 from dllm_rl.driver.build import Run
 from dllm_rl.driver.prefetch import RolloutPrefetcher
-from dllm_rl.evaluation.evaluate import Evaluation
+from dllm_rl.evaluation.evaluate import Evaluation, Unscored
 from dllm_rl.protocols.engine import EVALUATE
 from dllm_rl.reports.clock import Clock
 from dllm_rl.reports.progress import Progress
@@ -56,7 +56,10 @@ def hold_out(
     evaluations: Sequence[Evaluation] = ()
     with prefetcher.engines_idle(), clock("evaluate_s"):
         if run.reward_pool is not None:
-            evaluations = run.evaluate(run.reward_pool, seed, progress)
+            try:
+                evaluations = run.evaluate(run.reward_pool, seed, progress)
+            except Unscored as error:  # a step whose rewards all fail is survived too, and would otherwise go unsaved
+                progress.log(f"held-out evaluation is left out: {error}")
             metrics = {name: value for e in evaluations for name, value in e.metrics().items()}
         samples = _samples(run, config) if run.algorithm.needs.source != "rollouts" else []
         if run.references:

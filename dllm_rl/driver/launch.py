@@ -67,12 +67,14 @@ class WorkerSpec:
         path: of the model, the same on every node.
         folder: the run folder, the same on every node.
         sampling: of training.
+        trains: False = weights are evaluated, and what only training needs is not built.
     """
 
     config: Config
     path: str
     folder: Path
     sampling: Sampling
+    trains: bool = True
 
     @property
     def algorithm(self) -> Algorithm:
@@ -115,7 +117,17 @@ def launch_local(spec: WorkerSpec, stack: ExitStack, log: Callable[[str], None])
     shared = SharedModel(denoiser=denoiser, tokenizer=tokenizer, strategies=chosen)
 
     def learner_worker(rank: WorkerRank) -> LearnerWorker:
-        learner = make_learner(config, spec.folder, algorithm, chosen[TRAIN], denoiser, tokenizer, spec.sampling, rank)
+        learner = make_learner(
+            config,
+            spec.folder,
+            algorithm,
+            chosen[TRAIN],
+            denoiser,
+            tokenizer,
+            spec.sampling,
+            rank,
+            trains=spec.trains,
+        )
         return LearnerWorker(learner, rank, denoiser, merged=config.cluster.push == "merged")
 
     learners = LocalWorkerGroup("learner", learner_worker)
@@ -252,7 +264,17 @@ def _learner_actor(spec: WorkerSpec, rank: WorkerRank) -> LearnerWorker:
     _use_threads(config)
     denoiser, tokenizer = load_model(config, spec.path)
     strategy = _bound_strategies(spec, vocabulary_digest(tokenizer), denoiser.device)[TRAIN]
-    learner = make_learner(config, spec.folder, spec.algorithm, strategy, denoiser, tokenizer, spec.sampling, rank)
+    learner = make_learner(
+        config,
+        spec.folder,
+        spec.algorithm,
+        strategy,
+        denoiser,
+        tokenizer,
+        spec.sampling,
+        rank,
+        trains=spec.trains,
+    )
     cluster = config.cluster
     return LearnerWorker(learner, rank, denoiser, merged=cluster.push == "merged", shares=cluster.colocate)
 

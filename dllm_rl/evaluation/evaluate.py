@@ -17,6 +17,10 @@ from dllm_rl.types import Prompt, Rewards, Sampling, Trajectory
 Record = Callable[[Mapping[str, Any]], None]
 
 
+class Unscored(UserError):
+    """An evaluation without a single verdict."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
     """Figures of one decoding setting.
@@ -87,7 +91,8 @@ def evaluate(
         advance: told how many prompts have finished.
         record: given every completion with its verdicts, in the order of the prompts.
     Raises:
-        UserError: no prompts, or not one of them could be scored.
+        UserError: no prompts.
+        Unscored: not one of them could be scored.
     """
     if not prompts:
         raise UserError("evaluation needs at least one held-out example; the task's test split is empty")
@@ -114,7 +119,7 @@ def evaluate(
         advance(len(part), "")
     scored = [s for s in solved if s is not None]
     if not scored:
-        raise UserError(f"no completion could be scored; last failure: {pool.failures[-1] if pool.failures else '?'}")
+        raise Unscored(f"no completion could be scored; last failure: {pool.failures[-1] if pool.failures else '?'}")
     low, high = wilson(sum(scored), len(scored))
     return Evaluation(
         tokens_per_step=sampling.tokens_per_step,

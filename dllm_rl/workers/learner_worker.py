@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from dllm_rl.cluster.group import WorkerRank
 from dllm_rl.config.schema import Config
 from dllm_rl.diffusion.layout import block_rule
 from dllm_rl.errors import memory_for
+from dllm_rl.learner.held_learner import HeldLearner
 from dllm_rl.learner.policy_scorer import PolicyScorer
 from dllm_rl.learner.torch_learner import TorchLearner
 from dllm_rl.models.denoiser import TransformersDenoiser
@@ -36,6 +38,8 @@ def make_learner(
     tokenizer: Any,
     sampling: Sampling,
     rank: WorkerRank,
+    *,
+    trains: bool = True,
 ) -> TorchLearner:
     """The learner that a configuration asks for, over a model.
 
@@ -48,8 +52,12 @@ def make_learner(
         tokenizer: saved beside the weights.
         sampling: of training.
         rank: of this worker.
+        trains: False = the weights are evaluated alone; ranks that share them are built as for training.
     """
     needs, policy = algorithm.needs, None
+    held = not trains and rank.size == 1
+    if held:
+        needs = dataclasses.replace(needs, reference=False, values=False)
     if "model" not in needs.trains:
         denoiser.module.requires_grad_(False)
     if "policy" in needs.trains:
@@ -61,8 +69,8 @@ def make_learner(
             block_origin=origin,
             sees_block_only=denoiser.block_size is not None,
         )
-    kind: type[TorchLearner] = TorchLearner
-    if config.learner.backend == "deepspeed":
+    kind: type[TorchLearner] = HeldLearner if held else TorchLearner
+    if config.learner.backend == "deepspeed" and not held:
         from dllm_rl.learner.deepspeed_learner import DeepSpeedLearner
         from dllm_rl.learner.zero import join_ranks
 
@@ -77,7 +85,7 @@ def make_learner(
         total_steps=config.run.steps,
         seed=config.run.seed,
         policy=policy,
-        teacher=load_teacher(config, denoiser, tokenizer),
+        teacher=None if held else load_teacher(config, denoiser, tokenizer),
         dump_folder=folder / "dumps",
     )
 

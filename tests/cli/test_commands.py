@@ -99,6 +99,32 @@ def test_a_run_ends_with_a_table_of_its_figures(write, capsys):
     assert "first 5" in printed and all(name in printed for name in ("reward", "loss", "grad_norm", "step_s"))
 
 
+def test_eval_builds_nothing_that_only_training_needs(write, tmp_path, capsys, monkeypatch):
+    """No optimiser (and with it no master weights), no reference, no value model: they cost several models' memory."""
+    for name, algorithm in (
+        ("policy", {"name": "coupled_grpo", "beta": 0.1}),
+        ("value", {"name": "trace_rl", "value": True}),
+    ):
+        config = write(
+            {"run.name": name, "run.steps": 1, "algorithm": algorithm, "learner.reference": {"kind": "frozen"}}
+        )
+        assert main(["train", str(config), "--quiet", "--json", str(tmp_path / "train.json")]) == 0
+        trained = json.loads((tmp_path / "train.json").read_text())["after"]
+
+        def built(*args, **options):
+            raise AssertionError("only training needs it")
+
+        with monkeypatch.context() as patch:
+            for part in ("dllm_rl.learner.torch_learner.Optimizer", "dllm_rl.learner.torch_learner.ValueModel"):
+                patch.setattr(part, built)
+            folder = str(tmp_path / "runs" / name)
+            assert main(["eval", folder, "--quiet", "--json", str(tmp_path / "eval.json")]) == 0, (
+                capsys.readouterr().err
+            )
+        found = json.loads((tmp_path / "eval.json").read_text())["evaluations"]
+        assert [e | {"seconds": 0} for e in found] == [e | {"seconds": 0} for e in trained]
+
+
 def test_eval_of_a_configuration_takes_overrides(write, tmp_path):
     path = tmp_path / "eval.json"
     arguments = ["evaluate.limit=3", "evaluate.tokens_per_step=[2,8]", "--json", str(path), "--quiet"]
