@@ -95,8 +95,11 @@ def _result(value: Any, returned: Any, rows: int) -> Result:
     if not isinstance(value, numbers.Real) or not math.isfinite(value):
         return "error", None, _broken(returned, rows)
     try:
-        struct.pack("f", value)
-    except (OverflowError, struct.error):  # 1e39: infinite in float32, in which rewards are added up
+        struct.pack("<f", value)
+    except (
+        OverflowError,
+        struct.error,
+    ):  # 1e39: infinite in float32, in which rewards are added up ("f" is silent)
         return "error", None, f"{_broken(returned, rows)}; float32 ends at 3.4e38"
     return ("invalid" if getattr(value, "status", "ok") == "invalid" else "ok"), float(value), ""
 

@@ -312,7 +312,7 @@ class RewardPool:
             if not worker.ready:
                 raise RunStopped(f"a reward worker broke off at start-up: {error}") from None
             text = f"the verifier broke the protocol of replies: {error}"
-            outcomes += self._lost(worker, waiting, "error", text)
+            outcomes += self._lost(worker, waiting, "error", text, again=True)
         except EOFError:
             how = worker.how_it_ended()
             if not worker.ready:
@@ -338,7 +338,9 @@ class RewardPool:
         if others:
             waiting.appendleft((worker.reward, others))
         suspect = (worker.reward, call[0])
-        if again and len(call) == 1 and suspect not in self._suspects:  # it may have been killed from outside
+        if (
+            again and len(call) == 1 and suspect not in self._suspects
+        ):  # it may have been killed from outside, or by the row before
             self._suspects.add(suspect)
             waiting.appendleft((worker.reward, [call]))
             return []

@@ -168,7 +168,7 @@ def _checked(result: Any) -> Result:
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ProtocolError("a value that is not a number")
         try:
-            (value,) = struct.unpack("f", struct.pack("f", value))
+            (value,) = struct.unpack("<f", struct.pack("<f", value))
         except (OverflowError, struct.error):
             raise ProtocolError("a value beyond float32") from None
         if value != value or value in (float("inf"), float("-inf")):

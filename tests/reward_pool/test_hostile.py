@@ -63,7 +63,9 @@ def test_an_attack_fails_its_row_and_nothing_else(pool, name):
     elapsed = time.monotonic() - began
     assert rewards.status[0] in statuses, (rewards.reasons, elapsed)
     assert not name.startswith("sends") or "broke the protocol of replies" in rewards.reasons[0]
-    tries = 2 if "ended its process" in rewards.reasons[0] else 1  # after a first death the row has another chance
+    tries = 1 + any(
+        words in rewards.reasons[0] for words in ("ended its process", "broke the protocol")
+    )  # after a first death the row has another chance
     assert elapsed < tries * (TIMEOUT_S + MARGIN_S), rewards.reasons
     after = score(pool, "value = 3.0")  # the next rows have a worker that is well
     after = score(pool, "value = 3.0") if after.status != ("ok",) else after
@@ -82,6 +84,23 @@ def test_nothing_is_left_running_nor_on_the_disk(pool):
         assert len(set(Path(tempfile.gettempdir()).glob("dllm-rl-reward-*")) - folders) == 1
     assert processes() - before - workers(pool) == set()
     assert set(Path(tempfile.gettempdir()).glob("dllm-rl-reward-*")) - folders == set()
+
+
+@pytest.mark.parametrize("name", ["setsid", "double fork", "a hundred forks", "kill the parent"])
+def test_nothing_is_left_where_there_are_no_namespaces(pool, name, monkeypatch):
+    """A supervisor that reaps orphans, and a mark in the environment for when it is killed itself."""
+    monkeypatch.setattr(containment, "namespaces_available", lambda: False)
+    before = processes()
+    with RewardPool([RewardPlugin(name="hostile_reward:Hostile", timeout_s=TIMEOUT_S)], num_workers=1) as made:
+        score(made, cases.STRAYS[name])
+    assert processes() - before == set()
+
+
+def test_a_forged_verdict_costs_no_other_row(pool):
+    forged = cases.STRAYS["forged verdict"]
+    rewards = score(pool, *["value = 1.0", "value = 2.0", forged, "value = 3.0", "value = 4.0"] * 2)
+    assert rewards.status == ("ok",) * 10
+    assert rewards.total[[0, 1, 3, 4, 5, 6, 8, 9]].tolist() == [1.0, 2.0, 3.0, 4.0] * 2
 
 
 def workers(pool) -> set[int]:

@@ -280,6 +280,33 @@ def test_a_reward_that_refuses_to_be_built_says_why(naughty):
         score(pool, "x")
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("option", ["weight", "timeout_s"])
+def test_an_option_that_is_not_finite_is_refused(option, value):
+    with pytest.raises(ValueError, match="finite number"):
+        RewardPlugin(name="sudoku", **{option: value})
+
+
+def test_a_sum_beyond_float32_is_a_failed_row(naughty):
+    with RewardPool([RewardPlugin(name="naughty:as_told", weight=10.0)]) as pool:
+        rewards = score(pool, "return [3e38]", "return [1e30]", "return [1e39]")
+    assert rewards.status == ("error", "ok", "error") and rewards.total.isfinite().all()
+    assert "weighted sum" in rewards.reasons[0] and "float32 ends at 3.4e38" in rewards.reasons[2]
+
+
+def test_columns_travel_as_json_and_what_cannot_is_named(naughty):
+    import datetime
+
+    (naughty / "columns_seen.py").write_text(
+        "def when(completions, day, **columns):\n    return [float(day == ['2024-05-01'])]\n"
+    )
+    with RewardPool([RewardPlugin(name="columns_seen:when")], num_workers=1) as pool:
+        assert score(pool, "x", day=[datetime.date(2024, 5, 1)]).total.tolist() == [1.0]
+        with pytest.raises(ValueError, match="data column 'day' cannot be handed to reward functions: object is"):
+            score(pool, "x", day=[object()])
+        assert score(pool, "x", day=["2024-05-01"]).total.tolist() == [1.0]
+
+
 def test_throughput():
     """54,000 rows a second on two idle cores; the bound leaves room for busy ones."""
     examples = Sudoku4(Sudoku4.Config(test_puzzles=256)).examples("test")

@@ -4,7 +4,7 @@ import torch
 from dllm_rl.config.schema import RewardPlugin
 from dllm_rl.protocols.rollouter import Turn
 from dllm_rl.reward_pool.pool import RewardPool
-from dllm_rl.reward_pool.score import score_completions, score_turns
+from dllm_rl.reward_pool.score import failure_summary, score_completions, score_turns
 from dllm_rl.types import GIVEN, Prompt, Trajectory, WeightsVersion
 
 
@@ -24,6 +24,18 @@ def test_verifiers_see_answer_length_and_the_tasks_columns(naughty):
     with RewardPool([RewardPlugin(name="naughty:told")], num_workers=1) as pool:
         rewards = score_completions(pool, [prompt("a", "4", level=3), prompt("b", "5", kind="k")], ["x", "y"], [7, 8])
     assert rewards.total.tolist() == [1.0, 2.0]  # a column that a row lacks is None
+
+
+def test_a_step_says_once_why_rows_failed(naughty):
+    with RewardPool([RewardPlugin(name="naughty:as_told")], num_workers=1) as pool:
+        rewards = pool.score(["p"] * 20, ["fine"] * 19 + ["raise out of luck"], {})
+        first, second = (failure_summary(pool, rewards, limit=0.5) for _ in range(2))
+        few = pool.score(["p"] * 21, ["fine"] * 20 + ["raise out of luck"], {})
+        assert not failure_summary(pool, few, limit=0.5).startswith("warning")
+        assert failure_summary(pool, pool.score(["p"], ["fine"], {}), limit=0.5) == ""
+    start = "warning: 1 of 20 completions could not be scored (0 timed out), the run stops above"
+    assert first.startswith(start) and second.startswith(start)
+    assert "RuntimeError: out of luck" in first and "naughty.py:" in first and "luck" not in second
 
 
 def ended(finish) -> Turn:
