@@ -103,23 +103,30 @@ def submit(
         str | None,
         typer.Option(help="of the Ray dashboard; default RAY_API_SERVER_ADDRESS, else http://127.0.0.1:8265"),
     ] = None,
-    working_dir: Annotated[Path, typer.Option(help="uploaded to the cluster")] = Path("."),
+    working_dir: Annotated[Path, typer.Option(help="its code and configurations are uploaded")] = Path("."),
     runtime_env: Annotated[Path | None, typer.Option(help="YAML with more of Ray's runtime environment")] = None,
+    include: Annotated[list[str] | None, typer.Option(help="upload these files too, e.g. 'prompts/*.txt'")] = None,
+    max_upload_mb: Annotated[float, typer.Option(min=0, help="refuse to upload more")] = 100.0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="list what would be uploaded, and stop")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="go on from the newest checkpoint")] = False,
     wait: Annotated[bool, typer.Option(help="stream the log and return the job's exit code")] = True,
 ) -> int:
     """Train on a Ray cluster. Example: dllm-rl submit configs/tiny_sudoku_ray.yaml --address http://head:8265."""
     from dllm_rl.config.load import load_config
 
-    load_config(config, overrides or [])  # a typing error is known here, not in a job's log
+    loaded = load_config(config, overrides or [])  # a typing error is known here, not in a job's log
     from dllm_rl.cli.submit import run_submit
 
     return run_submit(
         config,
         overrides or [],
+        loaded,
         address=address,
         working_dir=working_dir,
         runtime_env=runtime_env,
+        include=include or [],
+        max_upload_mb=max_upload_mb,
+        dry_run=dry_run,
         resume=resume,
         wait=wait,
     )

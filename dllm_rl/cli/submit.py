@@ -6,6 +6,7 @@ import asyncio
 import os
 import shlex
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,9 +14,11 @@ from typing import Any
 
 import yaml
 
+from dllm_rl.cli.secrets import secret_line, secret_variable
+from dllm_rl.cli.upload import choose
+from dllm_rl.config.schema import Config
 from dllm_rl.errors import UserError, first_line, require_package
 
-EXCLUDED = ("runs/", ".git/", ".venv/", "venv/", "__pycache__/", "*.pt", "*.safetensors")
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 RETRY_S = 2.0  # a head node that restarts refuses connections for seconds
 ATTEMPTS = 30  # a dashboard that is silent for about a minute is given up
@@ -24,51 +27,69 @@ ATTEMPTS = 30  # a dashboard that is silent for about a minute is given up
 def run_submit(
     config: Path,
     overrides: Sequence[str],
+    loaded: Config,
     *,
     address: str | None,
     working_dir: Path,
     runtime_env: Path | None,
+    include: Sequence[str],
+    max_upload_mb: float,
+    dry_run: bool,
     resume: bool,
     wait: bool,
 ) -> int:
-    """Upload the working directory, run ``dllm-rl train`` on the cluster, and stream its log.
+    """Upload what the run needs, run ``dllm-rl train`` on the cluster, and stream its log.
 
     Args:
         config: inside the working directory.
         overrides: of the configuration.
+        loaded: the configuration with them.
         address: of the cluster's dashboard; None takes RAY_API_SERVER_ADDRESS, else this machine's.
-        working_dir: uploaded; must hold the configuration and whatever it names by a relative path.
-        runtime_env: YAML file with more of Ray's runtime environment (pip, env_vars).
+        working_dir: holds the code, the configuration and whatever it names by a relative path; see upload.choose.
+        runtime_env: YAML file with more of Ray's runtime environment (pip, env_vars, excludes).
+        include: patterns of further files to be uploaded.
+        max_upload_mb: more is refused.
+        dry_run: say what would be uploaded, and do nothing.
         resume: pass --resume on.
         wait: stream the log until the job ends.
     Returns:
         the job's exit code; 0 if it goes on without us.
     Raises:
-        UserError: no such file, no cluster, or a runtime environment that is not one.
+        UserError: no such file, no cluster, secrets, or a runtime environment that is not one.
     """
-    require_package("ray", "ray", "dllm-rl submit")
-    from ray.job_submission import JobSubmissionClient
-
     root = working_dir.resolve()
     if not config.resolve().is_relative_to(root):
         raise UserError(f"'{config}' is not inside '{root}', which is what is uploaded; move it, or set --working-dir")
-    environment: dict[str, Any] = {"working_dir": str(root), "excludes": list(EXCLUDED)}
-    if runtime_env is not None:
-        more = yaml.safe_load(runtime_env.read_text(encoding="utf-8"))
-        if not isinstance(more, dict):
-            raise UserError(f"'{runtime_env}' must hold a mapping such as 'pip: [...]' or 'env_vars: {{...}}'")
-        environment |= more
+    _check_output(loaded.run.output)
+    require_package("ray", "ray", "dllm-rl submit")
+    environment = _environment(runtime_env)
+    if any(secret_line(text) for text in overrides):
+        raise UserError("an override holds what looks like a key; everybody sees a job's command: use the environment")
+    # Private: the rules by which Ray itself would read the excludes.
+    from ray._private.thirdparty.pathspec import PathSpec  # codespell:ignore thirdparty
+
+    excluded = PathSpec.from_lines("gitwildmatch", environment.pop("excludes", [])).match_file
+    upload = choose(root, loaded.model_dump(mode="json"), include=include, excluded=excluded, limit_mb=max_upload_mb)
+    for line in upload.lines(everything=dry_run):
+        print(line, file=sys.stderr)
+    if dry_run:
+        return 0
+    from ray.job_submission import JobSubmissionClient
+
     where = address or os.environ.get("RAY_API_SERVER_ADDRESS") or DEFAULT_ADDRESS
     relative = config.resolve().relative_to(root)
     command = ["python", "-m", "dllm_rl", "train", str(relative), *overrides, *(["--resume"] if resume else [])]
-    try:
-        client = JobSubmissionClient(where)
-        job = client.submit_job(entrypoint=shlex.join(command), runtime_env=environment)
-    except (ConnectionError, RuntimeError) as error:
-        raise UserError(
-            f"no Ray dashboard answers at '{where}' ({first_line(error)}); start the cluster with 'ray start --head', "
-            f"or give --address http://host:8265"
-        ) from error
+    # Ray uploads a folder whole: it gets one that holds nothing else.
+    with tempfile.TemporaryDirectory(prefix="dllm-rl-submit-") as folder:
+        upload.copy_to(Path(folder))
+        try:
+            client = JobSubmissionClient(where)
+            job = client.submit_job(entrypoint=shlex.join(command), runtime_env={**environment, "working_dir": folder})
+        except (ConnectionError, RuntimeError) as error:
+            raise UserError(
+                f"no Ray dashboard answers at '{where}' ({first_line(error)}); start the cluster with "
+                f"'ray start --head', or give --address http://host:8265"
+            ) from error
     print(f"job {job} at {where}", file=sys.stderr)
     if not wait:
         return 0
@@ -81,6 +102,40 @@ def run_submit(
             file=sys.stderr,
         )
         return 0
+
+
+def _check_output(output: str) -> None:
+    """Refuse an output folder that goes with the job."""
+    if not output.startswith(("/", "~", "$")):
+        raise UserError(
+            f"run.output = {output}: a relative path is inside the job's copy of the working directory, which is "
+            f"removed with the job; set run.output=/a/path/that/all/nodes/share"
+        )
+
+
+def _environment(file: Path | None) -> dict[str, Any]:
+    """A user's runtime environment, without anything that would be uploaded unseen."""
+    if file is None:
+        return {}
+    found = yaml.safe_load(file.read_text(encoding="utf-8"))
+    if not isinstance(found, dict):
+        raise UserError(f"'{file}' must hold a mapping such as 'pip: [...]' or 'env_vars: {{...}}'")
+    modules = found.get("py_modules") or []
+    if "working_dir" in found or any("://" not in str(module) for module in modules):
+        raise UserError(
+            f"'{file}': working_dir and local py_modules would be uploaded whole; give --working-dir, and put modules "
+            f"inside it"
+        )
+    excludes = found.get("excludes", [])
+    if not isinstance(excludes, list) or not all(isinstance(pattern, str) for pattern in excludes):
+        raise UserError(f"'{file}': excludes must be a list of patterns, such as ['data/*.csv']")
+    secret = [name for name in found.get("env_vars") or {} if secret_variable(str(name))]
+    if secret:
+        print(
+            f"warning: everybody who sees the cluster's dashboard can read the env_vars of a job: {', '.join(secret)}",
+            file=sys.stderr,
+        )
+    return found
 
 
 def _follow(client: Any, job: str) -> Any:
