@@ -41,7 +41,8 @@ class WorkerRank:
         size: workers of the group.
         address: host where rank 0 can be reached.
         host: where this worker can be reached.
-        port: free port there, for a rendezvous.
+        port: free port at rank 0's address, for a rendezvous.
+        key: of the rendezvous, known to the group alone.
     """
 
     rank: int = 0
@@ -49,6 +50,7 @@ class WorkerRank:
     address: str = "127.0.0.1"
     host: str = "127.0.0.1"
     port: int = 0
+    key: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

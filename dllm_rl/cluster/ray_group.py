@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import re
+import secrets
 import socket
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, InvalidStateError, wait
 from typing import Any, Concatenate
 
 import ray
@@ -15,6 +16,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from typing_extensions import override
 
 from dllm_rl.cluster.group import Heartbeat, P, R, W, WorkerGroup, WorkerLost, WorkerRank, gather
+from dllm_rl.cluster.liveness import ClusterWatch
 from dllm_rl.cluster.placement import Slot
 from dllm_rl.cluster.usage import Usage
 
@@ -30,11 +32,11 @@ class WorkerActor:
         self._worker: Any = None
         self._usage = Usage()
 
-    def rendezvous(self) -> tuple[str, int]:
-        """(address, free port) of this node."""
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            return ray.util.get_node_ip_address(), probe.getsockname()[1]
+    def rendezvous(self) -> tuple[str, int, str]:
+        """(address, free port there, fresh key) for the group."""
+        address = ray.util.get_node_ip_address()
+        with socket.create_server((address, 0), family=socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
+            return address, probe.getsockname()[1], secrets.token_hex(16)
 
     def build(self, make: Callable[[WorkerRank], Any], rank: WorkerRank) -> None:
         """Make the worker."""
@@ -55,7 +57,12 @@ class RayWorkerGroup(WorkerGroup[W]):
     """Actors that the driver owns: they end with it."""
 
     def __init__(
-        self, name: str, build: Callable[[WorkerRank], W], slots: Sequence[Slot], env: Mapping[str, str]
+        self,
+        name: str,
+        build: Callable[[WorkerRank], W],
+        slots: Sequence[Slot],
+        env: Mapping[str, str],
+        watch: ClusterWatch | None = None,
     ) -> None:
         """Take note of what to start; restart() starts it.
 
@@ -64,12 +71,14 @@ class RayWorkerGroup(WorkerGroup[W]):
             build: picklable; makes a worker for its place.
             slots: where each worker runs and what it gets.
             env: environment variables of the actors.
+            watch: ends calls when the cluster is gone.
         """
+        self._watch = watch
         self.name, self.size = name, len(slots)
         self._build, self._slots, self._env = build, list(slots), dict(env)
         self._actors: list[Any] = [None] * self.size
         self._why: dict[int, str] = {}
-        self._rendezvous = ("127.0.0.1", 0)
+        self._rendezvous = ("127.0.0.1", 0, "")
 
     @override
     def submit(
@@ -97,8 +106,8 @@ class RayWorkerGroup(WorkerGroup[W]):
             if wait([asked], timeout=START_UP_S).not_done:
                 raise WorkerLost(self.name, 0, _LATE)
             self._rendezvous = asked.result()
-        address, port = self._rendezvous
-        wanted = [WorkerRank(rank=rank, size=self.size, address=address, port=port) for rank in ranks]
+        address, port, key = self._rendezvous
+        wanted = [WorkerRank(rank=rank, size=self.size, address=address, port=port, key=key) for rank in ranks]
         builds = {
             self._future(one.rank, self._actors[one.rank].build.remote(self._build, one)): one.rank for one in wanted
         }
@@ -115,7 +124,9 @@ class RayWorkerGroup(WorkerGroup[W]):
     @override
     def close(self) -> None:
         # A killed actor leaves behind what it has started itself (an engine's server, say): ask first.
-        with contextlib.suppress(Exception):  # the cluster may be gone already
+        with contextlib.suppress(Exception):  # the cluster may go meanwhile
+            if self._watch is not None and self._watch.lost:
+                return  # nobody is left to be asked, and its calls could wait for ever
             wait([a.invoke.remote("close", (), {}).future() for a in self._actors if a is not None], timeout=CLOSE_S)
         for rank in range(self.size):
             self._kill(rank)
@@ -159,11 +170,14 @@ class RayWorkerGroup(WorkerGroup[W]):
 
         def hand_over(done: Future[Any]) -> None:
             error = done.exception()
-            if error is None:
-                future.set_result(done.result())
-            else:
-                future.set_exception(self._translated(rank, error))
+            with contextlib.suppress(InvalidStateError):  # the watch was faster
+                if error is None:
+                    future.set_result(done.result())
+                else:
+                    future.set_exception(self._translated(rank, error))
 
+        if self._watch is not None:
+            self._watch.follow(future)
         reference.future().add_done_callback(hand_over)
         return future
 

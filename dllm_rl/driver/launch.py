@@ -153,7 +153,7 @@ def launch_ray(spec: WorkerSpec, stack: ExitStack, log: Callable[[str], None]) -
     check_engine(config, spec.algorithm, denoiser, spec.engine_capabilities, spec.sampling)
     load_teacher(config, denoiser, tokenizer, weights=False)  # refused here rather than by an actor
     wanted = cluster.engines * cluster.cpus_per_engine + cluster.learners * cluster.cpus_per_learner
-    stack.enter_context(ray_connection(cluster.address, cluster.namespace, wanted))
+    watch = stack.enter_context(ray_connection(cluster.address, cluster.namespace, wanted))
     default = (0.5 if cluster.colocate else 1.0) if cluster_has_gpus() else 0.0
     engine_gpus = default if cluster.gpus_per_engine is None else cluster.gpus_per_engine
     learner_gpus = default if cluster.gpus_per_learner is None else cluster.gpus_per_learner
@@ -164,12 +164,14 @@ def launch_ray(spec: WorkerSpec, stack: ExitStack, log: Callable[[str], None]) -
         wait_s=cluster.wait_s,
         log=log,
     )
-    stack.callback(placement.close)
+    stack.callback(watch.unless_lost, placement.close)
     environment = _environment(config, cluster.cpus_per_learner)
-    learners = RayWorkerGroup("learner", functools.partial(_learner_actor, spec), placement.learners, environment)
+    learners = RayWorkerGroup(
+        "learner", functools.partial(_learner_actor, spec), placement.learners, environment, watch
+    )
     stack.callback(learners.close)
     environment = _environment(config, cluster.cpus_per_engine)
-    engines = RayWorkerGroup("engine", functools.partial(_engine_actor, spec), placement.engines, environment)
+    engines = RayWorkerGroup("engine", functools.partial(_engine_actor, spec), placement.engines, environment, watch)
     stack.callback(engines.close)
     with ThreadPoolExecutor(2) as both:  # importing and loading takes each of them as long
         gather([both.submit(group.restart, range(group.size)) for group in (learners, engines)])

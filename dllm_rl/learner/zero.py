@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -15,30 +16,30 @@ from dllm_rl.errors import UserError
 from dllm_rl.learner.optimizer import Optimizer, adamw
 
 
-def join_ranks(rank: int, size: int, address: str, port: int) -> None:
+def join_ranks(rank: int, size: int, store: torch.distributed.Store) -> None:
     """Set up DeepSpeed's process group in this process.
 
     Args:
         rank: of this process.
         size: number of ranks.
-        address: host of rank 0.
-        port: free port there.
+        store: where the ranks meet. DeepSpeed's own would listen on every interface, and let anybody in.
     """
     cuda = torch.cuda.is_available()
     if not cuda:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     local = torch.cuda.current_device() if cuda else 0
-    # DeepSpeed looks for MPI when one of these is missing.
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(local)}
-    os.environ |= {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(local)}  # DeepSpeed reads them
     import deepspeed
     import deepspeed.ops
 
     deepspeed.utils.logger.setLevel("ERROR")
     # On a CPU it would compile a shared-memory collective with g++ at start-up, for a minute; gloo does as well here.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    backend = "nccl" if cuda else "gloo"
     if not torch.distributed.is_initialized():
-        deepspeed.init_distributed("nccl" if cuda else "gloo", verbose=False)
+        timeout = timedelta(minutes=30)  # DeepSpeed's; a rank that is lost is noticed by the driver long before
+        torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+        deepspeed.init_distributed(backend, verbose=False)
 
 
 def check_options(config: LearnerSection) -> None:

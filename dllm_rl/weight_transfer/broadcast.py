@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from datetime import timedelta
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from dllm_rl.protocols.transport import Transport
+from dllm_rl.weight_transfer.keyed_store import keyed_store
 
 
 class Broadcast(Transport):
@@ -24,17 +26,15 @@ class Broadcast(Transport):
         self._cuda = False
 
     @override
-    def open(self, host: str, timeout_s: float) -> tuple[str, int]:
-        self._store = dist.TCPStore(
-            host, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_s)
-        )
-        return host, self._store.port
+    def open(self, host: str, timeout_s: float) -> tuple[str, int, str]:
+        key = secrets.token_hex(16)
+        self._store, port = keyed_store(host, 0, key, leads=True, timeout_s=timeout_s)
+        return host, port, key
 
     @override
     def join(self, address: Any, *, rank: int, size: int, host: str, device: torch.device, timeout_s: float) -> None:
         timeout = timedelta(seconds=timeout_s)
-        leader, port = address
-        store = dist.TCPStore(leader, port, is_master=False, wait_for_workers=False, timeout=timeout)
+        store, _ = keyed_store(*address, leads=False, timeout_s=timeout_s)
         self._cuda = device.type == "cuda"
         # Backends are made directly: torch.distributed.new_group would need all processes in one default group, and
         # DeepSpeed's default group has only the learners in it.
@@ -50,6 +50,8 @@ class Broadcast(Transport):
     @override
     def send(self, buffer: Tensor) -> None:
         self._share(buffer)
+        if not self._cuda:
+            self._store = None  # everybody has met: nothing listens any more (NCCL's threads go on asking theirs)
 
     @override
     def receive(self, payload: Any, size: int, device: torch.device) -> Tensor:

@@ -20,7 +20,10 @@ from dllm_rl.models.teacher import load_teacher
 from dllm_rl.protocols.algorithm import Algorithm
 from dllm_rl.protocols.strategy import UnmaskingStrategy
 from dllm_rl.types import LikelihoodEstimate, MaskSample, RolloutBatch, Sampling, TrainingBatch, WeightsVersion
+from dllm_rl.weight_transfer.keyed_store import keyed_store
 from dllm_rl.weight_transfer.sender import OutgoingTensor, WeightSender
+
+MEET_S = 600.0  # rank 0 may still be importing torch and loading its model
 
 
 def make_learner(
@@ -62,7 +65,8 @@ def make_learner(
         from dllm_rl.learner.deepspeed_learner import DeepSpeedLearner
         from dllm_rl.learner.zero import join_ranks
 
-        join_ranks(rank.rank, rank.size, rank.address, rank.port)
+        store, _ = keyed_store(rank.address, rank.port, rank.key, leads=rank.rank == 0, timeout_s=MEET_S)
+        join_ranks(rank.rank, rank.size, store)
         kind = DeepSpeedLearner
     return kind(
         denoiser,

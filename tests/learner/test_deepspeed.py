@@ -99,10 +99,12 @@ def weights(made):
 
 def in_a_rank(rank, size, port, work, arguments, answers):
     from dllm_rl.learner.zero import join_ranks
+    from dllm_rl.weight_transfer.keyed_store import keyed_store
 
     torch.set_num_threads(1)
     try:
-        join_ranks(rank, size, "127.0.0.1", port)
+        store, _ = keyed_store("127.0.0.1", port, "ranks", leads=rank == 0, timeout_s=60.0)
+        join_ranks(rank, size, store)
         answers.put((rank, None, work(rank, size, *arguments)))
     except BaseException:
         answers.put((rank, traceback.format_exc(), None))
