@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import secrets
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -380,5 +381,5 @@ def learner_for(needs: Needs, batch: RolloutBatch, family: str, **settings: Any)
         total_steps=1,
         seed=0,
         policy=policy,
-        dump_folder=Path(tempfile.gettempdir()) / "dllm-rl-conformance",
+        dump_folder=Path(tempfile.gettempdir()) / f"dllm-rl-{secrets.token_hex(8)}",  # made only if it is needed
     )

@@ -56,7 +56,7 @@ TOLERANCE = 1e-4  # nats, float32, logits of a few units
 def main() -> int:
     """Run everything; 1 if something differs."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--environment", type=Path, default=Path(tempfile.gettempdir()) / "dllm-rl-transformers4")
+    parser.add_argument("--environment", type=Path, default=Path.home() / ".cache" / "dllm-rl" / "transformers4")
     parser.add_argument("--transformers", default="4.57.*", help="release to install there")
     parser.add_argument("--tokenizer", action="append", default=[], metavar="NAME=FOLDER")
     parser.add_argument("--code", action="append", default=[], metavar="FAMILY=FOLDER")
