@@ -24,3 +24,15 @@ class Verdict(float):
 
     def __reduce__(self) -> tuple[type[Verdict], tuple[float, str]]:
         return Verdict, (float(self), self.status)
+
+
+OPEN, CLOSE = "<answer>", "</answer>"
+
+
+def last_answer(text: str) -> str | None:
+    """What stands in the last ``<answer>...</answer>``, or None; a tag closes the first one that is open."""
+    found, end = None, 0
+    while (begin := text.find(OPEN, end)) >= 0 and (end := text.find(CLOSE, begin)) >= 0:
+        found = text[begin + len(OPEN) : end]
+        end += len(CLOSE)
+    return found

@@ -16,8 +16,7 @@ from fractions import Fraction
 from typing import Any
 
 from dllm_rl.errors import UserError
-from rewards import Verdict
-from rewards.tags import last_answer
+from rewards import Verdict, last_answer
 
 MAX_CHARACTERS = 200  # six numbers of three digits need about 40
 MAX_DEPTH = 20  # of parentheses

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from dllm_rl.errors import UserError
+from rewards import last_answer
 from rewards.math_answer import last_boxed
-from rewards.tags import last_answer
 
 _INSIDE = r"(?:(?!</?(?:reasoning|answer)>).)*"  # anything but another tag, so that each tag occurs once
 _PRESETS = {

@@ -4,7 +4,7 @@ import pytest
 
 from rewards.countdown import _expression
 from rewards.format import Format
-from rewards.tags import last_answer
+from rewards import last_answer
 
 
 class Counted(str):
