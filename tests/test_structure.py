@@ -185,7 +185,7 @@ class A:
 
 def test_the_package_stays_small():
     """A growth that is worth it raises the number in the same commit, which says what was taken out to pay for it."""
-    assert sum(code_lines(path.read_text(encoding="utf-8")) for path in sources("dllm_rl")) <= 19600
+    assert sum(code_lines(path.read_text(encoding="utf-8")) for path in sources("dllm_rl")) <= 20500
 
 
 @pytest.mark.parametrize("module", ["dllm_rl.types", "dllm_rl.protocols", "dllm_rl.diffusion"])

@@ -99,8 +99,9 @@ def test_nothing_is_left_where_there_are_no_namespaces(pool, name, monkeypatch):
 def test_a_forged_verdict_costs_no_other_row(pool):
     forged = cases.STRAYS["forged verdict"]
     rewards = score(pool, *["value = 1.0", "value = 2.0", forged, "value = 3.0", "value = 4.0"] * 2)
-    assert rewards.status == ("ok",) * 10
-    assert rewards.total[[0, 1, 3, 4, 5, 6, 8, 9]].tolist() == [1.0, 2.0, 3.0, 4.0] * 2
+    others = [0, 1, 3, 4, 5, 6, 8, 9]  # the forger is believed or fails, as its number in the request has it
+    assert {rewards.status[row] for row in others} == {"ok"}
+    assert rewards.total[others].tolist() == [1.0, 2.0, 3.0, 4.0] * 2
 
 
 def workers(pool) -> set[int]:
