@@ -46,7 +46,7 @@ def train(
         rewards: in the place of section rewards: functions, names, or dicts with ``name`` (either) and options such as
             ``weight``. Functions of a module are named, others (of a notebook, lambdas) are copied into the run folder.
             The self-test is left out with functions, unless reward_pool.self_test is set.
-        dataset: in the place of the task: rows with the columns of task jsonl, a ``datasets.Dataset``, or a file.
+        dataset: in the place of the task: rows with the columns of task rows, a ``datasets.Dataset``, or a file.
         test_dataset: the same, held out.
         callbacks: called with every row of metrics; one that returns True ends the run after the step, saved.
         resume: go on from the newest checkpoint.

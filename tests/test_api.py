@@ -87,7 +87,7 @@ def test_callbacks_see_every_step_and_can_stop_the_run(tmp_path):
 def task(folder):
     file = folder / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    return {"name": "jsonl", "train_file": str(file)}
+    return {"name": "rows", "train_file": str(file)}
 
 
 def test_what_cannot_be_given_is_named(tmp_path):

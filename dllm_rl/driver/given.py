@@ -26,7 +26,7 @@ from dllm_rl.errors import UserError, first_line
 Reward = str | Callable[..., Any] | RewardPlugin | Mapping[str, Any]
 Rewards = Sequence[Reward]
 Rows = str | Path | Iterable[Mapping[str, Any]]
-_TASK = "jsonl"  # the task of rows
+_TASK = "rows"  # the task of rows
 
 
 def with_given(

@@ -51,7 +51,8 @@ def run_self_test(pool: RewardPool, task: Task, examples: Sequence[Example]) -> 
         else:
             rows += [(example, pair[0], True), (example, pair[1], False)]
     asked, texts = [example for example, _, _ in rows], [text for _, text, _ in rows]
-    rewards = pool.score([str(e.prompt) for e in asked], texts, columns_of(asked, [1] * len(rows)))
+    chats = [None if isinstance(e.prompt, str) else e.prompt for e in asked]  # functions see them as in training
+    rewards = pool.score([str(e.prompt) for e in asked], texts, columns_of(asked, [1] * len(rows)), messages=chats)
     for name, values in rewards.components.items():
         if bool((values.isnan() & rewards.included).all()):
             raise UserError(

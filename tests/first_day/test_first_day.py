@@ -44,7 +44,7 @@ def check(folder: Path, output: str) -> None:
         p.name for p in (folder / "adapter").iterdir()
     }
     card = (folder / "adder" / "README.md").read_text()
-    assert "`diffu_grpo`" in card and "my_reward:close" in card
+    assert "`diffu_grpo`" in card and "my_reward.py:close" in card
     (text,) = json.loads((folder / "text.json").read_text())["completions"]
     lines = output.splitlines()
     assert json.loads(lines[-1]) == text["tokens"]  # transformers' own Llama decodes the same tokens
@@ -57,13 +57,11 @@ def check(folder: Path, output: str) -> None:
     assert any(line.strip().startswith("1 ") and "▒▒" in line for line in lines)
     with (folder / "runs/rl/metrics.jsonl").open() as file:
         rows = [json.loads(line) for line in file]
-    assert [row["step"] for row in rows] == [1, 2] and all("reward/my_reward:close" in row for row in rows)
+    assert [row["step"] for row in rows] == [1, 2] and all("reward/my_reward.py:close" in row for row in rows)
 
 
 def test_in_one_process(empty, monkeypatch, capsys):
     monkeypatch.chdir(empty)
-    monkeypatch.syspath_prepend(str(empty))
-    monkeypatch.delitem(sys.modules, "my_reward", raising=False)
     output = ""
     for command in (empty / "commands.sh").read_text().splitlines():
         program, *arguments = shlex.split(command)
@@ -84,8 +82,7 @@ def test_from_an_installed_wheel(empty, tmp_path_factory):
     (wheel,) = (place / "wheels").glob("*.whl")
     subprocess.run([*pip, "install", "--no-deps", "--target", place / "site", wheel], check=True)
     programs = os.pathsep.join([str(place / "site" / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]])
-    # The empty folder is on the path for my_reward; the source tree is not.
-    environment = os.environ | {"PATH": programs, "PYTHONPATH": os.pathsep.join([str(place / "site"), str(empty)])}
+    environment = os.environ | {"PATH": programs, "PYTHONPATH": str(place / "site")}  # without the source tree
     where = [sys.executable, "-c", "import dllm_rl; print(dllm_rl.__file__)"]
     found = subprocess.run(where, cwd=empty, env=environment, text=True, capture_output=True, check=True)
     assert Path(found.stdout.strip()).is_relative_to(place)
