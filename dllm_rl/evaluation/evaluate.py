@@ -96,6 +96,7 @@ def evaluate(
     """
     if not prompts:
         raise UserError("evaluation needs at least one held-out example; the task's test split is empty")
+    pool.begin_step(None)  # what an evaluation takes is not held against a step
     started = time.perf_counter()
     solved: list[int | None] = []
     values: dict[str, list[float]] = {}

@@ -89,7 +89,8 @@ class RewardPool:
         self.failures: deque[Failure] = deque(maxlen=20)
         self.shown: set[str] = set()
         self._specs, self._success, self._limits = tuple(specs), success, limits or Containment()
-        self._max_seconds, self._step, self._spent = max_seconds_per_step, 0, 0.0
+        self._max_seconds, self._spent = max_seconds_per_step, 0.0
+        self._step: int | None = None
         self._suspects: set[tuple[int, int]] = set()  # (reward, row) over which a worker has died once
         self._selector = selectors.DefaultSelector()
         self._workers: list[Worker] = []
@@ -109,8 +110,8 @@ class RewardPool:
         self._workers = []
         self._selector.close()
 
-    def begin_step(self, step: int) -> None:
-        """Say which step the next rows belong to; one that begins has max_seconds_per_step before it."""
+    def begin_step(self, step: int | None) -> None:
+        """Say which step the next rows belong to; one that begins has max_seconds_per_step. None: no limit."""
         if step != self._step:
             self._step, self._spent = step, 0.0
 
@@ -192,7 +193,11 @@ class RewardPool:
         """What came of every reward and row, in any order."""
         waiting = deque(self._chunks(groups))
         left = {(reward, row) for reward in range(len(self._specs)) for row in range(len(rows))}
-        limit = float("inf") if self._max_seconds is None else time.monotonic() + self._max_seconds - self._spent
+        limit = (
+            float("inf")
+            if self._max_seconds is None or self._step is None
+            else time.monotonic() + self._max_seconds - self._spent
+        )
         self._suspects = set()
         while left:
             if time.monotonic() >= limit:
@@ -274,7 +279,7 @@ class RewardPool:
         given = [
             [{**rows[row], **more[row]} if self._together[reward] else rows[row] for row in call] for call in calls
         ]
-        request = {"nonce": nonce, "reward": reward, "step": self._step, "timeout_s": timeout_s, "calls": given}
+        request = {"nonce": nonce, "reward": reward, "step": self._step or 0, "timeout_s": timeout_s, "calls": given}
         try:
             frame = encode(request)
         except (TypeError, ValueError, ProtocolError) as error:

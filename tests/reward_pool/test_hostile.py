@@ -132,6 +132,8 @@ def test_a_step_ends_when_its_seconds_are_spent(pool):
         rewards = score(limited, *["forever()"] * 20)
         assert set(rewards.status) == {"timeout"} and "max_seconds_per_step = 1.5" in rewards.reasons[-1]
         assert "no verdict within" in rewards.reasons[0]
+        limited.begin_step(None)
+        assert all("no verdict within" in reason for reason in score(limited, *["forever()"] * 5).reasons)
         limited.begin_step(2)
         assert score(limited, "value = 1.0").status == ("ok",)
 
