@@ -227,6 +227,7 @@ def test_the_plugin_and_the_clause_are_named(named, write, refuse, plugin, key, 
     refuse(
         ["train", str(config), "--quiet"],
         [f"'{named(plugin)}': ", *words] if "must be a " not in words[0] else words,
+        begun=True,  # some are wrong from the first step on, others are refused beforehand
     )
 
 
@@ -253,7 +254,7 @@ def test_rewards_that_fail_in_training(on_the_path, monkeypatch, write, refuse):
     monkeypatch.syspath_prepend(str(on_the_path))
     changes = small("rewards", "theirs_plain.plugins:function") | {"reward_pool": {"workers": 1, "self_test": 0}}
     words = ["step 0: 100%", "max_failure_fraction", "reward 'theirs_plain.plugins:function': __call__() raised Zero"]
-    refuse(["train", str(write(changes)), "--quiet"], words)
+    refuse(["train", str(write(changes)), "--quiet"], words, begun=True)
 
 
 @pytest.mark.parametrize(("place", "debug"), [("on_the_path", ""), ("site_packages", "1")])
@@ -304,4 +305,4 @@ def test_what_is_not_the_plugins_passes(error, code, write, monkeypatch, capsys)
     sys.modules["theirs_here"].Mine = type("Mine", (TraceRL,), {"loss": loss, "__module__": "theirs_here"})
     assert main(["train", str(write(small("algorithm.name", "theirs_here:Mine"))), "--quiet"]) == code
     shown = capsys.readouterr().err
-    assert "theirs_here:Mine" not in shown and (code == 130 or type(error).__name__ in shown.splitlines()[-1])
+    assert "theirs_here:Mine" not in shown and (code == 130 or "out of memory in phase 'update'" in shown)
