@@ -5,9 +5,14 @@ from __future__ import annotations
 import zlib
 
 
+def plain(completion):
+    """The text of a completion, which is a list of messages where the prompt is one."""
+    return completion if isinstance(completion, str) else completion[-1]["content"]
+
+
 def apart(prompts, completions, **columns):
     """A number in [0, 1] that tells different texts apart."""
-    return [zlib.crc32(text.encode()) % 101 / 100 for text in completions]
+    return [zlib.crc32(plain(text).encode()) % 101 / 100 for text in completions]
 
 
 def share(prompts, completions, *, answer, **columns):
@@ -41,4 +46,4 @@ def apart_for_some(prompts, completions, **columns):
 
 def half(prompts, completions, **columns):
     """1 for about half of the texts, else 0."""
-    return [float(zlib.crc32(text.encode()) % 2) for text in completions]
+    return [float(zlib.crc32(plain(text).encode()) % 2) for text in completions]

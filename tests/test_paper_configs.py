@@ -128,6 +128,8 @@ def shrunk(path, tmp_path, *, ray=False):
     init = {"hidden_size": 32, "num_layers": 1, "num_heads": 4, "max_length": 1024, "tokenizer": "byte_bpe"}
     family = FAMILIES[config.model.path.split("/")[0]]
     values["model"] |= {"path": None, "init": init | {"vocab_size": VOCABULARY}, "family": family, "quantize": None}
+    if config.model.lora is not None:  # not above the width
+        values["model"]["lora"]["rank"] = min(config.model.lora.rank, 16)
     values["model"]["end_tokens"] = ["<eos>"] if config.model.end_tokens else []  # the tiny tokenizer has no other
     values["data"]["keep_accuracy"] = None  # no group of a random model lies in a range
     values["data"] |= {"prompts_per_step": 2, "samples_per_prompt": 3, "max_prompt_tokens": None}

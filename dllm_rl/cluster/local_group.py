@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Concatenate
@@ -24,7 +25,8 @@ class LocalWorkerGroup(WorkerGroup[W]):
             size: number of workers.
         """
         self.name, self.size, self._build = name, size, build
-        self._workers = [build(WorkerRank(rank=rank, size=size)) for rank in range(size)]
+        self._key = secrets.token_hex(16)  # of a collective group, which has one rank here
+        self._workers = [build(WorkerRank(rank=rank, size=size, key=self._key)) for rank in range(size)]
         self._usage = Usage()
 
     @override
@@ -48,7 +50,7 @@ class LocalWorkerGroup(WorkerGroup[W]):
     def restart(self, ranks: Sequence[int]) -> None:
         for rank in ranks:
             self._end(self._workers[rank])
-            self._workers[rank] = self._build(WorkerRank(rank=rank, size=self.size))
+            self._workers[rank] = self._build(WorkerRank(rank=rank, size=self.size, key=self._key))
 
     @override
     def end(self, rank: int) -> None:

@@ -66,7 +66,7 @@ def explained(what: str, place: Path, hint: str = "") -> Iterator[None]:
     Args:
         what: cannot be done, "checkpoint step-000040 cannot be written".
         place: where; its file system is asked for its free space.
-        hint: what to do.
+        hint: what to do; else what ADVICE says.
     Raises:
         UserError: instead of such an error.
     """
@@ -76,7 +76,10 @@ def explained(what: str, place: Path, hint: str = "") -> Iterator[None]:
         reason = refusal(error)
         if reason is None:
             raise
-        raise UserError("; ".join(part for part in (f"{what}: {reason}", _room(error, place), hint) if part)) from error
+        advice = hint or ADVICE.get(getattr(error, "errno", None) or 0, "")
+        raise UserError(
+            "; ".join(part for part in (f"{what}: {reason}", _room(error, place), advice) if part)
+        ) from error
 
 
 def refusal(error: BaseException) -> str | None:

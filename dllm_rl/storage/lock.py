@@ -40,11 +40,8 @@ def held(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
         UserError: another process holds it.
     """
     path = folder.resolve()
-    with files.explained(f"run folder '{folder}' cannot be used", folder, "set another run.output"):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except FileExistsError:
-            raise UserError(f"run folder '{folder}' is a file; set another run.name or run.output") from None
+    with files.explained(f"run folder '{folder}' cannot be used", folder):
+        folder.mkdir(parents=True, exist_ok=True)
         _take(folder, path, say)
     ended = threading.Event()
     beat = threading.Thread(target=_beat, args=(folder / FILE, ended), name="run-folder-lock", daemon=True)

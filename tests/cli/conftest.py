@@ -62,7 +62,10 @@ def finished_run(tmp_path_factory):
 
 @pytest.fixture
 def refuse(capsys, tmp_path):
-    """Runs a command and holds its message to the rules: exit code 2, one line with the words, no run folder (but if it had begun)."""
+    """Runs a command and holds its message to the rules: exit code 2, one line with the words, no run folder.
+
+    Except for a run that had begun when it failed.
+    """
 
     def check(arguments: list[str], words: list[str], *, begun: bool = False) -> None:
         capsys.readouterr()

@@ -92,6 +92,7 @@ def test_a_begun_batch_goes_on_after_a_resume(tiny, tmp_path):
             assert prefetcher._partial[1].blocks == 1
             newer = dataclasses.replace(run.engines.weights, step=1)
             run.engines.group.call(EngineWorker.activate, newer)
+            run.engines.weights = newer
             batch = prefetcher._collect(1, prefetcher._partial[1]).batch
         assert torch.equal(batch.tokens, whole.batch.tokens)
         early = (torch.arange(batch.tokens.shape[1]) < batch.prompt_length[:, None] + 4) & batch.generated

@@ -164,6 +164,7 @@ def test_a_round_that_paused_goes_on_after_a_resume(tiny, tmp_path):
             prefetcher.load(tmp_path, 0)
             newer = dataclasses.replace(run.engines.weights, step=1)
             run.engines.group.call(EngineWorker.activate, newer)
+            run.engines.weights = newer
             batch = prefetcher._collect(1, prefetcher._partial[1]).batch
     assert torch.equal(batch.tokens, whole.batch.tokens)
     steps = [set(batch.weights_step[batch.generated & (batch.group == group)[:, None]].tolist()) for group in range(8)]

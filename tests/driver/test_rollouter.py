@@ -300,7 +300,8 @@ def test_a_begun_batch_of_two_turns_goes_on_where_it_was(tiny, tmp_path):
             prefetcher._partial[1] = partial
             prefetcher.save(tmp_path)
             prefetcher.load(tmp_path, 0)
-            run.engines.group.call(EngineWorker.activate, dataclasses.replace(run.engines.weights, step=1))
+            run.engines.weights = dataclasses.replace(run.engines.weights, step=1)
+            run.engines.group.call(EngineWorker.activate, run.engines.weights)
             begun = prefetcher._partial[1]
             batch = prefetcher._collect(1, begun).batch
         assert torch.equal(batch.tokens, whole.tokens) and torch.equal(batch.episode, whole.episode)

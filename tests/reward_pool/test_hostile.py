@@ -14,12 +14,13 @@ import pytest
 from dllm_rl.config.schema import RewardPlugin
 from dllm_rl.reward_pool import containment
 from dllm_rl.reward_pool.pool import RewardPool
+from dllm_rl.reward_pool.process import Containment
 
 spec = importlib.util.spec_from_file_location("hostile_cases", Path(__file__).with_name("hostile.py"))
 cases = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(cases)
 TIMEOUT_S = 0.4
-MARGIN_S = 4.0 if os.environ.get("CI") else 1.0
+MARGIN_S = 6.0 if os.environ.get("PYTEST_XDIST_WORKER") else 1.0  # beside other tests the machine is busy
 
 
 @pytest.fixture(scope="module")
@@ -28,24 +29,37 @@ def pool(tmp_path_factory):
     (folder / "hostile_reward.py").write_text(cases.PRELUDE.replace("OWNED", str(folder / "owned")) + cases.REWARD)
     sys.path.insert(0, str(folder))
     os.environ["HF_TOKEN"] = "secret"
-    with RewardPool([RewardPlugin(name="hostile_reward:Hostile", timeout_s=TIMEOUT_S)], num_workers=1) as made:
+    with made_pool() as made:
         made.folder = folder
         yield made
     del os.environ["HF_TOKEN"]
     sys.path.remove(str(folder))
 
 
+TAG = f"DLLM_RL_TEST={os.getpid()}"  # other tests have pools of their own at the same time
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tagged():
+    name, value = TAG.split("=")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(name, value)
+        yield
+
+
+def made_pool() -> RewardPool:
+    limits = Containment(environment=[TAG.split("=")[0]])
+    return RewardPool([RewardPlugin(name="hostile_reward:Hostile", timeout_s=TIMEOUT_S)], num_workers=1, limits=limits)
+
+
 def processes() -> set[int]:
-    return {int(entry.name) for entry in Path("/proc").glob("[0-9]*") if descends(int(entry.name))}
-
-
-def descends(pid: int) -> bool:
-    """Whether a process carries a mark of a worker, or is in a pid namespace other than ours."""
-    with contextlib.suppress(OSError):
-        if f"{containment.MARK}=".encode() in Path(f"/proc/{pid}/environ").read_bytes():
-            return True
-        return os.readlink(f"/proc/{pid}/ns/pid") != os.readlink("/proc/self/ns/pid")
-    return False
+    """Those that a tagged worker has started, however they have left its session."""
+    found = set()
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if entry.name != str(os.getpid()) and TAG.encode() in (entry / "environ").read_bytes().split(b"\0"):
+                found.add(int(entry.name))
+    return found
 
 
 def score(pool, *texts):
@@ -75,15 +89,15 @@ def test_an_attack_fails_its_row_and_nothing_else(pool, name):
 
 
 @pytest.mark.skipif(not containment.namespaces_available(), reason="NO NAMESPACES: containment is not tested here")
-def test_nothing_is_left_running_nor_on_the_disk(pool):
+def test_nothing_is_left_running_nor_on_the_disk(pool, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     before = processes() - {pid for pid in processes() if pid in workers(pool)}
-    folders = set(Path(tempfile.gettempdir()).glob("dllm-rl-reward-*"))
-    with RewardPool([RewardPlugin(name="hostile_reward:Hostile", timeout_s=TIMEOUT_S)], num_workers=1) as made:
+    with made_pool() as made:
         for code in cases.STRAYS.values():
             score(made, code)
-        assert len(set(Path(tempfile.gettempdir()).glob("dllm-rl-reward-*")) - folders) == 1
+        assert len(list(tmp_path.iterdir())) == 1
     assert processes() - before - workers(pool) == set()
-    assert set(Path(tempfile.gettempdir()).glob("dllm-rl-reward-*")) - folders == set()
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ["setsid", "double fork", "a hundred forks", "kill the parent"])
@@ -91,7 +105,7 @@ def test_nothing_is_left_where_there_are_no_namespaces(pool, name, monkeypatch):
     """A supervisor that reaps orphans, and a mark in the environment for when it is killed itself."""
     monkeypatch.setattr(containment, "namespaces_available", lambda: False)
     before = processes()
-    with RewardPool([RewardPlugin(name="hostile_reward:Hostile", timeout_s=TIMEOUT_S)], num_workers=1) as made:
+    with made_pool() as made:
         score(made, cases.STRAYS[name])
     assert processes() - before == set()
 

@@ -2,9 +2,9 @@ import re
 
 import pytest
 
+from rewards import last_answer
 from rewards.countdown import _expression
 from rewards.format import Format
-from rewards import last_answer
 
 
 class Counted(str):
