@@ -67,7 +67,7 @@ def test_a_tiny_twin_takes_two_steps(name, tmp_path):
     ]
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps(row) + "\n" for row in questions))
-    init = {"hidden_size": 32, "num_layers": 1, "num_heads": 4, "max_length": 512}
+    init = {"hidden_size": 128, "num_layers": 1, "num_heads": 4, "max_length": 512}
     # A random model is never right: a reward that some of its texts get stands beside the file's own.
     rewards = [*yaml.safe_load((ROOT / f"configs/{name}.yaml").read_text())["rewards"], {"name": "light_rewards:apart"}]
     twin = {

@@ -57,11 +57,11 @@ def run_submit(
     Raises:
         UserError: no such file, no cluster, secrets, or a runtime environment that is not one.
     """
+    require_package("ray", "ray", "dllm-rl submit")
     root = working_dir.resolve()
     if not config.resolve().is_relative_to(root):
         raise UserError(f"'{config}' is not inside '{root}', which is what is uploaded; move it, or set --working-dir")
     _check_output(loaded.run.output)
-    require_package("ray", "ray", "dllm-rl submit")
     environment = _environment(runtime_env)
     if any(secret_line(text) for text in overrides):
         raise UserError("an override holds what looks like a key; everybody sees a job's command: use the environment")

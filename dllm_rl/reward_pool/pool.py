@@ -12,7 +12,6 @@ import selectors
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
@@ -22,6 +21,7 @@ from dllm_rl.config.plugins import configure
 from dllm_rl.config.schema import RewardPlugin
 from dllm_rl.errors import RunStopped, UserError
 from dllm_rl.reward_pool.calls import takes_groups
+from dllm_rl.reward_pool.failure import Failure
 from dllm_rl.reward_pool.frames import ProtocolError, encode
 from dllm_rl.reward_pool.process import START_UP_S, Containment, Worker
 from dllm_rl.types import Rewards, RewardStatus
@@ -29,19 +29,6 @@ from dllm_rl.types import Rewards, RewardStatus
 _SEVERITY: tuple[RewardStatus, ...] = ("ok", "invalid", "timeout", "error")
 _CHUNK = 32
 _Outcome = tuple[int, int, RewardStatus, float | None, str]  # reward, row, status, value, message
-
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """A verification that failed."""
-
-    reward: str
-    completion: str
-    status: RewardStatus
-    message: str
-
-    def __str__(self) -> str:
-        return f"reward '{self.reward}': {self.message} (completion {self.completion[:60]!r})"
 
 
 class RewardPool:
