@@ -125,11 +125,10 @@ def shrunk(path, tmp_path, *, ray=False):
     values = config.model_dump(exclude={"provenance"})
     factor = config.sampling.max_new_tokens // CANVAS
     values["run"] |= {"steps": 2, "threads": 1, "output": str(tmp_path)}
-    init = {"hidden_size": 32, "num_layers": 1, "num_heads": 4, "max_length": 1024, "tokenizer": "byte_bpe"}
+    width = 32 if config.model.lora is None else max(32, config.model.lora.rank)  # a rank above it is refused
+    init = {"hidden_size": width, "num_layers": 1, "num_heads": 4, "max_length": 1024, "tokenizer": "byte_bpe"}
     family = FAMILIES[config.model.path.split("/")[0]]
     values["model"] |= {"path": None, "init": init | {"vocab_size": VOCABULARY}, "family": family, "quantize": None}
-    if config.model.lora is not None:  # not above the width
-        values["model"]["lora"]["rank"] = min(config.model.lora.rank, 16)
     values["model"]["end_tokens"] = ["<eos>"] if config.model.end_tokens else []  # the tiny tokenizer has no other
     values["data"]["keep_accuracy"] = None  # no group of a random model lies in a range
     values["data"] |= {"prompts_per_step": 2, "samples_per_prompt": 3, "max_prompt_tokens": None}
