@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dllm_rl.errors import UserError, first_line
+from dllm_rl.errors import UserError, first_line, is_out_of_memory
 
 SHARD_BYTES = 5_000_000_000
 _INDEX = "model.safetensors.index.json"
@@ -70,6 +70,8 @@ def read_weights(file: Path) -> Iterator[tuple[str, Tensor]]:
         else:
             yield from torch.load(file, map_location="cpu", weights_only=True, mmap=True).items()
     except (safetensors.SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        if is_out_of_memory(error):  # the file is whole
+            raise
         raise UserError(f"{file}: damaged weight file ({first_line(error)}); download or copy it again") from error
 
 

@@ -247,3 +247,14 @@ def test_mask_token_from_the_tokenizer_when_config_has_none(saved):
     folder = saved("llada")
     edit_config(folder, mask_token_id="absent")
     assert load_denoiser(folder)[0].mask_id == 1
+
+
+def test_memory_that_runs_out_is_no_damage(tmp_path, monkeypatch):
+    """Before: "damaged weight file (unable to mmap ...: Cannot allocate memory); download or copy it again"."""
+
+    def full(*args, **options):
+        raise RuntimeError("unable to mmap 33598360 bytes from file <model.safetensors>: Cannot allocate memory (12)")
+
+    monkeypatch.setattr(checkpoint.safetensors, "safe_open", full)
+    with pytest.raises(RuntimeError, match="Cannot allocate memory"):
+        list(checkpoint.read_weights(tmp_path / "model.safetensors"))
