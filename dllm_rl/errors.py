@@ -87,8 +87,9 @@ def is_out_of_memory(error: BaseException | None) -> bool:
     """Whether an exception says that memory ran out: of torch on any device, of Python, of numpy, of Ray's monitor."""
     # By name: this module is imported where torch and Ray are not. On the CPU torch has no class for it.
     named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    said = isinstance(error, Exception) and not isinstance(error, UserError) and str(error)
-    return named or bool(said) and ("DefaultCPUAllocator: " in said or "Cannot allocate memory" in said)
+    if named or error is None or isinstance(error, UserError):
+        return named
+    return any(words in str(error) for words in ("DefaultCPUAllocator: ", "Cannot allocate memory"))
 
 
 @contextmanager
