@@ -30,7 +30,14 @@ from dllm_rl.train import train
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 STEPS = 5
 RENAMED = {"judged": "scored"}  # the last part of metric names that are called otherwise since the file was written
-ADDED = {"log_ratio_cut", "confidence", "confident_tokens", "rollout_gap", "rollout_gap_max"}  # metrics since then
+ADDED = {
+    "log_ratio_cut",
+    "confidence",
+    "confident_tokens",
+    "rollout_gap",
+    "rollout_gap_max",
+    "eval/loss",
+}  # metrics since
 
 
 def processor() -> str:
@@ -98,7 +105,7 @@ def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
             k
             for a, b in rows
             for k in sorted(a.keys() | b.keys())
-            if k.split("/")[-1] not in ADDED and a.get(k) != b.get(k)
+            if k not in ADDED and k.split("/")[-1] not in ADDED and a.get(k) != b.get(k)
         ]
         if keys or then["weights"] != now["weights"] or len(then["metrics"]) != len(now["metrics"]):
             found.append(
